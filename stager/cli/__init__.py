@@ -1,0 +1,188 @@
+"""The command line: arguments in, text and exit codes out. The only place that prints."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import stager
+from stager.errors import StagerError
+
+_EPILOG = """\
+examples:
+  stager pack ~/envs/torch           pack an environment and publish it as `torch`
+  stage-run --env torch python t.py  run from a node-local copy
+  eval "$(stager activate torch)"    the same for this shell
+
+exit codes: 0 ok, 1 failed, 2 usage, 10 not found, 11 busy or timed out, 12 integrity,
+13 no space, 14 permission, 15 cannot run on this machine, 130 interrupted
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        hint = f"{self.prog} --help"
+        print(f"stager: error: {message}\nhint: see `{hint}`", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="stager",
+        description="Pack a Python environment into one file, stage it node-local, run from there.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"stager {stager.__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
+
+    def verb(name: str, module: str, text: str, *, store: bool = False) -> argparse.ArgumentParser:
+        command = verbs.add_parser(name, help=text, description=text)
+        command.set_defaults(module=module, function=name.replace("-", "_"))
+        command.add_argument(
+            "--repository", metavar="DIR", help="repository of published environments"
+        )
+        if store:
+            command.add_argument("--store", metavar="DIR", help="node-local store")
+        return command
+
+    def as_json(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--json", action="store_true", help="print one JSON object")
+
+    pack = verb("pack", "packing", "Pack an environment and publish it.", store=True)
+    pack.add_argument(
+        "environment",
+        nargs="?",
+        metavar="ENV",
+        help="a directory; default: the active one, else ./.venv",
+    )
+    pack.add_argument("--name", help="name to publish it under; default: the directory's")
+    pack.add_argument("--format", choices=("squashfs", "tar.zst"), help="format of the image")
+    pack.add_argument("--level", metavar="N", help="zstd level")
+    pack.add_argument("--threads", metavar="N", help="threads that compress")
+    pack.add_argument(
+        "--exclude",
+        action="append",
+        metavar="PATTERN",
+        help="leave out paths that match (fnmatch); may be repeated",
+    )
+    pack.add_argument(
+        "--editables",
+        choices=("snapshot", "refuse", "keep"),
+        help="editable installs: include a copy of their source (default), refuse, or leave them",
+    )
+    pack.add_argument(
+        "--links",
+        choices=("copy", "refuse", "keep"),
+        help="links out of the environment: include what they name (default), refuse, or keep",
+    )
+    pack.add_argument(
+        "--no-bytecode", action="store_true", help="do not compile modules that lack bytecode"
+    )
+    pack.add_argument(
+        "--check", action="store_true", help="only report what would move, what would not, and why"
+    )
+    as_json(pack)
+
+    as_json(verb("list", "published", "List what is published."))
+    inspect = verb("inspect", "published", "Show what a published environment is.")
+    inspect.add_argument("ref", metavar="REF")
+    as_json(inspect)
+    remove = verb("remove", "published", "Take a name back, and remove images nothing else uses.")
+    remove.add_argument("ref", metavar="REF")
+
+    stage = verb(
+        "stage", "staging", "Stage an environment on this node; prints its prefix.", store=True
+    )
+    activate = verb(
+        "activate", "staging", 'Print shell code: eval "$(stager activate REF)".', store=True
+    )
+    for command in (stage, activate):
+        command.add_argument("ref", nargs="?", metavar="REF")
+        command.add_argument(
+            "--how", choices=("auto", "mount", "extract"), help="how the tree is made usable"
+        )
+        command.add_argument("--timeout", metavar="DURATION", help="longest staging, such as 5m")
+        command.add_argument("--on-stale", choices=("repack", "warn", "fallback"))
+    as_json(stage)
+    activate.add_argument("--shell", choices=("sh", "csh", "fish", "json"), default="sh")
+
+    run = verb("run", "running", "Run a command in an environment; see stage-run.", store=True)
+    run.add_argument("--env", metavar="REF")
+    run.add_argument("--strict", action="store_true", help="exit 125 where staging fails")
+    run.add_argument("--how", choices=("auto", "mount", "extract"))
+    run.add_argument("--timeout", metavar="DURATION")
+    run.add_argument("--on-stale", choices=("repack", "warn", "fallback"))
+    run.add_argument("--user-site", action="store_true", help="let ~/.local be imported from")
+    run.add_argument("command", nargs=argparse.REMAINDER, metavar="CMD")
+
+    release = verb("release", "staging", "Drop claims on staged environments.", store=True)
+    release.add_argument("--holder", help="whose; default: this job's, or the calling shell's")
+    collect = verb("collect", "staging", "Evict staged trees that nobody claims.", store=True)
+    collect.add_argument("--all", action="store_true", help="evict every unclaimed tree")
+    collect.add_argument("--max-size", metavar="SIZE")
+    collect.add_argument("--min-free", metavar="SIZE")
+    as_json(collect)
+    as_json(verb("status", "staging", "Show what is staged on this node.", store=True))
+
+    verify = verb(
+        "verify", "verifying", "Import from the staged tree, tracing every open.", store=True
+    )
+    verify.add_argument("ref", nargs="?", metavar="REF")
+    verify.add_argument("--import", dest="modules", metavar="A,B", help="what to import")
+    as_json(verify)
+
+    as_json(
+        verb("doctor", "doctor", "Tell what this machine can do and what it lacks.", store=True)
+    )
+    config = verb("config", "configuration", "Show every value and where it came from.", store=True)
+    config.add_argument("action", choices=("show",))
+    as_json(config)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments, without the program's name.
+
+    Returns:
+        The exit status.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        module = importlib.import_module(f"stager.cli.{arguments.module}")
+        status: int = getattr(module, arguments.function)(arguments)
+        sys.stdout.flush()
+        return status
+    except StagerError as error:
+        report(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stager: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Who read our output has gone; the interpreter must not try to flush it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if os.environ.get("STAGER_DEBUG"):
+            raise
+        print(
+            f"stager: error: this is a bug in stager: {type(error).__name__}: {error}",
+            file=sys.stderr,
+        )
+        print("hint: run it again with STAGER_DEBUG=1 and report what it prints", file=sys.stderr)
+        return 1
+
+
+def report(error: StagerError) -> None:
+    """Print an error and its hint."""
+    print(f"stager: error: {error.message}", file=sys.stderr)
+    if error.hint:
+        print(f"hint: {error.hint}", file=sys.stderr)

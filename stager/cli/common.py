@@ -1,0 +1,168 @@
+"""What the verbs share: configuration from arguments, tables, sizes, progress."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, Callable
+
+from stager import config as configuration
+from stager.config import Config
+
+SCHEMA = 1
+"""Version of the JSON that reading verbs print; keys are only ever added."""
+
+_ARGUMENTS = {
+    "store": "store",
+    "repository": "repository",
+    "format": "pack.format",
+    "level": "pack.level",
+    "threads": "pack.threads",
+    "exclude": "pack.exclude",
+    "editables": "pack.editables",
+    "links": "pack.links",
+    "how": "stage.how",
+    "timeout": "stage.timeout",
+    "on_stale": "stage.on_stale",
+    "max_size": "collect.max_size",
+    "min_free": "collect.min_free",
+}
+
+
+def load_config(arguments: argparse.Namespace) -> Config:
+    """The configuration, with the command line's values on top."""
+    overrides: dict[str, object] = {}
+    for name, key in _ARGUMENTS.items():
+        value = getattr(arguments, name, None)
+        if value is not None:
+            overrides[key] = os.path.abspath(value) if key in ("store", "repository") else value
+    if getattr(arguments, "no_bytecode", False):
+        overrides["pack.bytecode"] = False
+    if getattr(arguments, "strict", False):
+        overrides["run.strict"] = True
+    if getattr(arguments, "user_site", False):
+        overrides["run.user_site"] = True
+    return configuration.load(overrides=overrides)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Print one JSON object."""
+    print(json.dumps({"schema": SCHEMA, **value}, indent=2, sort_keys=True))
+
+
+def say(text: str) -> None:
+    """Print a line for people; standard output stays for results."""
+    print(text, file=sys.stderr)
+
+
+def size(count: float) -> str:
+    """A number of bytes for people."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def table(rows: Sequence[Sequence[str]], heading: Sequence[str]) -> Iterable[str]:
+    """Columns of the width they need."""
+    everything = [heading, *rows]
+    widths = [max(len(row[column]) for row in everything) for column in range(len(heading))]
+    for row in everything:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+
+
+def is_terminal() -> bool:
+    """Tell whether progress may be drawn."""
+    return sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+
+class Bars:
+    """Progress of packing and staging: bars on a terminal, nothing elsewhere."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._draw = is_terminal() and not quiet
+        self._quiet = quiet
+        self._bar: Any = None
+        self._task: Any = None
+        self._files = self._bytes = 0
+        self._drawn = 0.0
+        self._waited = 0.0
+
+    def _open(self, what: str, total: int) -> None:
+        from rich import progress
+        from rich.console import Console
+
+        self._bar = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.TextColumn("{task.fields[files]}"),
+            progress.DownloadColumn(binary_units=True),
+            progress.TransferSpeedColumn(),
+            progress.TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._bar.start()
+        self._task = self._bar.add_task(what, total=max(1, total), files="")
+        self._files = self._bytes = 0
+
+    # packing
+
+    def start(self, what: str, files: int, size: int) -> None:
+        """A layer begins."""
+        if self._draw:
+            self._open({"env": "packing", "base": "packing base Python"}.get(what, what), size)
+            self._total_files = files
+
+    def advance(self, files: int, size: int) -> None:
+        """So many more files and bytes are done."""
+        if self._bar is None:
+            return
+        self._files += files
+        self._bytes += size
+        now = time.monotonic()
+        if now - self._drawn > 0.1:
+            self._drawn = now
+            self._bar.update(
+                self._task, completed=self._bytes, files=f"{self._files}/{self._total_files} files"
+            )
+
+    def finish(self) -> None:
+        """The bar is done."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    # staging
+
+    def copying(self, what: str, size: int) -> Callable[[int], None]:
+        """An image is copied."""
+        if not self._draw:
+            return lambda _: None
+        self._open("staging", size)
+        bar, task, done = self._bar, self._task, [0]
+
+        def advance(count: int) -> None:
+            done[0] += count
+            bar.update(task, completed=done[0])
+            if done[0] >= size:
+                self.finish()
+
+        return advance
+
+    def waiting(self, seconds: float) -> None:
+        """Somebody else is at it: a line when it takes long, and every half a minute then."""
+        if self._quiet or seconds < self._waited + (2 if not self._waited else 30):
+            return
+        self._waited = max(seconds, 2)
+        say(f"stager: waiting: another process stages the same environment ({seconds:.0f} s)")
+
+    def note(self, message: str) -> None:
+        """Something the user may want to know."""
+        if not self._quiet:
+            say(f"stager: {message}")

@@ -1,0 +1,104 @@
+"""``stager pack``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict
+
+from stager import pack as packer
+from stager.cli.common import Bars, load_config, print_json, say, size
+from stager.errors import UsageError
+from stager.manifest import Finding
+
+_SHOWN = 8
+
+
+def pack(arguments: argparse.Namespace) -> int:
+    """Pack an environment; the exit status of a check is 1 where the pack would be refused."""
+    config = load_config(arguments)
+    path = arguments.environment or os.environ.get("VIRTUAL_ENV") or _default()
+    quiet = arguments.json
+    if not quiet:
+        say(f"stager: {'checking' if arguments.check else 'packing'} {os.path.abspath(path)}")
+    bars = Bars(quiet=quiet)
+    try:
+        result = packer.pack(
+            path, config, name=arguments.name, check=arguments.check, progress=bars
+        )
+    finally:
+        bars.finish()
+    refused = any(one.severity == "error" for one in result.findings)
+    if arguments.json:
+        print_json(_as_json(result))
+        return 1 if refused else 0
+    for line in _report(result.findings):
+        say(f"  {line}")
+    if arguments.check:
+        verdict = "would be refused" if refused else "can be packed"
+        say(f"stager: {result.environment.prefix} {verdict} ({result.seconds:.1f} s)")
+        return 1 if refused else 0
+    say(f"stager: {_summary(result)}")
+    return 0
+
+
+def _default() -> str:
+    if os.path.exists(os.path.join(".venv", "pyvenv.cfg")):
+        return ".venv"
+    raise UsageError(
+        "no environment is given, none is active, and there is no ./.venv",
+        hint="stager pack DIRECTORY",
+    )
+
+
+def _summary(result: packer.Packed) -> str:
+    published = result.published
+    assert published is not None
+    manifest = published.manifest
+    images = sum(layer.image.size for layer in manifest.layers)
+    files = sum(layer.files for layer in manifest.layers)
+    content = sum(layer.size for layer in manifest.layers)
+    parts = [
+        f"published `{manifest.name}`: {files} files, {size(content)} in"
+        f" {size(images)} {manifest.top.image.format}, {result.seconds:.1f} s"
+    ]
+    if result.reused:
+        parts.append("unchanged since the last pack: " + " and ".join(result.reused))
+    if result.rewritten or result.compiled:
+        parts.append(f"{result.rewritten} files rewritten, {result.compiled} modules compiled")
+    return "; ".join(parts)
+
+
+def _report(findings: Iterable[Finding]) -> Iterable[str]:
+    """What the user should know: everything serious, and of each kind of note the first few."""
+    shown: Counter[str] = Counter()
+    left: Counter[str] = Counter()
+    for one in findings:
+        if one.severity == "note" and shown[one.code] >= _SHOWN:
+            left[one.code] += 1
+            continue
+        shown[one.code] += 1
+        yield f"{one.severity}: {one.path}: {one.reason}"
+    for code, count in left.items():
+        yield f"note: {count} more of the kind `{code}`; `stager inspect` lists them"
+
+
+def _as_json(result: packer.Packed) -> dict[str, object]:
+    value: dict[str, object] = {
+        "environment": result.environment.prefix,
+        "kind": result.environment.kind,
+        "findings": [asdict(one) for one in result.findings],
+        "reused": list(result.reused),
+        "seconds": round(result.seconds, 3),
+        "rewritten": result.rewritten,
+        "compiled": result.compiled,
+    }
+    if result.published is not None:
+        manifest = result.published.manifest
+        value["name"] = manifest.name
+        value["ref"] = result.published.ref
+        value["prefix"] = manifest.prefix
+        value["layers"] = [asdict(layer) for layer in manifest.layers]
+    return value

@@ -1,0 +1,50 @@
+"""``stager verify``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import asdict
+
+from stager import activate, lease
+from stager import verify as verifier
+from stager.cli.common import load_config, print_json, say
+from stager.cli.staging import prepare
+from stager.errors import IntegrityError, StagerError
+
+_SHOWN = 20
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """Import from the staged tree; exit 12 where the original is touched."""
+    config = load_config(arguments)
+    holder = lease.of_process(os.getpid())
+    published, result = prepare(arguments.ref, config, holder=holder, quiet=arguments.json)
+    manifest = published.manifest
+    modules = arguments.modules.split(",") if arguments.modules else list(manifest.modules)
+    environ = activate.staged(result, config, os.environ, ref=manifest.name)
+    found = verifier.verify(result, config, environ, modules=modules or ["site"])
+    if arguments.json:
+        print_json({"prefix": result.prefix, "modules": modules, **asdict(found)})
+    else:
+        say(f"stager: imported {len(modules)} modules from {result.prefix}")
+        say(f"stager: {found.paths} paths named, seen by {found.method}")
+        for title, paths in (("of the original", found.origin), ("elsewhere", found.outside)):
+            for path in paths[:_SHOWN]:
+                say(f"  {title}: {path}")
+            if len(paths) > _SHOWN:
+                say(f"  {title}: {len(paths) - _SHOWN} more")
+        for module, reason in found.failed.items():
+            say(f"  does not import: {module}: {reason}")
+    if found.origin:
+        raise IntegrityError(
+            f"the staged environment touches its original: {found.origin[0]}",
+            hint="`stager inspect` lists what could not be moved",
+        )
+    if found.failed:
+        raise StagerError(
+            f"{len(found.failed)} of {len(modules)} modules do not import from the staged tree",
+            hint="do they import from the original? name those that matter with --import",
+            blame="job",
+        )
+    return 0

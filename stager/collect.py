@@ -1,0 +1,76 @@
+"""Collection: evict trees that nobody claims, the least recently used first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stager import lease
+from stager.errors import BusyError, StagerError
+from stager.store import Held, Store
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What a collection did: trees evicted, bytes freed, claims of dead holders dropped."""
+
+    trees: tuple[str, ...]
+    size: int
+    leases: int
+
+
+def collect(node: Store, *, max_size: int, min_free: int, everything: bool = False) -> Collected:
+    """Evict trees until the store keeps its bounds. A claimed tree is never touched.
+
+    Args:
+        node: the store.
+        max_size: bytes all trees and images may take.
+        min_free: bytes to leave free on the file system.
+        everything: evict every unclaimed tree.
+    """
+    dropped = _drop_dead(node)
+    before = node.free()
+    evicted = []
+    used = node.size()
+    for held in sorted(node.held(), key=lambda one: one.used):
+        abandoned = held.stamp is None  # what a killed stage has left
+        enough = used <= max_size and node.free() >= min_free
+        if held.leases or (enough and not everything and not abandoned):
+            continue
+        if _evict(node, held):
+            evicted.append(held.id)
+            used = node.size()
+    return Collected(tuple(evicted), max(0, node.free() - before), dropped)
+
+
+def _drop_dead(node: Store) -> int:
+    dropped = 0
+    for held in node.held():
+        for holder in held.leases:
+            if not lease.is_alive(holder):
+                dropped += node.release(holder, held.id)
+    return dropped
+
+
+def _evict(node: Store, held: Held) -> bool:
+    """Remove one tree unless somebody claims it now.
+
+    A stage writes its lease first and looks at the stamp then; we take the stamp away first and
+    look at the leases then: one of the two sees the other.
+    """
+    try:
+        with node.lock(held.id, timeout=0.0):
+            stamp = node.stamp(held.id)
+            node.withdraw(held.id)
+            if node.leases(held.id):
+                if stamp is not None:
+                    node.set_ready(held.id, stamp)
+                return False
+            try:
+                node.forget(held.id)
+            except (StagerError, OSError):
+                if stamp is not None:
+                    node.set_ready(held.id, stamp)  # still in use, by somebody without a lease
+                return False
+    except BusyError:
+        return False
+    return True

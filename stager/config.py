@@ -1,0 +1,280 @@
+"""Configuration: one table of keys, and where every value came from.
+
+Precedence: command line > ``STAGER_*`` > the user's file > ``/etc/stager/config.d/*.yaml`` >
+``/etc/stager/config.yaml`` > defaults. Root hooks pass ``trusted_only=True``: they read only
+``/etc/stager``, refuse a file others may write, and ignore the environment.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Callable
+
+from stager.errors import SITE, UsageError
+
+SITE_DIRECTORY = "/etc/stager"
+MAX_STORE_BYTES = 100
+"""Longest store path: shebang lines (127 bytes on old kernels) and padded binaries must hold it."""
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_SECONDS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def parse_size(text: object) -> int:
+    """Parse a size such as ``500MiB``, ``10G`` or ``4096`` into bytes; K is 1024.
+
+    Raises:
+        ValueError: it is not a size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", str(text).strip())
+    if match is None:
+        raise ValueError("a size is written 500MiB, 10GiB or 4096")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def parse_duration(text: object) -> float:
+    """Parse a duration such as ``30s``, ``5m``, ``1.5h`` or ``20`` into seconds.
+
+    Raises:
+        ValueError: it is not a duration.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|)", str(text).strip())
+    if match is None:
+        raise ValueError("a duration is written 30s, 5m or 1h")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
+def _integer(text: object) -> int:
+    if isinstance(text, bool) or not re.fullmatch(r"-?\d+", str(text).strip()):
+        raise ValueError("a whole number is expected")
+    return int(str(text))
+
+
+def _boolean(text: object) -> bool:
+    if isinstance(text, bool):
+        return text
+    value = str(text).strip().lower()
+    if value in ("yes", "true", "on", "1"):
+        return True
+    if value in ("no", "false", "off", "0"):
+        return False
+    raise ValueError("yes or no is expected")
+
+
+def _path(text: object) -> str:
+    value = os.path.expanduser(str(text))
+    if not value.startswith("/"):
+        raise ValueError("an absolute path is expected")
+    return os.path.normpath(value)
+
+
+def _store(text: object) -> str:
+    value = _path(str(text).replace("{uid}", str(os.getuid())))
+    if not re.fullmatch(r"[A-Za-z0-9/._+-]+", value):
+        raise ValueError(
+            "a store's path has only letters, digits and / . _ + - (it ends up in shebang lines)"
+        )
+    if len(value) > MAX_STORE_BYTES - len("/envs/") - 16:
+        raise ValueError(f"a store's path is at most {MAX_STORE_BYTES - 22} bytes long")
+    return value
+
+
+def _list(item: Callable[[object], Any]) -> Callable[[object], tuple[Any, ...]]:
+    def parse(value: object) -> tuple[Any, ...]:
+        items: Iterable[object]
+        if isinstance(value, (list, tuple)):
+            items = value
+        else:
+            items = [part for part in str(value).split(":") if part]
+        return tuple(item(part) for part in items)
+
+    return parse
+
+
+def _choice(*names: str) -> Callable[[object], str]:
+    def parse(value: object) -> str:
+        if str(value) not in names:
+            raise ValueError("one of " + ", ".join(names) + " is expected")
+        return str(value)
+
+    return parse
+
+
+def _default_repository() -> str:
+    data = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
+    return os.path.join(data, "stager")
+
+
+@dataclass(frozen=True)
+class Key:
+    """One configuration key: how it is parsed, its default, and a line of help."""
+
+    parse: Callable[[object], Any]
+    default: object
+    help: str
+
+
+KEYS: dict[str, Key] = {
+    "store": Key(_store, "/tmp/stager-{uid}", "node-local; {uid} is the user's number"),  # noqa: S108
+    "repository": Key(_path, None, "where packed environments are published"),
+    "repositories": Key(_list(_path), (), "read-only repositories of the site, searched after it"),
+    "local_prefixes": Key(
+        _list(_path),
+        ("/usr", "/bin", "/sbin", "/lib", "/lib64"),
+        "directories that are on every node's own disk: a base Python there is not packed",
+    ),
+    "pack.format": Key(_choice("squashfs", "tar.zst"), "squashfs", "format of new images"),
+    "pack.level": Key(_integer, 3, "zstd level"),
+    "pack.threads": Key(_integer, 0, "threads that compress; 0 is one for each processor"),
+    "pack.exclude": Key(
+        _list(str), (), "fnmatch patterns of paths inside the environment to leave out"
+    ),
+    "pack.editables": Key(
+        _choice("snapshot", "refuse", "keep"),
+        "snapshot",
+        "editable installs: include a copy of their source, refuse, or leave them where they are",
+    ),
+    "pack.links": Key(
+        _choice("copy", "refuse", "keep"),
+        "copy",
+        "links out of its Python directories: copy what they name, refuse, or keep",
+    ),
+    "pack.bytecode": Key(_boolean, True, "compile modules that have no valid bytecode"),
+    "stage.how": Key(
+        _choice("auto", "mount", "extract"), "auto", "how a tree is made usable on a node"
+    ),
+    "stage.timeout": Key(parse_duration, 600.0, "longest staging, waiting for others included"),
+    "stage.on_stale": Key(
+        _choice("repack", "warn", "fallback"),
+        "repack",
+        "an environment changed since it was packed: pack again, warn, or run the original",
+    ),
+    "run.strict": Key(
+        _boolean, False, "an environment that cannot be staged is an error (exit 125)"
+    ),
+    "run.user_site": Key(_boolean, False, "let ~/.local/lib/pythonX.Y be imported from"),
+    "collect.max_size": Key(
+        parse_size, 50 << 30, "bytes the store may hold before trees are evicted"
+    ),
+    "collect.min_free": Key(parse_size, 1 << 30, "bytes to leave free on the store's file system"),
+}
+
+
+@dataclass
+class Config:
+    """Values by key, and for each where it came from."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+
+    def __getitem__(self, key: str) -> Any:
+        return self.values[key]
+
+    def set(self, key: str, value: object, source: str) -> None:
+        """Parse and store one value.
+
+        Raises:
+            UsageError: the key is unknown or the value malformed; the message names the source.
+        """
+        if key not in KEYS:
+            import difflib
+
+            near = difflib.get_close_matches(key, KEYS, n=1)
+            hint = f"did you mean `{near[0]}`?" if near else "`stager config show` lists the keys"
+            raise UsageError(f"unknown configuration key `{key}` ({source})", hint=hint, blame=SITE)
+        try:
+            self.values[key] = KEYS[key].parse(value)
+        except ValueError as error:
+            raise UsageError(
+                f"`{key}` cannot be {value!r} ({source})", hint=str(error), blame=SITE
+            ) from error
+        self.sources[key] = source
+
+
+def load(
+    *,
+    overrides: Mapping[str, object] | None = None,
+    environ: Mapping[str, str] | None = None,
+    trusted_only: bool = False,
+    site_directory: str = SITE_DIRECTORY,
+) -> Config:
+    """Load every value with its provenance.
+
+    Args:
+        overrides: values of the command line; None values are skipped.
+        environ: the environment; None is the process's own.
+        trusted_only: read only the site's files, as root hooks must.
+        site_directory: where the site's files are.
+
+    Raises:
+        UsageError: a file or value is malformed; the message says where.
+    """
+    environ = os.environ if environ is None else environ
+    config = Config()
+    for key, entry in KEYS.items():
+        default = entry.default if key != "repository" else _default_repository()
+        config.values[key] = entry.parse(default)
+        config.sources[key] = "default"
+    files = [
+        os.path.join(site_directory, "config.yaml"),
+        *sorted(glob.glob(os.path.join(glob.escape(site_directory), "config.d", "*.yaml"))),
+    ]
+    if not trusted_only:
+        home = environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+        files.append(os.path.join(home, "stager", "config.yaml"))
+    for path in files:
+        _merge_file(config, path, trusted=trusted_only)
+    if not trusted_only:
+        for key in KEYS:
+            variable = "STAGER_" + key.upper().replace(".", "_")
+            if environ.get(variable):
+                config.set(key, environ[variable], f"${variable}")
+    for key, value in (overrides or {}).items():
+        if value is not None:
+            config.set(key, value, "command line")
+    return config
+
+
+def _merge_file(config: Config, path: str, *, trusted: bool) -> None:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise UsageError(
+            f"cannot read the configuration file {path}: {error.strerror}", blame=SITE
+        ) from error
+    with open(fd, encoding="utf-8") as file:
+        info = os.fstat(fd)
+        if trusted and (info.st_uid != 0 or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
+            raise UsageError(
+                f"the configuration file {path} can be changed by others than root",
+                hint=f"chown root:root {path}; chmod 644 {path}",
+                blame=SITE,
+            )
+        import yaml
+
+        try:
+            document = yaml.safe_load(file)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UsageError(f"{path} is not YAML: {error}", blame=SITE) from error
+    if document is None:
+        return
+    if not isinstance(document, dict):
+        raise UsageError(f"{path} is not a mapping of keys to values", blame=SITE)
+    for key, value in _flatten(document):
+        config.set(key, value, path)
+
+
+def _flatten(document: Mapping[Any, Any], prefix: str = "") -> Iterable[tuple[str, object]]:
+    for key, value in document.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{name}.")
+        else:
+            yield name, value

@@ -1,0 +1,242 @@
+"""Kinds of environments: what lies at a path, and which trees it is made of.
+
+A kind is a module with ``detect(path, config) -> Environment | None``, listed in :data:`KINDS`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Callable, Optional
+
+from stager.config import Config
+from stager.envpatch import EnvPatch
+from stager.errors import IncompatibleError, NotFoundError
+from stager.manifest import Finding
+
+
+@dataclass(frozen=True)
+class Interpreter:
+    """A Python, as it describes itself.
+
+    Attributes:
+        executable: the absolute path it was asked at.
+        version: ``X.Y.Z``.
+        tag: bytecode tag, such as ``cpython-311``.
+        magic: the first four bytes of its bytecode files.
+        base_prefix: prefix of the standard library it uses.
+        base_executable: real path of the interpreter in that prefix.
+        library: the standard library relative to ``base_prefix``, such as ``lib/python3.11``.
+    """
+
+    executable: str
+    version: str
+    tag: str
+    magic: bytes
+    base_prefix: str
+    base_executable: str
+    library: str
+
+
+@dataclass(frozen=True)
+class Tree:
+    """One tree to pack as a layer.
+
+    Attributes:
+        role: ``env`` or ``base``.
+        root: absolute path.
+        spellings: every path the root is known by, the root included.
+        exclude: fnmatch patterns of relative paths to leave out.
+        python_directories: relative directories that hold importable modules.
+    """
+
+    role: str
+    root: str
+    spellings: tuple[str, ...]
+    exclude: tuple[str, ...]
+    python_directories: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What a user brings.
+
+    Attributes:
+        kind: ``venv``, ...
+        prefix: its absolute path.
+        name: what to call it when the user gives no name.
+        interpreter: the Python it runs.
+        trees: the trees to pack, from the bottom up; the environment's own is last.
+        activation: the variables that activate it, with ``{prefix}`` for the staged prefix.
+        watched: absolute paths that tell whether it changed.
+        findings: what was noticed while looking at it.
+    """
+
+    kind: str
+    prefix: str
+    name: str
+    interpreter: Interpreter
+    trees: tuple[Tree, ...]
+    activation: EnvPatch
+    watched: tuple[str, ...]
+    findings: tuple[Finding, ...] = field(default=())
+
+    @property
+    def top(self) -> Tree:
+        """The environment's own tree."""
+        return self.trees[-1]
+
+
+_QUESTION = """
+import json, os, sys, importlib.util
+print(json.dumps({
+    "version": "%d.%d.%d" % sys.version_info[:3],
+    "tag": sys.implementation.cache_tag,
+    "magic": importlib.util.MAGIC_NUMBER.hex(),
+    "base_prefix": sys.base_prefix,
+    "base_executable": getattr(sys, "_base_executable", "") or sys.executable,
+    "library": os.path.dirname(os.__file__),
+}))
+"""
+
+
+def ask(executable: str) -> Interpreter:
+    """Ask a Python what it is.
+
+    Raises:
+        IncompatibleError: it does not start.
+    """
+    try:
+        answer = subprocess.run(
+            [executable, "-I", "-S", "-B", "-c", _QUESTION],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=60,
+            check=True,
+        )
+        value = json.loads(answer.stdout)
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.decode(errors="replace").strip().splitlines()
+        raise IncompatibleError(
+            f"the environment's Python does not start: {executable}",
+            hint=said[-1] if said else f"it ended with status {error.returncode}",
+        ) from error
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        raise IncompatibleError(
+            f"the environment's Python does not start: {executable}: {error}",
+            hint="was the Python it was made from removed, or is a module not loaded?",
+        ) from error
+    base = os.path.normpath(value["base_prefix"])
+    return Interpreter(
+        executable=executable,
+        version=value["version"],
+        tag=value["tag"],
+        magic=bytes.fromhex(value["magic"]),
+        base_prefix=base,
+        base_executable=os.path.realpath(value["base_executable"]),
+        library=os.path.relpath(value["library"], base),
+    )
+
+
+def spellings(paths: Iterable[str]) -> tuple[str, ...]:
+    """Every given path and its real path, once each, in order."""
+    found: dict[str, None] = {}
+    for path in paths:
+        found[os.path.normpath(path)] = None
+        found[os.path.realpath(path)] = None
+    return tuple(found)
+
+
+def is_local(path: str, config: Config) -> bool:
+    """Tell whether a path lies on every node's own disk, by the configured prefixes."""
+    return any(
+        path == prefix or path.startswith(prefix + "/") for prefix in config["local_prefixes"]
+    )
+
+
+def base_tree(interpreter: Interpreter, *, with_packages: bool) -> Tree:
+    """The base interpreter's prefix as a layer that environments above it share.
+
+    Args:
+        interpreter: the Python of an environment above it.
+        with_packages: the environment imports the base's own site-packages.
+    """
+    library = interpreter.library
+    major_minor = ".".join(interpreter.version.split(".")[:2])
+    exclude = [
+        f"{library}/test",
+        f"{library}/config-*/*.a",
+        "lib/libpython*.a",
+        "share/man",
+        "share/doc",
+        "pkgs",
+        "envs",
+        "conda-bld",
+    ]
+    if not with_packages:
+        exclude.append(f"{library}/site-packages/*")
+    library_parent = os.path.dirname(library)
+    for name in _listdir(os.path.join(interpreter.base_prefix, library_parent)):
+        if re.fullmatch(r"python\d+\.\d+t?", name) and name != f"python{major_minor}":
+            exclude.append(f"{library_parent}/{name}")
+    return Tree(
+        role="base",
+        root=interpreter.base_prefix,
+        spellings=spellings(
+            [interpreter.base_prefix, os.path.dirname(os.path.dirname(interpreter.base_executable))]
+        ),
+        exclude=tuple(exclude),
+        python_directories=(library,),
+    )
+
+
+def _listdir(path: str) -> list[str]:
+    try:
+        return sorted(os.listdir(path))
+    except OSError:
+        return []
+
+
+def default_name(prefix: str) -> str:
+    """What to call an environment at ``prefix``: its directory, or its project's for ``.venv``."""
+    base = os.path.basename(prefix)
+    if base in (".venv", "venv", "env", ".env"):
+        base = os.path.basename(os.path.dirname(prefix))
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", base).strip("-._")
+    return name[:128] or "environment"
+
+
+Detector = Callable[[str, Config], Optional[Environment]]
+
+
+def _kinds() -> tuple[Detector, ...]:
+    from stager.environments import venv
+
+    return (venv.detect,)
+
+
+def describe(path: str, config: Config) -> Environment:
+    """Find out what environment lies at ``path``.
+
+    Raises:
+        NotFoundError: nothing is there, or nothing that is an environment.
+        IncompatibleError: its Python does not start.
+    """
+    prefix = os.path.abspath(path)
+    if not os.path.isdir(prefix):
+        raise NotFoundError(
+            f"there is no environment at {prefix}",
+            hint="give the directory of a virtual environment",
+        )
+    for detect in _kinds():
+        environment = detect(prefix, config)
+        if environment is not None:
+            return environment
+    raise NotFoundError(
+        f"{prefix} is not a Python environment: it has no pyvenv.cfg",
+        hint="give the directory that was named to `python -m venv`, `virtualenv` or `uv venv`",
+    )

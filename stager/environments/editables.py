@@ -1,0 +1,164 @@
+"""Editable installs: the source trees outside an environment that it imports from.
+
+Four mechanisms are in use:
+
+1. a path line in a ``.pth`` file (``easy-install.pth``, ``__editable__*.pth``, hatch, flit);
+2. an ``.egg-link`` beside such a line (``setup.py develop``);
+3. a finder module with a ``MAPPING`` of names to paths (setuptools, PEP 660);
+4. a loader that rebuilds on import (meson-python, scikit-build-core): it needs compilers and a
+   build tree, so no copy of it can work.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+_REBUILDS = re.compile(r"_.+_editable(_loader)?\.py\Z")
+_FINDER = re.compile(r"__editable___.+_finder\.py\Z")
+_SKIPPED = {"build", "dist", "node_modules", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Something outside the environment that it imports from.
+
+    Attributes:
+        path: absolute path, as the environment names it: a directory on ``sys.path``, a package's
+            own directory, or a single module's file without its suffix.
+        named_by: the file in site-packages that names it.
+        items: what to copy, as names in ``path``; None is the whole directory.
+        module: the file to copy, where it is a single module.
+    """
+
+    path: str
+    named_by: str
+    items: tuple[str, ...] | None = None
+    module: str = ""
+
+
+@dataclass(frozen=True)
+class Rebuilding:
+    """An editable install of the fourth mechanism."""
+
+    named_by: str
+
+
+def find(site: str, inside: tuple[str, ...]) -> tuple[list[Source], list[Rebuilding]]:
+    """Find every editable install of a site-packages directory.
+
+    Args:
+        site: absolute path of the directory.
+        inside: prefixes that are packed anyway; paths below them are no matter.
+
+    Returns:
+        Source trees to copy, and installs that cannot be copied.
+    """
+    sources: dict[str, Source] = {}
+    rebuilding: list[Rebuilding] = []
+    for name in sorted(_names(site)):
+        path = os.path.join(site, name)
+        if name.endswith((".pth", ".egg-link")):
+            found = _path_lines(path, site, link=name.endswith(".egg-link"))
+        elif _FINDER.match(name):
+            found = _mapping(path)
+        elif _REBUILDS.match(name):
+            rebuilding.append(Rebuilding(path))
+            continue
+        else:
+            continue
+        for source in found:
+            real = os.path.realpath(source.path)
+            if not any(
+                f"{one}/".startswith(f"{prefix}/")
+                for prefix in inside
+                for one in (source.path, real)
+            ):
+                sources.setdefault(source.path, source)
+    return list(sources.values()), rebuilding
+
+
+def _names(directory: str) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except OSError:
+        return []
+
+
+def _path_lines(path: str, site: str, *, link: bool) -> Iterator[Source]:
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        lines = file.read().splitlines()
+    for line in lines[:1] if link else lines:
+        text = line.strip()
+        if not text or text.startswith(("#", "import ", "import\t")):
+            continue
+        directory = os.path.normpath(os.path.join(site, text))
+        if os.path.isdir(directory):
+            yield Source(directory, path, tuple(sorted(_importable(directory))))
+
+
+def _importable(directory: str) -> Iterator[str]:
+    """The names in a ``sys.path`` directory that Python could import, and package metadata."""
+    for name in _names(directory):
+        path = os.path.join(directory, name)
+        if name.startswith(".") or name in _SKIPPED:
+            continue
+        if os.path.isdir(path):
+            if os.path.exists(os.path.join(path, "pyvenv.cfg")):
+                continue
+            if name.endswith((".egg-info", ".dist-info")) or (
+                name.isidentifier() and _has_modules(path)
+            ):
+                yield name
+        elif name.endswith((".py", ".so")):
+            yield name
+
+
+def _has_modules(path: str) -> bool:
+    for _, directories, files in os.walk(path):
+        if any(name.endswith((".py", ".so")) for name in files):
+            return True
+        directories[:] = [name for name in directories if name.isidentifier()]
+    return False
+
+
+def _mapping(path: str) -> Iterator[Source]:
+    """The paths in a setuptools finder's ``MAPPING`` and ``NAMESPACES``, without running it."""
+    with open(path, "rb") as file:
+        try:
+            tree = ast.parse(file.read())
+        except (SyntaxError, ValueError):
+            return
+    for node in tree.body:
+        targets: list[ast.expr]
+        value: ast.expr | None
+        if isinstance(node, ast.AnnAssign):
+            targets, value = [node.target], node.value
+        elif isinstance(node, ast.Assign):
+            targets, value = node.targets, node.value
+        else:
+            continue
+        names = {target.id for target in targets if isinstance(target, ast.Name)}
+        if value is None or not names & {"MAPPING", "NAMESPACES"}:
+            continue
+        for literal in ast.walk(value):
+            # Keys are dotted names; everything absolute is a path.
+            if isinstance(literal, ast.Constant) and isinstance(literal.value, str):
+                yield from _mapped(literal.value, path)
+
+
+def _mapped(text: str, path: str) -> Iterator[Source]:
+    if not text.startswith("/"):
+        return
+    target = os.path.normpath(text)
+    if os.path.isdir(target):
+        yield Source(target, path)
+        return
+    # setuptools finds a module by putting each suffix in place of the mapped path's own.
+    for module in (target, f"{target}.py"):
+        if os.path.isfile(module):
+            yield Source(target, path, module=module)
+            return

@@ -1,0 +1,135 @@
+"""Virtual environments: stdlib ``venv``, ``virtualenv`` and ``uv venv``."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from stager import relocate
+from stager.config import Config
+from stager.environments import (
+    Environment,
+    Tree,
+    ask,
+    base_tree,
+    default_name,
+    is_local,
+    spellings,
+)
+from stager.envpatch import EnvPatch
+from stager.errors import IncompatibleError
+from stager.manifest import Finding
+
+CONFIG = "pyvenv.cfg"
+_ACTIVATE = re.compile(rb"^\s*(?:export )?VIRTUAL_ENV=(['\"]?)(/[^'\"\n$]+)\1", re.M)
+
+
+def detect(path: str, config: Config) -> Environment | None:
+    """Describe the virtual environment at ``path``, or return None where there is none.
+
+    Raises:
+        IncompatibleError: its Python is missing or does not start.
+    """
+    settings = read_config(os.path.join(path, CONFIG))
+    if settings is None:
+        return None
+    executable = os.path.join(path, "bin", "python")
+    if not os.path.exists(executable):
+        broken = os.path.islink(executable)
+        raise IncompatibleError(
+            f"the environment's Python is missing: {executable}"
+            + (f" leads to {os.readlink(executable)}, which does not exist" if broken else ""),
+            hint="the Python it was made from was removed or moved; make the environment again",
+        )
+    interpreter = ask(executable)
+    major_minor = ".".join(interpreter.version.split(".")[:2])
+    system_site = settings.get("include-system-site-packages", "").lower() == "true"
+    library = f"lib/{os.path.basename(interpreter.library)}"
+    if not os.path.isdir(os.path.join(path, library)):
+        library = f"lib/python{major_minor}"
+    names, findings = _names(path)
+    own = Tree(
+        role="env",
+        root=path,
+        spellings=spellings([path, *names]),
+        exclude=(),
+        python_directories=(library,),
+    )
+    trees = [own]
+    if not is_local(interpreter.base_prefix, config):
+        trees.insert(0, base_tree(interpreter, with_packages=system_site))
+    site = os.path.join(path, library, "site-packages")
+    return Environment(
+        kind="venv",
+        prefix=path,
+        name=default_name(path),
+        interpreter=interpreter,
+        trees=tuple(trees),
+        activation=EnvPatch(
+            set={"VIRTUAL_ENV": "{prefix}"},
+            prepend={"PATH": ("{prefix}/bin",)},
+        ),
+        watched=(
+            os.path.join(path, CONFIG),
+            os.path.join(path, "bin"),
+            site,
+            interpreter.base_executable,
+        ),
+        findings=tuple(findings),
+    )
+
+
+def read_config(path: str) -> dict[str, str] | None:
+    """Read a ``pyvenv.cfg``: lower-case keys, the value after the first ``=``; None if missing."""
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            lines = file.read().splitlines()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
+    pairs = (line.partition("=") for line in lines if "=" in line)
+    return {key.strip().lower(): value.strip() for key, _, value in pairs}
+
+
+def _names(path: str) -> tuple[list[str], list[Finding]]:
+    """Every path that the environment's own scripts call it by.
+
+    An environment that was made through a link, moved or copied, has another path in its scripts
+    than where it lies; a packer that does not look there leaves them pointing at the old place.
+    """
+    candidates: dict[str, None] = {}
+    directory = os.path.join(path, "bin")
+    for name in sorted(os.listdir(directory)):
+        script = os.path.join(directory, name)
+        if os.path.islink(script) or not os.path.isfile(script):
+            continue
+        with open(script, "rb") as file:
+            head = file.read(4096)
+        if name == "activate":
+            with open(script, "rb") as file:
+                match = _ACTIVATE.search(file.read())
+            if match:
+                candidates[os.path.normpath(os.fsdecode(match[2]).rstrip())] = None
+        interpreter = relocate.shebang(head)
+        if re.fullmatch(r"/.*/bin/python[\d.]*", interpreter):
+            candidates[os.path.normpath(os.path.dirname(os.path.dirname(interpreter)))] = None
+    names, findings = [], []
+    real = os.path.realpath(path)
+    for candidate in candidates:
+        if os.path.realpath(candidate) == real:
+            names.append(candidate)
+        elif not os.path.exists(os.path.join(candidate, CONFIG)) and os.path.exists(
+            os.path.join(candidate, "bin")
+        ):
+            continue  # a plain interpreter such as /usr/bin/python: not an environment's name
+        elif len([part for part in candidate.split("/") if part]) >= relocate.MIN_COMPONENTS:
+            names.append(candidate)
+            findings.append(
+                Finding(
+                    candidate,
+                    "copied",
+                    "scripts name this path: the environment was moved or copied from there;"
+                    " they are rewritten too",
+                    "warning",
+                )
+            )
+    return names, findings

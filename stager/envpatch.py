@@ -1,0 +1,155 @@
+"""Changes of environment variables as data, rendered last."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+SEARCH_PATHS = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "MANPATH", "PKG_CONFIG_PATH")
+"""Variables that hold lists of directories and may name the original environment."""
+
+_FILES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "JUPYTER_PATH")
+_INHERITED = re.compile(
+    r"CONDA_(?!ENVS_|PKGS_)|_CE_|VIRTUAL_ENV|PYTHONHOME\Z|__PYVENV_LAUNCHER__\Z"
+)
+
+
+@dataclass(frozen=True)
+class EnvPatch:
+    """What activation does to the environment.
+
+    Attributes:
+        set: variables to set.
+        unset: variables to remove.
+        prepend: directories to put first in list variables, in order.
+    """
+
+    set: Mapping[str, str] = field(default_factory=dict)
+    unset: tuple[str, ...] = ()
+    prepend: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def at(self, prefix: str) -> EnvPatch:
+        """Fill in ``{prefix}``."""
+        return EnvPatch(
+            {key: value.replace("{prefix}", prefix) for key, value in self.set.items()},
+            self.unset,
+            {
+                key: tuple(item.replace("{prefix}", prefix) for item in items)
+                for key, items in self.prepend.items()
+            },
+        )
+
+    def apply(
+        self, environ: Mapping[str, str], origins: Mapping[str, str] | None = None
+    ) -> dict[str, str]:
+        """Compute the environment after activation.
+
+        An activation that is inherited, be it of this environment's original or of another one, is
+        taken back first: its directories leave PATH, its variables go.
+
+        Args:
+            environ: the environment before.
+            origins: original prefixes and where each is now; other variables that name them follow.
+        """
+        origins = origins or {}
+        after = {key: value for key, value in environ.items() if not _INHERITED.match(key)}
+        leaving = [f"{prefix}/" for prefix in origins]
+        for variable in ("VIRTUAL_ENV", "CONDA_PREFIX", "STAGER_PREFIX"):
+            if environ.get(variable, "").startswith("/"):
+                leaving.append(environ[variable].rstrip("/") + "/")
+        for variable in SEARCH_PATHS:
+            if variable not in after:
+                continue
+            items = after[variable].split(":")
+            if variable == "PATH":
+                kept = [item for item in items if not (item + "/").startswith(tuple(leaving))]
+            else:
+                kept = [_follow(item, origins) for item in items]
+            after[variable] = ":".join(kept)
+        for variable in _FILES:
+            if variable in after:
+                after[variable] = _follow(after[variable], origins)
+        for variable in self.unset:
+            after.pop(variable, None)
+        after.update(self.set)
+        for variable, first in self.prepend.items():
+            rest = [
+                item for item in after.get(variable, "").split(":") if item and item not in first
+            ]
+            after[variable] = ":".join([*first, *rest])
+        return after
+
+    def to_json(self) -> dict[str, Any]:
+        """The patch as a JSON value."""
+        return {
+            "set": dict(self.set),
+            "unset": list(self.unset),
+            "prepend": {key: list(items) for key, items in self.prepend.items()},
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> EnvPatch:
+        """The inverse of :meth:`to_json`."""
+        prepend = {key: tuple(items) for key, items in value.get("prepend", {}).items()}
+        return cls(dict(value.get("set", {})), tuple(value.get("unset", ())), prepend)
+
+
+def _follow(path: str, origins: Mapping[str, str]) -> str:
+    for old, new in origins.items():
+        if path == old or path.startswith(old + "/"):
+            return new + path[len(old) :]
+    return path
+
+
+def changes(
+    before: Mapping[str, str], after: Mapping[str, str]
+) -> tuple[dict[str, str], list[str]]:
+    """The variables to set and to unset to come from one environment to the other."""
+    changed = {key: value for key, value in sorted(after.items()) if before.get(key) != value}
+    return changed, sorted(key for key in before if key not in after)
+
+
+def _quote(text: str) -> str:
+    return "'" + text.replace("'", "'\\''") + "'"
+
+
+def render_sh(changed: Mapping[str, str], unset: Iterable[str]) -> str:
+    """Commands for sh, dash, bash, ksh and zsh."""
+    lines = [f"unset {name}" for name in unset]
+    lines += [f"export {name}={_quote(value)}" for name, value in changed.items()]
+    return "\n".join([*lines, "hash -r 2>/dev/null || true"]) + "\n"
+
+
+def render_csh(changed: Mapping[str, str], unset: Iterable[str]) -> str:
+    """Commands for csh and tcsh, on one line each; ``eval`` there joins lines with spaces."""
+    lines = [f"unsetenv {name};" for name in unset]
+    for name, value in changed.items():
+        quoted = _quote(value).replace("!", "'\\!'")
+        lines.append(f"setenv {name} {quoted};")
+    return "\n".join([*lines, "rehash;"]) + "\n"
+
+
+def render_fish(changed: Mapping[str, str], unset: Iterable[str]) -> str:
+    """Commands for fish."""
+
+    def quote(text: str) -> str:
+        return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+    lines = [f"set -e {name};" for name in unset]
+    for name, value in changed.items():
+        values = value.split(":") if name == "PATH" else [value]
+        lines.append(f"set -gx {name} {' '.join(quote(item) for item in values)};")
+    return "\n".join(lines) + "\n"
+
+
+def render_json(changed: Mapping[str, str], unset: Iterable[str]) -> str:
+    """A JSON object: a string for each variable to set, null for each to unset."""
+    value: dict[str, str | None] = dict.fromkeys(unset)
+    value.update(changed)
+    return json.dumps(value, sort_keys=True) + "\n"
+
+
+RENDERERS = {"sh": render_sh, "csh": render_csh, "fish": render_fish, "json": render_json}

@@ -1,0 +1,84 @@
+"""What can go wrong, whose fault it is, and what to do next.
+
+Every error a user can cause or meet is a :class:`StagerError`. It carries an exit code (the
+documented ones, see ``docs/exit-codes.md``), a *blame* that alone decides what a scheduler hook
+exits with, and a hint that says what to do next.
+"""
+
+from __future__ import annotations
+
+JOB = "job"
+"""The user's reference, environment or options."""
+SITE = "site"
+"""Configuration, the repository, a timeout, or a bug of ours."""
+NODE = "node"
+"""This node's own disk: the only blame that may ever drain a node, and only if a site opts in."""
+
+
+class StagerError(Exception):
+    """An error with a place in the interface.
+
+    Args:
+        message: what happened, in one sentence without a final full stop.
+        hint: what to do next; printed on a line of its own.
+        blame: whose fault it is: :data:`JOB`, :data:`SITE` or :data:`NODE`.
+    """
+
+    exit_code = 1
+    blame = SITE
+
+    def __init__(self, message: str, *, hint: str | None = None, blame: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        if blame is not None:
+            self.blame = blame
+
+
+class UsageError(StagerError):
+    """The command line, a reference or a configuration value is not what it should be."""
+
+    exit_code = 2
+    blame = JOB
+
+
+class NotFoundError(StagerError):
+    """No such environment, reference or repository."""
+
+    exit_code = 10
+    blame = JOB
+
+
+class BusyError(StagerError):
+    """Somebody else holds it, or a time limit ran out."""
+
+    exit_code = 11
+    blame = SITE
+
+
+class IntegrityError(StagerError):
+    """Bytes are not what they were: truncated, altered, hostile, or changed while being read."""
+
+    exit_code = 12
+    blame = JOB
+
+
+class NoSpaceError(StagerError):
+    """No bytes or no inodes left where something had to be written."""
+
+    exit_code = 13
+    blame = SITE
+
+
+class DeniedError(StagerError):
+    """Permission, ownership or modes forbid it."""
+
+    exit_code = 14
+    blame = JOB
+
+
+class IncompatibleError(StagerError):
+    """The environment cannot run here: architecture, C library, base Python, mount options."""
+
+    exit_code = 15
+    blame = JOB

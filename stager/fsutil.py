@@ -1,0 +1,217 @@
+"""File system steps that must be right once: atomic files, locks, owned directories, removal."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+import time
+from collections.abc import Iterator
+from typing import Callable
+
+from stager.errors import BusyError, DeniedError, NoSpaceError, StagerError
+
+_CREATED_SUFFIX = ".new"
+
+
+def explain(error: OSError, doing: str, *, blame: str | None = None) -> StagerError:
+    """Turn an :class:`OSError` into the error a user reads.
+
+    Args:
+        error: what the system said.
+        doing: what we were doing, as in "cannot <doing>".
+        blame: whose fault it is, where the caller knows better than the default.
+    """
+    where = f" ({error.filename})" if isinstance(error.filename, str) else ""
+    message = f"cannot {doing}: {error.strerror or error}{where}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpaceError(
+            message,
+            hint="free some space there (`stager collect` for the store, `stager remove` for the"
+            " repository), or choose another place with --store or the key `repository`",
+            blame=blame,
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return DeniedError(
+            message,
+            hint="check the owner and modes of that path, or choose another place",
+            blame=blame,
+        )
+    return StagerError(message, blame=blame)
+
+
+def write_atomic(path: str, data: bytes, *, mode: int = 0o666, durable: bool = True) -> None:
+    """Write a file so that readers see the old content or the new, never half.
+
+    Args:
+        path: the file; a temporary one is made beside it and renamed.
+        data: the whole content.
+        mode: permission bits before the umask.
+        durable: fsync the file and its directory, so that it survives a crash of the machine.
+    """
+    temporary = f"{path}.{os.getpid()}{_CREATED_SUFFIX}"
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        with open(fd, "wb") as file:
+            file.write(data)
+            if durable:
+                file.flush()
+                os.fsync(fd)
+        os.rename(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    if durable:
+        sync_directory(os.path.dirname(path))
+
+
+def sync_directory(path: str) -> None:
+    """Make a rename in the directory durable; file systems that cannot are left alone."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(fd)
+
+
+def replace_link(target: str, path: str) -> None:
+    """Point the symbolic link ``path`` at ``target``, atomically."""
+    temporary = f"{path}.{os.getpid()}{_CREATED_SUFFIX}"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)
+    os.symlink(target, temporary)
+    os.rename(temporary, path)
+
+
+def own_directory(path: str, what: str) -> None:
+    """Make ``path`` a private directory of ours, or refuse it.
+
+    A predictable path under a world-writable directory is an invitation: another user may have
+    made it first, or a link to somewhere else. Neither is ever used.
+
+    Raises:
+        DeniedError: it is a link, belongs to somebody else, or others may enter it.
+    """
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        pass
+    except FileNotFoundError:
+        # A configured parent such as /local/stager: made like mkdir -p, private where we make it.
+        own_directory(os.path.dirname(path), what)
+        os.mkdir(path, 0o700)
+    info = os.lstat(path)
+    hint = "remove it, or choose another place with --store or STAGER_STORE"
+    if stat.S_ISLNK(info.st_mode):
+        raise DeniedError(f"the {what} {path} is a symbolic link", hint=hint)
+    if not stat.S_ISDIR(info.st_mode):
+        raise DeniedError(f"the {what} {path} is not a directory", hint=hint)
+    if info.st_uid != os.geteuid():
+        raise DeniedError(
+            f"the {what} {path} belongs to uid {info.st_uid}, not to you (uid {os.geteuid()})",
+            hint=hint,
+        )
+    if info.st_mode & 0o077:
+        raise DeniedError(
+            f"the {what} {path} is open to others (mode {stat.S_IMODE(info.st_mode):04o})",
+            hint=f"chmod 700 {path}, if nobody else could have changed what is in it",
+        )
+
+
+@contextlib.contextmanager
+def locked(
+    path: str,
+    *,
+    timeout: float,
+    waiting: Callable[[float], None] | None = None,
+    shared: bool = False,
+) -> Iterator[None]:
+    """Hold an flock on ``path``, which is created and never removed.
+
+    The kernel drops the lock when the holder dies, however it dies, so a waiter takes over from a
+    killed producer without any clean-up protocol.
+
+    Args:
+        path: the lock file.
+        timeout: seconds to wait at most.
+        waiting: called about five times a second with the seconds waited so far.
+        shared: a reader's lock instead of a writer's.
+
+    Raises:
+        BusyError: somebody else still held it when the time was over.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        started = time.monotonic()
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        while True:
+            try:
+                fcntl.flock(fd, kind | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    raise
+            waited = time.monotonic() - started
+            if waited >= timeout:
+                raise BusyError(
+                    f"somebody else has held {path} for more than {timeout:.0f} s",
+                    hint="another stager is at work on the same environment; try again, or raise"
+                    " the time limit (`stage.timeout`)",
+                )
+            if waiting is not None:
+                waiting(waited)
+            time.sleep(min(0.2, 0.01 + waited / 4))
+        yield
+    finally:
+        os.close(fd)
+
+
+def remove_tree(path: str) -> None:
+    """Remove a directory tree, never leaving its file system and never following a link.
+
+    Mount points below are left alone with everything above them, and the error names the first.
+
+    Raises:
+        OSError: something could not be removed.
+    """
+    try:
+        parent = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        name = os.path.basename(path)
+        try:
+            info = os.stat(name, dir_fd=parent, follow_symlinks=False)
+        except FileNotFoundError:
+            return
+        _remove_at(parent, name, info)
+    finally:
+        os.close(parent)
+
+
+def _remove_at(parent: int, name: str, info: os.stat_result) -> None:
+    if not stat.S_ISDIR(info.st_mode):
+        os.unlink(name, dir_fd=parent)
+        return
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(name, flags, dir_fd=parent)
+    try:
+        opened = os.fstat(fd)
+        if opened.st_dev != os.fstat(parent).st_dev:
+            raise OSError(errno.EBUSY, "something is mounted there", name)
+        if opened.st_mode & 0o300 != 0o300:
+            os.fchmod(fd, 0o700)
+        with os.scandir(fd) as entries:
+            children = [(entry.name, entry.stat(follow_symlinks=False)) for entry in entries]
+        for child, child_info in children:
+            with contextlib.suppress(FileNotFoundError):
+                _remove_at(fd, child, child_info)
+    finally:
+        os.close(fd)
+    os.rmdir(name, dir_fd=parent)

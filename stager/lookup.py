@@ -1,0 +1,96 @@
+"""From what the user typed, or did not type, to a published environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from stager import freshness, pack, ref
+from stager.config import Config
+from stager.errors import NotFoundError, UsageError
+from stager.ref import Ref
+from stager.repository import Published, Repository
+
+
+def repositories(config: Config) -> list[Repository]:
+    """The user's repository, then the site's."""
+    return [Repository(path) for path in (config["repository"], *config["repositories"])]
+
+
+def wanted(text: str | None, environ: Mapping[str, str]) -> Ref:
+    """The ref to use: what is given, else ``STAGER_ENV``, else the environment that is active.
+
+    Raises:
+        UsageError: nothing says which.
+    """
+    if text:
+        return ref.parse(text)
+    if environ.get("STAGER_ENV"):
+        return ref.parse(environ["STAGER_ENV"])
+    if environ.get("VIRTUAL_ENV"):
+        return Ref(path=os.path.abspath(environ["VIRTUAL_ENV"]))
+    if os.path.exists("./.venv/pyvenv.cfg"):
+        return Ref(path=os.path.abspath(".venv"))
+    raise UsageError(
+        "no environment is named and none is active",
+        hint="name one (--env NAME), set STAGER_ENV, or activate a virtual environment",
+    )
+
+
+def find(wish: Ref, config: Config) -> Published:
+    """Find a published environment.
+
+    Raises:
+        NotFoundError: no repository has it.
+    """
+    for repository in repositories(config):
+        published = repository.find(wish)
+        if published is not None:
+            return published
+    known = sorted({name for repository in repositories(config) for name in repository.names()})
+    import difflib
+
+    near = difflib.get_close_matches(wish.name, known, n=1) if wish.name else []
+    if near:
+        hint = f"did you mean `{near[0]}`?"
+    elif wish.path and os.path.isdir(wish.path):
+        hint = f"pack it first: stager pack {wish.path}"
+    else:
+        hint = "`stager list` shows what is published; `stager pack` publishes"
+    raise NotFoundError(f"environment `{wish}` is not published", hint=hint)
+
+
+def fresh(
+    wish: Ref, config: Config, *, progress: pack.Progress | None = None
+) -> tuple[Published, list[str]]:
+    """Find an environment and see to it that it is up to date, by the policy ``stage.on_stale``.
+
+    A path that was never packed is packed now, where the policy is to pack.
+
+    Returns:
+        The environment, and the paths that changed since it was packed: empty where it is up to
+        date or was packed again.
+
+    Raises:
+        NotFoundError: no repository has it.
+        StagerError: packing it again failed.
+    """
+    policy = config["stage.on_stale"]
+    try:
+        published = find(wish, config)
+    except NotFoundError:
+        if not (wish.path and policy == "repack" and os.path.isdir(wish.path)):
+            raise
+        result = pack.pack(wish.path, config, progress=progress)
+        assert result.published is not None
+        return result.published, []
+    changes = [] if wish.digest else freshness.changed(published.manifest)
+    own = published.repository.root == config["repository"]
+    if not (changes and policy == "repack" and own):
+        return published, changes
+    manifest = published.manifest
+    for key, value in manifest.options.items():
+        config.values[key] = tuple(value) if isinstance(value, list) else value
+    result = pack.pack(manifest.origin, config, name=manifest.name, progress=progress)
+    assert result.published is not None
+    return result.published, []

@@ -1,0 +1,228 @@
+"""The manifest: what a packed environment is, as a value and as canonical JSON.
+
+The format is specified in ``docs/formats/manifest.md``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from stager.errors import IncompatibleError, IntegrityError
+
+SCHEMA = 1
+"""Version of the manifest format; a reader refuses a newer one."""
+
+
+@dataclass(frozen=True)
+class Image:
+    """A packed layer's one file.
+
+    Attributes:
+        digest: hex sha256 of its bytes, which is also its name in a repository.
+        format: ``squashfs`` or ``tar.zst``.
+        size: its length in bytes.
+    """
+
+    digest: str
+    format: str
+    size: int
+
+    @property
+    def filename(self) -> str:
+        """The name of the file in a repository or store."""
+        return f"{self.digest}.{self.format}"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One tree that is packed and staged as a unit.
+
+    Attributes:
+        id: 16 hex digits over what was packed and how; the same environment gives the same id.
+        role: ``env`` or ``base``.
+        origin: the prefix it was packed from.
+        destination: the absolute prefix its files were rewritten for.
+        image: the packed bytes.
+        files: number of entries.
+        size: bytes of all regular files, unpacked.
+    """
+
+    id: str
+    role: str
+    origin: str
+    destination: str
+    image: Image
+    files: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Python:
+    """The interpreter an environment runs.
+
+    Attributes:
+        executable: path relative to the environment's prefix, such as ``bin/python``.
+        version: ``X.Y.Z``.
+        tag: the bytecode tag, such as ``cpython-311``.
+        base: absolute path of the base interpreter: on the node's own disk, or in the base layer's
+            destination.
+    """
+
+    executable: str
+    version: str
+    tag: str
+    base: str
+
+
+@dataclass(frozen=True)
+class Platform:
+    """What a node must offer: machine, and the lowest glibc that the packed binaries name."""
+
+    machine: str
+    glibc: str
+
+
+@dataclass(frozen=True)
+class Watch:
+    """A path of the origin, and what it looked like when the environment was packed.
+
+    Attributes:
+        path: absolute path.
+        mark: modification time and a summary of the content, see :mod:`stager.freshness`; empty
+            where the path did not exist.
+        tree: look at everything below it, as for editable sources.
+    """
+
+    path: str
+    mark: str
+    tree: bool = False
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something the user should know about one path: what will not move, was left out, or changed.
+
+    Attributes:
+        path: path inside the layer, or absolute where it lies outside.
+        code: a word to filter by, see ``docs/relocation.md``.
+        reason: one sentence.
+        severity: ``note``, ``warning`` or ``error`` (errors refuse the pack).
+    """
+
+    path: str
+    code: str
+    reason: str
+    severity: str = "note"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A published environment: its layers from the bottom up, and what activation needs."""
+
+    name: str
+    kind: str
+    origin: str
+    spellings: tuple[str, ...]
+    layers: tuple[Layer, ...]
+    python: Python
+    platform: Platform
+    activation: Mapping[str, Any]
+    watches: tuple[Watch, ...]
+    modules: tuple[str, ...]
+    options: Mapping[str, Any]
+    packed: str
+    packer: str
+    schema: int = SCHEMA
+    findings: tuple[Finding, ...] = field(default=())
+
+    @property
+    def top(self) -> Layer:
+        """The environment's own layer."""
+        return self.layers[-1]
+
+    @property
+    def prefix(self) -> str:
+        """The prefix everything was rewritten for."""
+        return self.top.destination
+
+    @property
+    def local_base(self) -> str:
+        """The base interpreter where it is the node's own, or empty where it is packed."""
+        packed = any(self.python.base.startswith(f"{one.destination}/") for one in self.layers)
+        return "" if packed else self.python.base
+
+    def encode(self) -> bytes:
+        """Canonical JSON: sorted keys, no spaces, ASCII, one final newline."""
+        return canonical(asdict(self))
+
+
+def canonical(value: object) -> bytes:
+    """Encode a JSON value canonically, so that equal values have equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+
+
+def digest(data: bytes) -> str:
+    """The hex sha256 that names these bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def decode(data: bytes, where: str) -> Manifest:
+    """Read a manifest.
+
+    Args:
+        data: its bytes.
+        where: the path they came from, for messages.
+
+    Raises:
+        IntegrityError: it is not a manifest, or damaged.
+        IncompatibleError: it was written by a newer stager.
+    """
+    try:
+        value = json.loads(data)
+        schema = value["schema"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise IntegrityError(
+            f"the manifest {where} is damaged", hint="pack the environment again"
+        ) from error
+    if not isinstance(schema, int) or schema > SCHEMA:
+        raise IncompatibleError(
+            f"the manifest {where} has format {schema!r}; this stager reads up to {SCHEMA}",
+            hint="use a newer stager here, or pack the environment again with this one",
+        )
+    try:
+        return Manifest(
+            **{
+                **value,
+                "spellings": tuple(value["spellings"]),
+                "modules": tuple(value["modules"]),
+                "layers": tuple(_layer(item) for item in value["layers"]),
+                "python": Python(**value["python"]),
+                "platform": Platform(**value["platform"]),
+                "watches": tuple(Watch(**item) for item in value["watches"]),
+                "findings": tuple(Finding(**item) for item in value["findings"]),
+            }
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise IntegrityError(
+            f"the manifest {where} is damaged: {error}", hint="pack the environment again"
+        ) from error
+
+
+def _layer(item: Mapping[str, Any]) -> Layer:
+    layer = Layer(**{**item, "image": Image(**item["image"])})
+    # These become path components on a node: nothing but what pack writes is believed.
+    if not (_is_hex(layer.id, 16) and _is_hex(layer.image.digest, 64)):
+        raise ValueError("a layer's id or digest is malformed")
+    if layer.image.format not in ("squashfs", "tar.zst"):
+        raise ValueError(f"unknown image format {layer.image.format!r}")
+    if not layer.destination.startswith("/") or "\0" in layer.destination:
+        raise ValueError("a layer's destination is not an absolute path")
+    return layer
+
+
+def _is_hex(text: object, length: int) -> bool:
+    return isinstance(text, str) and len(text) == length and not set(text) - set("0123456789abcdef")

@@ -1,0 +1,385 @@
+"""From a plan to the bytes of an image: read once, rewrite in flight, hand on in order."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import csv
+import hashlib
+import os
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol, Union
+
+from stager import bytecode, elf, relocate
+from stager.bytecode import Compiler
+from stager.errors import DeniedError, IntegrityError
+from stager.formats.tarstream import Member
+from stager.fsutil import explain
+from stager.manifest import Finding
+from stager.plan import Item, Place
+from stager.walk import Entry
+
+SMALL = 4 << 20
+"""Files up to this many bytes are read whole; larger ones pass through in pieces."""
+_CHUNK = 1 << 20
+_LARGEST_TEXT = 256 << 20
+_AHEAD_FILES = 256
+_AHEAD_BYTES = 64 << 20
+_READERS = 32
+
+Data = Union[bytes, Iterable[bytes]]
+
+
+class Sink(Protocol):
+    """Where members go: one image being written."""
+
+    def write_member(self, member: Member, data: Data = b"") -> None:
+        """Append one member; ``data`` has exactly ``member.size`` bytes."""
+
+
+@dataclass
+class Outcome:
+    """What writing a layer brought to light.
+
+    Attributes:
+        rewritten: files whose content changed, with base64 sha256 (unpadded) and size.
+        findings: what the user should know.
+        glibc: the highest version any binary asks for.
+        compiled: modules that got new bytecode.
+    """
+
+    rewritten: dict[str, tuple[str, int]] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    glibc: tuple[int, int] | None = None
+    compiled: int = 0
+    files: int = 0
+    bytes: int = 0
+
+
+class Producer:
+    """Turns the items of one layer into members.
+
+    Args:
+        place: where the layer comes from and goes to.
+        spellings: every path the layer's root is known by.
+        magic: magic number of the interpreter's bytecode.
+        compiler: compiles sources without valid bytecode.
+    """
+
+    def __init__(
+        self, place: Place, spellings: tuple[str, ...], magic: bytes, compiler: Compiler
+    ) -> None:
+        self.outcome = Outcome()
+        self._place = place
+        self._spellings = spellings
+        self._magic = magic
+        self._compiler = compiler
+        self._lock = threading.Lock()
+
+    def write(self, items: Iterable[Item], sink: Sink, *, slow: bool) -> Iterator[Item]:
+        """Write every item, yielding it when it is written.
+
+        Args:
+            items: the plan.
+            sink: the image.
+            slow: the files lie on a network file system: read many at once.
+
+        Raises:
+            IntegrityError: a file changed since the tree was walked.
+            DeniedError: a file cannot be read.
+        """
+        for item, produced in self._produced(items, slow):
+            for member, data in produced:
+                sink.write_member(member, data)
+                self.outcome.files += 1
+                self.outcome.bytes += member.size
+            yield item
+
+    def _produced(
+        self, items: Iterable[Item], slow: bool
+    ) -> Iterator[tuple[Item, list[tuple[Member, Data]]]]:
+        # On a local disk, compiling is all that can overlap; one thread for each worker process.
+        workers = _READERS if slow else self._compiler.workers
+        with ThreadPoolExecutor(workers) as pool:
+            ahead: deque[tuple[Item, Future[list[tuple[Member, Data]]] | None]] = deque()
+            held = 0
+            try:
+                for item in items:
+                    # RECORD depends on every file before it; large files are streamed, not held.
+                    alone = item.kind == "record" or (item.entry and item.entry.size > SMALL)
+                    threaded = not alone and (slow or (item.tag and item.pyc is None))
+                    ahead.append((item, pool.submit(self._members, item) if threaded else None))
+                    held += _held(item)
+                    while ahead and (
+                        ahead[0][1] is None or len(ahead) > _AHEAD_FILES or held > _AHEAD_BYTES
+                    ):
+                        held -= _held(ahead[0][0])
+                        yield self._finish(*ahead.popleft())
+                while ahead:
+                    yield self._finish(*ahead.popleft())
+            finally:
+                for _, future in ahead:
+                    if future is not None:
+                        future.cancel()
+
+    def _finish(
+        self, item: Item, future: Future[list[tuple[Member, Data]]] | None
+    ) -> tuple[Item, list[tuple[Member, Data]]]:
+        return item, future.result() if future is not None else self._members(item)
+
+    def _members(self, item: Item) -> list[tuple[Member, Data]]:
+        if item.kind in ("dir", "symlink"):
+            return [(Member(item.path, item.kind, item.mode, item.mtime, 0, item.target), b"")]
+        entry = item.entry
+        assert entry is not None
+        if entry.size > SMALL:
+            return [self._large(item, entry)]
+        data = read(entry)
+        content = self._content(item, data)
+        members: list[tuple[Member, Data]] = [(_file(item, content), content)]
+        if item.tag:
+            members += self._bytecode(item, content, rewritten=content is not data)
+        return members
+
+    # -- bytecode ---------------------------------------------------------------------------
+
+    def _bytecode(
+        self, item: Item, source: bytes, *, rewritten: bool
+    ) -> Iterator[tuple[Member, Data]]:
+        entry = item.entry
+        assert entry is not None
+        path = bytecode.cached(item.path, item.tag)
+        new_name = f"{self._place.destination}/{item.path}"
+        pyc = read(item.pyc) if item.pyc is not None and not rewritten else b""
+        if bytecode.is_valid(pyc, self._magic, item.mtime, len(source)):
+            if self._place.relocation.touches(pyc):
+                for old_name in self._old_names(item.path, entry.source):
+                    pyc = bytecode.move(pyc, old_name, new_name)
+                self._leftover(path, pyc, "a constant in bytecode names the original place")
+        else:
+            compiled = self._compiler.compile(source, new_name)
+            if compiled is None:
+                return
+            pyc = compiled
+            with self._lock:
+                self.outcome.compiled += 1
+        mode = item.mode & 0o644
+        yield Member(path, "file", mode, item.mtime, len(pyc), ""), pyc
+
+    def _old_names(self, path: str, source: str) -> Iterator[str]:
+        yield source
+        for spelling in self._spellings:
+            yield f"{spelling}/{path}"
+
+    # -- contents ---------------------------------------------------------------------------
+
+    def _content(self, item: Item, data: bytes) -> bytes:
+        path = item.path
+        if path == "pyvenv.cfg":
+            interpreter = self._place.interpreter
+            values = {"home": os.path.dirname(interpreter), "executable": interpreter}
+            content = self._place.relocation.text(relocate.rewrite_config(data, values))
+        elif path.endswith((".pth", ".egg-link")) and self._in_python_directory(path):
+            content = relocate.rewrite_paths(
+                data, os.path.dirname(self._original(path)), self._place.relocation
+            )
+        elif item.kind == "record":
+            content = self._record(path, self._place.relocation.text(data))
+        elif data[:4] == b"\x7fELF":
+            content = self._binary(path, data)
+        elif not self._place.relocation.touches(data):
+            return data
+        elif path.endswith(".pyc"):
+            # A module without source; its name is all that can be moved.
+            content = data
+            for old in self._old_names(path[: -len("c")], self._original(path[: -len("c")])):
+                content = bytecode.move(content, old, f"{self._place.destination}/{path[:-1]}")
+            self._leftover(path, content, "bytecode without source")
+        elif relocate.is_binary(data):
+            content = data
+            self._leftover(path, data, "a binary file")
+        else:
+            content = self._place.relocation.text(data)
+        if content == data:
+            return data
+        checksum = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=")
+        with self._lock:
+            self.outcome.rewritten[path] = (checksum.decode(), len(content))
+        return content
+
+    def _original(self, path: str) -> str:
+        return f"{self._place.root}/{path}"
+
+    def _in_python_directory(self, path: str) -> bool:
+        return any(path.startswith(f"{one}/") for one in self._place.python_directories)
+
+    def _binary(self, path: str, data: bytes) -> bytes:
+        info = self._inspect(path, lambda offset, length: data[offset : offset + length])
+        if info is not None and info.runpath:
+            runpath = self._new_runpath(path, info)
+            if runpath is not None:
+                replaced = elf.replace_runpath(data, info, runpath)
+                if replaced is None:
+                    self._find(
+                        path, "runpath", f"its library path {info.runpath} cannot be moved in place"
+                    )
+                else:
+                    data = replaced
+        if self._place.relocation.touches(data):
+            self._leftover(path, data, "a compiled file")
+        return data
+
+    def _new_runpath(self, path: str, info: elf.Elf) -> str | None:
+        new_directory = os.path.dirname(f"{self._place.destination}/{path}")
+        return elf.move_runpath(
+            info, self._place.relocation.path, new_directory, self._place.destination
+        )
+
+    def _inspect(self, path: str, read_at: elf.Read) -> elf.Elf | None:
+        try:
+            info = elf.inspect(read_at)
+        except elf.MalformedError as error:
+            self._find(path, "elf", f"a damaged ELF file: {error}", "note")
+            return None
+        if info is not None and info.glibc is not None:
+            with self._lock:
+                self.outcome.glibc = max(self.outcome.glibc or info.glibc, info.glibc)
+        return info
+
+    def _leftover(self, path: str, data: bytes, what: str) -> None:
+        if self._place.relocation.found(data):
+            self._find(path, "leftover", f"{what}: the original path in it is left", "note")
+
+    def _find(self, path: str, code: str, reason: str, severity: str = "warning") -> None:
+        with self._lock:
+            self.outcome.findings.append(Finding(path, code, reason, severity))
+
+    def _record(self, path: str, data: bytes) -> bytes:
+        """Bring the hashes and sizes of a RECORD up to date (PEP 376, PEP 627)."""
+        site = os.path.dirname(os.path.dirname(path))
+        lines = []
+        for line in data.decode("utf-8", "surrogateescape").splitlines(keepends=True):
+            name, *rest = next(csv.reader([line]), [""])
+            target = os.path.normpath(os.path.join(site, name))
+            new = self.outcome.rewritten.get(target)
+            if new is not None and rest and rest[0]:
+                quoted = f'"{name}"' if "," in name else name
+                lines.append(f"{quoted},sha256={new[0]},{new[1]}\n")
+            elif name.endswith(".pyc") and rest and rest[0]:
+                quoted = f'"{name}"' if "," in name else name
+                lines.append(f"{quoted},,\n")  # may have been moved or compiled; empty is allowed
+            else:
+                lines.append(line)
+        return "".join(lines).encode("utf-8", "surrogateescape")
+
+    # -- large files ------------------------------------------------------------------------
+
+    def _large(self, item: Item, entry: Entry) -> tuple[Member, Data]:
+        with _opened(entry) as fd:
+            head = os.pread(fd, _CHUNK, 0)
+            text = not relocate.is_binary(head) and entry.size <= _LARGEST_TEXT
+            info = self._inspect(item.path, elf.reader(fd))
+        if text or (info is not None and self._new_runpath(item.path, info) is not None):
+            content = self._content(item, read(entry))
+            return _file(item, content), content
+        return Member(item.path, "file", item.mode, item.mtime, entry.size, ""), self._pieces(
+            item, entry
+        )
+
+    def _pieces(self, item: Item, entry: Entry) -> Iterator[bytes]:
+        needles = self._place.relocation.needles
+        overlap = max(map(len, needles), default=1) + 1
+        tail, left = b"", False
+        with _opened(entry) as fd:
+            remaining = entry.size
+            while remaining:
+                piece = os.read(fd, min(_CHUNK, remaining))
+                if not piece:
+                    raise _changed(entry)
+                remaining -= len(piece)
+                if not left:
+                    left = any(needle in piece for needle in needles) or any(
+                        needle in tail + piece[:overlap] for needle in needles
+                    )
+                    tail = piece[-overlap:]
+                yield piece
+            _check(entry, os.fstat(fd))
+        if left:
+            self._find(
+                item.path,
+                "leftover",
+                "a large binary file: the original path in it is left",
+                "note",
+            )
+
+
+def _held(item: Item) -> int:
+    return item.entry.size if item.entry is not None and item.entry.size <= SMALL else 0
+
+
+def _file(item: Item, content: bytes) -> Member:
+    return Member(item.path, "file", item.mode, item.mtime, len(content), "")
+
+
+@contextlib.contextmanager
+def _opened(entry: Entry) -> Iterator[int]:
+    """Open an entry's file; one that changed since the walk is an error."""
+    try:
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        fd = os.open(entry.source, flags)
+    except PermissionError as error:
+        raise DeniedError(
+            f"cannot read {entry.source}: {error.strerror}",
+            hint="make it readable (chmod u+r), or leave it out with --exclude",
+        ) from error
+    except FileNotFoundError as error:
+        raise _changed(entry) from error
+    except OSError as error:
+        raise explain(error, f"read {entry.source}") from error
+    try:
+        _check(entry, os.fstat(fd))
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def read(entry: Entry) -> bytes:
+    """Read a file whole, making sure that it is what was found when the tree was walked.
+
+    Raises:
+        IntegrityError: it changed.
+        DeniedError: it cannot be read.
+    """
+    with _opened(entry) as fd:
+        data = os.read(fd, entry.size + 1) if entry.size < _CHUNK else _read_all(fd)
+        if len(data) != entry.size:
+            data += _read_all(fd)
+        _check(entry, os.fstat(fd))
+    if len(data) != entry.size:
+        raise _changed(entry)
+    return data
+
+
+def _read_all(fd: int) -> bytes:
+    pieces: list[bytes] = []
+    while True:
+        piece = os.read(fd, 1 << 24)
+        if not piece:
+            return b"".join(pieces)
+        pieces.append(piece)
+
+
+def _check(entry: Entry, info: os.stat_result) -> None:
+    if (info.st_size, info.st_mtime_ns, info.st_ino) != (entry.size, entry.mtime_ns, entry.inode):
+        raise _changed(entry)
+
+
+def _changed(entry: Entry) -> IntegrityError:
+    return IntegrityError(
+        f"{entry.source} changed while it was being packed",
+        hint="something is still installing into it; pack again when it has finished",
+    )

@@ -1,0 +1,148 @@
+"""The names users type, and where they may write them.
+
+Grammar (one parser for the command line, job comments, and PBS resources)::
+
+    ref       = name [ "@sha256:" hex ] | path
+    name      = [A-Za-z0-9][A-Za-z0-9._-]{0,127}
+    path      = "/..." | "./..." | "../..." | "~/..."
+    directive = "pyenv:" ref { "+" ref } [ "?" option { "&" option } ]
+
+A directive is one token of a job comment that other tools share: tokens are split at white space,
+commas and semicolons, and a JSON object with the key ``pyenv`` is accepted too. It is user input
+read by root: bounded in length, matched whole, never evaluated.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+
+from stager.errors import UsageError
+
+MAX_DIRECTIVE = 1024
+"""Bytes of a directive; Slurm's own limit for a comment is 1024 characters."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
+_PINNED = re.compile(r"(?P<name>[^@]+)@sha256:(?P<digest>[0-9a-f]{12,64})\Z")
+_TOKEN_SEPARATORS = re.compile(r"[\s,;]+")
+_PREFIX = "pyenv:"
+
+
+@dataclass(frozen=True)
+class Ref:
+    """One environment, by published name or by the path it was packed from.
+
+    Attributes:
+        name: the published name, or empty for a path.
+        path: the absolute path, or empty for a name.
+        digest: hex digits of the manifest's sha256 the name is pinned to (at least 12), or empty.
+    """
+
+    name: str = ""
+    path: str = ""
+    digest: str = ""
+
+    def __str__(self) -> str:
+        pinned = f"@sha256:{self.digest}" if self.digest else ""
+        return (self.path or self.name) + pinned
+
+
+@dataclass(frozen=True)
+class Directive:
+    """What a job asks for: the environments, and options such as ``strict``."""
+
+    refs: tuple[Ref, ...]
+    options: dict[str, str] = field(default_factory=dict)
+
+
+def is_name(text: str) -> bool:
+    """Tell whether ``text`` may be a published name."""
+    return bool(_NAME.match(text))
+
+
+def parse(text: str, *, cwd: str | None = None) -> Ref:
+    """Parse one ref.
+
+    Args:
+        text: what the user typed.
+        cwd: directory that relative paths start from; None is the current one.
+
+    Raises:
+        UsageError: it is neither a name nor a path.
+    """
+    if not text:
+        raise UsageError("the environment's name is empty", hint="see `stager list`")
+    if any(ord(char) < 32 or ord(char) == 127 for char in text):
+        raise UsageError(f"the environment's name has control characters: {text!r}")
+    if text.startswith(("/", "./", "../", "~")) or text in (".", ".."):
+        return Ref(path=os.path.abspath(os.path.join(cwd or os.getcwd(), os.path.expanduser(text))))
+    pinned = _PINNED.match(text)
+    name, digest = (pinned["name"], pinned["digest"]) if pinned else (text, "")
+    if is_name(name):
+        return Ref(name=name, digest=digest)
+    hint = "a name has letters, digits, '.', '_' and '-', and begins with a letter or digit"
+    if "/" in text:
+        hint = f"for a path, begin with '/', './' or '~/': ./{text}"
+    raise UsageError(f"{text!r} is not an environment's name", hint=hint)
+
+
+def parse_directive(text: str, *, cwd: str | None = None) -> Directive:
+    """Parse ``REF[+REF...][?option&option=value]``, the part after ``pyenv:``.
+
+    Raises:
+        UsageError: it is too long or malformed.
+    """
+    if len(text.encode(errors="surrogateescape")) > MAX_DIRECTIVE:
+        raise UsageError(f"the pyenv directive is longer than {MAX_DIRECTIVE} bytes")
+    names, _, query = text.partition("?")
+    refs = tuple(parse(part, cwd=cwd) for part in names.split("+"))
+    options: dict[str, str] = {}
+    for item in filter(None, query.split("&")):
+        key, _, value = item.partition("=")
+        if not re.match(r"[a-z][a-z_-]*\Z", key):
+            raise UsageError(
+                f"{item!r} is not an option of the pyenv directive",
+                hint="options look like ?strict or ?format=squashfs&timeout=5m",
+            )
+        options[key] = value
+    return Directive(refs, options)
+
+
+def find_directive(comment: str, *, cwd: str | None = None) -> Directive | None:
+    """Find the one ``pyenv:`` token of a job comment.
+
+    Returns:
+        The directive, or None where the comment has none.
+
+    Raises:
+        UsageError: the directive is malformed, or there are two.
+    """
+    if "pyenv" not in comment:
+        return None
+    stripped = comment.strip()
+    if stripped.startswith("{"):
+        return _from_json(stripped, cwd)
+    tokens = [token for token in _TOKEN_SEPARATORS.split(stripped) if token.startswith(_PREFIX)]
+    if not tokens:
+        return None
+    if len(tokens) > 1:
+        raise UsageError(
+            "the job's comment has more than one pyenv: directive",
+            hint="several environments together are written pyenv:base+extra",
+        )
+    return parse_directive(tokens[0][len(_PREFIX) :], cwd=cwd)
+
+
+def _from_json(text: str, cwd: str | None) -> Directive | None:
+    import json
+
+    try:
+        value = json.loads(text).get("pyenv")
+    except (ValueError, AttributeError, RecursionError):
+        return None  # somebody else's field, and not ours to judge
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise UsageError("the key pyenv of the job's JSON comment is not a string")
+    return parse_directive(value, cwd=cwd)

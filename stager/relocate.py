@@ -1,0 +1,179 @@
+"""Where old prefixes are baked into bytes, and their replacement. Pure: bytes in, bytes out.
+
+A prefix is replaced in every spelling it is known by, the longest first, and only where it stands
+as a path of its own: ``/x/env`` is found in ``/x/env/bin`` and ``-I/x/env``, not in ``/x/env2``
+or ``/mnt/x/env``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from urllib.parse import quote
+
+from stager.errors import UsageError
+
+# What may follow a prefix for it to be the whole of a path component: anything that cannot go on
+# a file name. A dot goes on a name unless it ends a sentence.
+_AFTER = rb"(?![A-Za-z0-9_+~%@\x80-\xff-]|\.[A-Za-z0-9_])"
+# What may come before: anything that cannot be the end of another path, besides compiler options
+# such as -I/x and the escapes \n, \t, \r and \0 of string literals.
+_BEFORE = rb"(?:(?<![A-Za-z0-9_.+~%\x80-\xff-])|(?<=-[A-Z])|(?<=\\[ntr0]))"
+
+MIN_COMPONENTS = 2
+"""A prefix such as ``/opt`` is too common a string to be replaced wherever it stands."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """One directory that lies elsewhere after packing.
+
+    Attributes:
+        old: absolute path as it may be spelled in files.
+        new: absolute path it will have.
+    """
+
+    old: str
+    new: str
+
+
+class Relocation:
+    """Every move of one layer, ready to be applied to paths and file contents.
+
+    Args:
+        moves: the moves; the same directory may appear in several spellings.
+
+    Raises:
+        UsageError: an old prefix is the root or a top-level directory.
+    """
+
+    def __init__(self, moves: Iterable[Move]) -> None:
+        self.moves = sorted(set(moves), key=lambda move: (-len(move.old), move.old))
+        table: dict[bytes, bytes] = {}
+        for move in self.moves:
+            if len([part for part in move.old.split("/") if part]) < MIN_COMPONENTS:
+                raise UsageError(
+                    f"an environment directly under / cannot be moved safely: {move.old}",
+                    hint="so short a path cannot be told from others; put it one level deeper",
+                )
+            for encode in (os.fsencode, _as_url, _as_json):
+                old, new = encode(move.old), encode(move.new)
+                table.setdefault(old, new)
+        self._table = table
+        ordered = sorted(table, key=len, reverse=True)
+        # One needle is enough for all that begin with it: scanning is the cost of packing.
+        self.needles = [
+            one
+            for one in ordered
+            if not any(one != other and one.startswith(other) for other in ordered)
+        ]
+        alternatives = b"|".join(re.escape(old) for old in ordered)
+        self._pattern = re.compile(_BEFORE + b"(?:" + alternatives + b")" + _AFTER)
+
+    def touches(self, data: bytes) -> bool:
+        """Tell quickly whether any old prefix may be in ``data``; False is certain."""
+        return any(data.find(needle) >= 0 for needle in self.needles)
+
+    def found(self, data: bytes) -> bool:
+        """Tell whether an old prefix stands in ``data`` as a path of its own."""
+        # The needles first: a plain search is ten times as fast as the pattern.
+        return self.touches(data) and self._pattern.search(data) is not None
+
+    def text(self, data: bytes) -> bytes:
+        """Replace every old prefix in a text."""
+        if not self.touches(data):
+            return data
+        return self._pattern.sub(lambda match: self._table[match.group()], data)
+
+    def path(self, path: str) -> str | None:
+        """The new place of an absolute path, or None where it does not move."""
+        for move in self.moves:
+            if path == move.old:
+                return move.new
+            if path.startswith(move.old + "/"):
+                return move.new + path[len(move.old) :]
+        return None
+
+
+def _as_url(path: str) -> bytes:
+    return quote(os.fsencode(path)).encode()
+
+
+def _as_json(path: str) -> bytes:
+    return json.dumps(path)[1:-1].encode(errors="surrogateescape")
+
+
+def is_binary(data: bytes) -> bool:
+    """Tell whether a file's content is binary; text in this sense has no NUL byte."""
+    return b"\0" in data
+
+
+def rewrite_config(data: bytes, values: dict[str, str]) -> bytes:
+    """Set keys of a ``pyvenv.cfg``, keeping every other line and their order.
+
+    A value may contain ``=``: only the first one on a line separates.
+    """
+    lines = []
+    for line in data.decode("utf-8", "surrogateescape").splitlines():
+        key = line.partition("=")[0].strip().lower()
+        lines.append(f"{key} = {values[key]}" if key in values and "=" in line else line)
+    return ("\n".join(lines) + "\n").encode("utf-8", "surrogateescape")
+
+
+def shebang(data: bytes) -> str:
+    """The interpreter a script names, through the trampolines that installers write, or empty.
+
+    Recognised: ``#!/path/python``, and ``#!/bin/sh`` followed by a line ``'''exec' path "$0" "$@"``
+    in the dialects of distlib and pip (bare or quoted) and conda (quoted).
+    """
+    if not data.startswith(b"#!"):
+        return ""
+    first, _, rest = data[:4096].partition(b"\n")
+    words = first[2:].split()
+    if not words:
+        return ""
+    if words[0] == b"/bin/sh" and rest.startswith(b"'''exec' "):
+        target = rest.partition(b"\n")[0][len(b"'''exec' ") :]
+        quoted = re.match(rb"\"([^\"]+)\"|'([^']+)'", target)
+        word = (quoted[1] or quoted[2]) if quoted else target.split(b" ")[0]
+        return os.fsdecode(word)
+    return os.fsdecode(words[0])
+
+
+def rewrite_paths(data: bytes, directory: str, relocation: Relocation) -> bytes:
+    """Rewrite the path lines of a ``.pth`` or ``.egg-link`` file.
+
+    A relative line is relative to the file's directory; one that leads out of what moves becomes
+    absolute, one that leads elsewhere inside is followed to its new place. Lines that begin with
+    ``import`` are code and treated as text.
+
+    Args:
+        data: the file.
+        directory: where the file lies now.
+        relocation: the moves.
+    """
+    lines = []
+    for line in data.decode("utf-8", "surrogateescape").splitlines(keepends=True):
+        text = line.strip()
+        if text.startswith(("import ", "import\t", "#")) or not text:
+            lines.append(relocation.text(os.fsencode(line)))
+            continue
+        absolute = os.path.normpath(os.path.join(directory, text))
+        moved = relocation.path(absolute)
+        inside = not text.startswith("/") and _common(relocation, directory, absolute)
+        if inside:
+            lines.append(os.fsencode(line))
+        else:
+            lines.append(os.fsencode(line.replace(text, moved or absolute)))
+    return b"".join(lines)
+
+
+def _common(relocation: Relocation, directory: str, target: str) -> bool:
+    """Tell whether two old paths move together, so that the way between them stays the same."""
+    for move in relocation.moves:
+        if f"{directory}/".startswith(f"{move.old}/"):
+            return f"{target}/".startswith(f"{move.old}/")
+    return False

@@ -1,0 +1,353 @@
+"""Published environments on shared storage. The format: ``docs/formats/repository.md``.
+
+::
+
+    refs/<name>              link to ../manifests/<digest>.json
+    origins/<hash>           the same link, by the path an environment was packed from
+    manifests/<digest>.json  manifests, by the sha256 of their bytes
+    layers/<id>.<format>     what packing a layer gave: JSON, so that it need not be done again
+    images/<digest>.<format> images, by the sha256 of their bytes
+    tmp/                     half-written files of packs at work
+
+Whatever is reached by a name was written whole, synced and then renamed into place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import stat
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from stager import fsutil, manifest
+from stager.errors import BusyError, DeniedError, IntegrityError, NotFoundError, StagerError
+from stager.manifest import Image, Manifest
+from stager.ref import Ref
+
+_ROOMS = ("refs", "origins", "manifests", "layers", "images", "tmp")
+_ABANDONED = 86400.0
+_MAX_MANIFEST = 64 << 20
+_FLOCK_MISSING = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A manifest that was found, its digest, and the repository it was found in."""
+
+    manifest: Manifest
+    digest: str
+    repository: Repository
+
+    @property
+    def ref(self) -> str:
+        """The ref that names exactly this manifest."""
+        return f"{self.manifest.name}@sha256:{self.digest}"
+
+
+class Repository:
+    """One repository.
+
+    Args:
+        root: its directory; it is made when something is published.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+
+    def _path(self, *parts: str) -> str:
+        return os.path.join(self.root, *parts)
+
+    def create(self) -> None:
+        """Make the directories, private, where they are missing.
+
+        Raises:
+            DeniedError: that is not allowed there.
+        """
+        try:
+            for room in ("", *_ROOMS):
+                path = self._path(room)
+                os.makedirs(path, 0o700, exist_ok=True)
+        except OSError as error:
+            raise fsutil.explain(error, f"make the repository {self.root}") from error
+        info = os.stat(self.root)
+        if info.st_uid not in (os.geteuid(), 0):
+            raise DeniedError(
+                f"the repository {self.root} belongs to uid {info.st_uid}",
+                hint="set the key `repository` to a directory of your own",
+            )
+
+    # -- reading ----------------------------------------------------------------------------
+
+    def find(self, ref: Ref) -> Published | None:
+        """Find what a ref names here; None where it names nothing.
+
+        Raises:
+            IntegrityError: its manifest is damaged.
+            DeniedError: it may not be read.
+        """
+        if ref.path:
+            return self._load(self._path("origins", _origin_key(ref.path)))
+        if not ref.digest:
+            return self._load(self._path("refs", ref.name))
+        matches = [
+            name
+            for name in self._listdir("manifests")
+            if name.startswith(ref.digest) and name.endswith(".json")
+        ]
+        if len(matches) > 1:
+            raise IntegrityError(f"{ref} is ambiguous here", hint="give more digits of the digest")
+        return self._load(self._path("manifests", matches[0])) if matches else None
+
+    def _load(self, path: str) -> Published | None:
+        try:
+            # One open of a link: the only operation on shared storage that a warm start needs.
+            with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise IntegrityError(f"{path} is not a file", hint="pack the environment again")
+                data = file.read(_MAX_MANIFEST)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise fsutil.explain(error, "read the manifest", blame="job") from error
+        return Published(manifest.decode(data, path), manifest.digest(data), self)
+
+    def image(self, image: Image) -> str:
+        """The path of an image."""
+        return self._path("images", image.filename)
+
+    def layer(self, layer_id: str, image_format: str) -> dict[str, Any] | None:
+        """What packing this layer gave before, or None."""
+        try:
+            with open(self._path("layers", f"{layer_id}.{image_format}"), "rb") as file:
+                value: dict[str, Any] = json.load(file)
+        except (OSError, ValueError):
+            return None
+        return value if os.path.exists(self._path("images", value["image"])) else None
+
+    def names(self) -> list[str]:
+        """Every published name, sorted."""
+        return sorted(name for name in self._listdir("refs") if not name.endswith(".new"))
+
+    def _listdir(self, room: str) -> list[str]:
+        try:
+            return os.listdir(self._path(room))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise fsutil.explain(error, "list the repository") from error
+
+    # -- writing ----------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def workspace(self) -> Iterator[str]:
+        """A directory for half-written files beside the published ones, removed at the end.
+
+        One that a killed pack has left is removed by the next: its lock is free.
+        """
+        self.create()
+        self._sweep()
+        with self._lock("packing", shared=True):
+            directory = tempfile.mkdtemp(prefix=f"{socket.gethostname()}-", dir=self._path("tmp"))
+            try:
+                with self._lock(os.path.join("tmp", os.path.basename(directory), "lock")):
+                    yield directory
+            finally:
+                shutil.rmtree(directory, ignore_errors=True)
+
+    def _sweep(self) -> None:
+        for name in self._listdir("tmp"):
+            directory = self._path("tmp", name)
+            with contextlib.suppress(OSError):
+                fd = os.open(os.path.join(directory, "lock"), os.O_RDWR | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(directory, ignore_errors=True)
+                except OSError as error:
+                    # Without working locks (some shared file systems) only age tells.
+                    if error.errno in _FLOCK_MISSING and _age(directory) > _ABANDONED:
+                        shutil.rmtree(directory, ignore_errors=True)
+                finally:
+                    os.close(fd)
+
+    def add_image(self, path: str, digest: str, image_format: str) -> Image:
+        """Move a finished image into place, by its digest.
+
+        Args:
+            path: the file, in this repository's :meth:`workspace`.
+            digest: hex sha256 of its bytes.
+            image_format: ``squashfs`` or ``tar.zst``.
+        """
+        image = Image(digest, image_format, os.path.getsize(path))
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(path, 0o666 & ~umask)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(path, self.image(image))
+        fsutil.sync_directory(self._path("images"))
+        return image
+
+    def add_layer(self, layer_id: str, image_format: str, record: dict[str, Any]) -> None:
+        """Remember what packing a layer gave."""
+        path = self._path("layers", f"{layer_id}.{image_format}")
+        fsutil.write_atomic(path, manifest.canonical(record))
+
+    def publish(self, value: Manifest, *, replace: bool) -> Published:
+        """Make a manifest reachable by its name and its origin.
+
+        Args:
+            value: the manifest; its images are in place.
+            replace: take the name over from an environment packed from elsewhere.
+
+        Raises:
+            StagerError: the name belongs to another environment, or an image went away meanwhile.
+        """
+        with self._lock("lock"):
+            if not replace:
+                self._check_name(value)
+            for layer in value.layers:
+                if not os.path.exists(self.image(layer.image)):
+                    raise StagerError(
+                        f"the image of {layer.origin} was removed while packing",
+                        hint="pack the environment again",
+                    )
+            data = value.encode()
+            digest = manifest.digest(data)
+            fsutil.write_atomic(self._path("manifests", f"{digest}.json"), data)
+            target = f"../manifests/{digest}.json"
+            fsutil.replace_link(target, self._path("origins", _origin_key(value.origin)))
+            fsutil.replace_link(target, self._path("refs", value.name))
+            fsutil.sync_directory(self._path("refs"))
+        return Published(value, digest, self)
+
+    def _check_name(self, value: Manifest) -> None:
+        with contextlib.suppress(IntegrityError):
+            known = self.find(Ref(name=value.name))
+            if known is not None and known.manifest.origin != value.origin:
+                raise StagerError(
+                    f"the name `{value.name}` already stands for {known.manifest.origin}",
+                    hint="choose another one with --name",
+                    blame="job",
+                )
+
+    def remove(self, ref: Ref) -> list[str]:
+        """Take a name back and remove whatever nothing else refers to.
+
+        Returns:
+            The images that were removed.
+
+        Raises:
+            NotFoundError: there is no such name.
+        """
+        with self._lock("lock"):
+            name = ref.name
+            if ref.path:
+                published = self.find(ref)
+                name = published.manifest.name if published else ""
+            path = self._path("refs", name)
+            if not name or not os.path.islink(path):
+                raise NotFoundError(
+                    f"`{ref}` is not published in {self.root}", hint="`stager list` shows what is"
+                )
+            target = os.readlink(path)
+            os.unlink(path)
+            for key in self._listdir("origins"):
+                origin = self._path("origins", key)
+                with contextlib.suppress(OSError):
+                    if os.readlink(origin) == target:
+                        os.unlink(origin)
+        return self.collect()
+
+    def collect(self) -> list[str]:
+        """Remove manifests no name leads to, and images no manifest names.
+
+        Nothing is removed while a pack is at work: it may be about to name what it found.
+
+        Returns:
+            The names of the images that were removed.
+        """
+        with self._lock("lock"):
+            try:
+                with self._lock("packing", timeout=0):
+                    return self._collect()
+            except BusyError:
+                return []
+
+    def _collect(self) -> list[str]:
+        kept: set[str] = set()
+        for room in ("refs", "origins"):
+            for name in self._listdir(room):
+                with contextlib.suppress(OSError):
+                    kept.add(os.path.basename(os.readlink(self._path(room, name))))
+        images: set[str] = set()
+        for name in self._listdir("manifests"):
+            path = self._path("manifests", name)
+            if name not in kept:
+                os.unlink(path)
+                continue
+            try:
+                published = self._load(path)
+            except StagerError:
+                return []  # what an unreadable manifest refers to is unknown: remove nothing
+            if published is not None:
+                images.update(layer.image.filename for layer in published.manifest.layers)
+        for name in self._listdir("layers"):
+            path = self._path("layers", name)
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                with open(path, "rb") as file:
+                    image = json.load(file)["image"]
+                if image not in images:
+                    os.unlink(path)
+        removed = []
+        for name in self._listdir("images"):
+            if name not in images:
+                with contextlib.suppress(OSError):
+                    os.unlink(self._path("images", name))
+                    removed.append(name)
+        return removed
+
+    @contextlib.contextmanager
+    def _lock(self, name: str, *, shared: bool = False, timeout: float = 60) -> Iterator[None]:
+        self.create()
+        held = False
+        try:
+            with fsutil.locked(self._path(name), timeout=timeout, shared=shared):
+                held = True
+                yield
+        except OSError as error:
+            if held or error.errno not in _FLOCK_MISSING:
+                raise
+            yield  # renames keep readers right even where locks do not work
+
+
+def _age(path: str) -> float:
+    return time.time() - os.stat(path).st_mtime
+
+
+def _origin_key(path: str) -> str:
+    real = os.path.realpath(path)
+    return hashlib.sha256(os.fsencode(real)).hexdigest()[:32]
+
+
+def stripe(directory: str) -> None:
+    """Spread new files of a directory over all Lustre servers, where ``lfs`` exists.
+
+    A file on one server is read by every node through that one: 280 s at 128 nodes instead of 10.
+    """
+    lfs = shutil.which("lfs")
+    if lfs is not None:
+        subprocess.run([lfs, "setstripe", "-c", "-1", directory], capture_output=True, check=False)

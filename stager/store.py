@@ -1,0 +1,261 @@
+"""The node-local side: images, trees, leases, locks. The only writer of a store.
+
+::
+
+    images/<layer id>        the copy of a squashfs image that is mounted, complete and verified
+    envs/<layer id>/         a mounted or extracted tree; its path is what was rewritten into it
+    ready/<layer id>         the stamp of a complete tree, written last; JSON
+    leases/<layer id>/<who>  claims that protect a tree from collection
+    locks/<layer id>         an flock for whoever makes, mounts or removes any of these
+    tmp/<layer id>/          work in progress
+
+The format is specified in ``docs/formats/store.md``. A store belongs to one user and is private,
+so that nobody can plant a tree that another one runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Callable
+
+from stager import fsutil
+from stager.errors import NODE, StagerError
+from stager.formats import squashfs
+
+FORMAT = 1
+_ROOMS = ("images", "envs", "ready", "leases", "locks", "tmp")
+_BOOT_ID = "/proc/sys/kernel/random/boot_id"
+
+MOUNTED, EXTRACTED = "mounted", "extracted"
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What makes a tree ready.
+
+    Attributes:
+        digest: of the image it was made from.
+        how: :data:`MOUNTED` or :data:`EXTRACTED`.
+        boot: the boot it was made in; after another one nothing is trusted unverified.
+        size: bytes it takes in the store.
+        format: version of the store's format.
+    """
+
+    digest: str
+    how: str
+    boot: str
+    size: int
+    format: int = FORMAT
+
+
+@dataclass(frozen=True)
+class Held:
+    """One tree in a store, for status and collection."""
+
+    id: str
+    stamp: Stamp | None
+    leases: tuple[str, ...]
+    used: float
+
+
+class Store:
+    """One user's store on this node.
+
+    Args:
+        root: its directory, made when missing.
+
+    Raises:
+        DeniedError: it belongs to somebody else, is a link, or is open to others.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        try:
+            fsutil.own_directory(root, "store")
+            for room in _ROOMS:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(os.path.join(root, room), 0o700)
+        except OSError as error:
+            raise fsutil.explain(error, f"make the store {root}", blame=NODE) from error
+
+    def tree(self, layer_id: str) -> str:
+        """Where a layer's tree is, or will be."""
+        return os.path.join(self.root, "envs", layer_id)
+
+    def image(self, layer_id: str) -> str:
+        """Where the copy of a layer's image is, or will be."""
+        return os.path.join(self.root, "images", layer_id)
+
+    # -- the warm path: no lock --------------------------------------------------------------
+
+    def ready(self, layer_id: str, digest: str) -> Stamp | None:
+        """The stamp of a tree that can be used now, or None.
+
+        A stamp of another boot or image does not count; neither does a mount whose server died,
+        or that another mount namespace holds.
+        """
+        stamp = self.stamp(layer_id)
+        if stamp is None or stamp.digest != digest or stamp.boot != boot_id():
+            return None
+        tree = self.tree(layer_id)
+        if stamp.how == MOUNTED:
+            return stamp if squashfs.is_mounted(tree) else None
+        return stamp if os.path.isdir(tree) else None
+
+    def stamp(self, layer_id: str) -> Stamp | None:
+        """The stamp as it is written, or None."""
+        try:
+            with open(os.path.join(self.root, "ready", layer_id), "rb") as file:
+                value = json.load(file)
+            return Stamp(**value) if value.get("format") == FORMAT else None
+        except (OSError, ValueError, TypeError, AttributeError):
+            return None
+
+    # -- making trees ------------------------------------------------------------------------
+
+    def lock(
+        self, layer_id: str, *, timeout: float, waiting: Callable[[float], None] | None = None
+    ) -> contextlib.AbstractContextManager[None]:
+        """Be the only one to make, mount or remove this tree."""
+        path = os.path.join(self.root, "locks", layer_id)
+        return fsutil.locked(path, timeout=timeout, waiting=waiting)
+
+    def withdraw(self, layer_id: str) -> None:
+        """Take the stamp away: from here on the tree is not taken for complete. Needs the lock."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(self.root, "ready", layer_id))
+
+    def clear(self, layer_id: str) -> None:
+        """Take away what is left of a tree: a dead mount, a half-made directory. Needs the lock."""
+        self.withdraw(layer_id)
+        tree = self.tree(layer_id)
+        for _ in range(8):  # mounts may lie on top of each other
+            if squashfs.is_dead(tree) or squashfs.is_mounted(tree):
+                squashfs.unmount(tree, force=True)
+        fsutil.remove_tree(tree)
+
+    def workspace(self, layer_id: str) -> str:
+        """A directory to make this tree or image in, cleared of earlier tries. Needs the lock."""
+        path = os.path.join(self.root, "tmp", layer_id)
+        fsutil.remove_tree(path)
+        os.mkdir(path, 0o700)
+        return path
+
+    def set_ready(self, layer_id: str, stamp: Stamp) -> None:
+        """Write the stamp: from here on the tree is taken for complete. Needs the lock."""
+        path = os.path.join(self.root, "ready", layer_id)
+        fsutil.write_atomic(path, json.dumps(asdict(stamp)).encode(), durable=False)
+
+    # -- leases ------------------------------------------------------------------------------
+
+    def lease(self, layer_id: str, holder: str) -> None:
+        """Claim a tree. Written before the tree is looked at, so that a collector sees it.
+
+        Args:
+            layer_id: the tree.
+            holder: who claims it, see :func:`stager.lease.holder`.
+        """
+        directory = os.path.join(self.root, "leases", layer_id)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(directory, 0o700)
+        fd = os.open(
+            os.path.join(directory, holder),
+            os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
+            0o600,
+        )
+        os.close(fd)
+        os.utime(directory)  # the time of last use, for collection
+
+    def leases(self, layer_id: str) -> tuple[str, ...]:
+        """Who claims a tree."""
+        try:
+            return tuple(sorted(os.listdir(os.path.join(self.root, "leases", layer_id))))
+        except FileNotFoundError:
+            return ()
+
+    def release(self, holder: str, layer_id: str | None = None) -> int:
+        """Drop a holder's claims, on one tree or on all; how many there were."""
+        ids = [layer_id] if layer_id else _listdir(os.path.join(self.root, "leases"))
+        dropped = 0
+        for one in ids:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(self.root, "leases", one, holder))
+                dropped += 1
+        return dropped
+
+    # -- everything in it --------------------------------------------------------------------
+
+    def held(self) -> list[Held]:
+        """Every tree that takes space or is claimed."""
+        rooms = ("images", "envs", "ready", "leases", "tmp")
+        ids = {name for room in rooms for name in _listdir(self._room(room))}
+        held = []
+        for layer_id in sorted(name for name in ids if not name.endswith(".new")):
+            try:
+                used = os.stat(os.path.join(self.root, "leases", layer_id)).st_mtime
+            except OSError:
+                used = 0.0
+            held.append(Held(layer_id, self.stamp(layer_id), self.leases(layer_id), used))
+        return held
+
+    def size(self) -> int:
+        """Bytes that all images and extracted trees take."""
+        total = 0
+        for held in self.held():
+            if held.stamp is not None and held.stamp.how == EXTRACTED:
+                total += held.stamp.size
+            with contextlib.suppress(FileNotFoundError):
+                total += os.stat(self.image(held.id)).st_blocks * 512
+        return total
+
+    def forget(self, layer_id: str) -> None:
+        """Remove a tree with its image. Needs the lock.
+
+        Raises:
+            StagerError: something still uses the tree.
+        """
+        tree = self.tree(layer_id)
+        if squashfs.is_mounted(tree) and not squashfs.unmount(tree):
+            raise StagerError(f"{tree} is in use")
+        self.clear(layer_id)
+        for room in ("images", "tmp"):
+            fsutil.remove_tree(os.path.join(self.root, room, layer_id))
+        with contextlib.suppress(OSError):
+            os.rmdir(os.path.join(self.root, "leases", layer_id))
+
+    def _room(self, name: str) -> str:
+        return os.path.join(self.root, name)
+
+    def free(self) -> int:
+        """Bytes free on the store's file system."""
+        info = os.statvfs(self.root)
+        return info.f_bavail * info.f_frsize
+
+
+def _listdir(path: str) -> list[str]:
+    try:
+        return os.listdir(path)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            return []
+        raise
+
+
+def boot_id() -> str:
+    """This boot of this machine."""
+    with open(_BOOT_ID, encoding="ascii") as file:
+        return file.read().strip()
+
+
+@contextlib.contextmanager
+def blame_node(doing: str) -> Iterator[None]:
+    """Turn system errors of the store's own disk into ours, with the blame on the node."""
+    try:
+        yield
+    except OSError as error:
+        raise fsutil.explain(error, doing, blame=NODE) from error

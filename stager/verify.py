@@ -1,0 +1,195 @@
+"""Proof that a staged environment is used and nothing else: every path that an import touches.
+
+With ``strace`` every system call that names a file is seen. Without it, Python's audit hooks tell
+what Python opens and the process's map tells which libraries the dynamic loader took.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from stager.config import Config
+from stager.errors import StagerError
+from stager.stage import Staged
+
+STRACE, AUDIT = "strace", "audit hooks"
+TIMEOUT = 600.0
+"""Seconds that all imports together may take."""
+
+_SYSTEM = (
+    "/usr",
+    "/lib",
+    "/lib64",
+    "/bin",
+    "/sbin",
+    "/etc",
+    "/proc",
+    "/sys",
+    "/dev",
+    "/run",
+    "/var",
+)
+_CALL = re.compile(r'^(?:\[pid +\d+\] |\d+ +)?(\w+)\((?:[^"]*?)"((?:[^"\\]|\\.)*)"')
+_ESCAPE = re.compile(r"\\([0-7]{1,3}|x[0-9a-f]{2}|.)")
+
+_IMPORTS = """
+import json, sys, importlib
+seen, failed = set(), {}
+def hook(event, arguments):
+    if event == "open" and arguments and isinstance(arguments[0], str):
+        seen.add(arguments[0])
+result, names, audited = sys.argv[1], sys.argv[2].split(","), sys.argv[3] == "audit"
+if audited:
+    sys.addaudithook(hook)
+for name in names:
+    try:
+        importlib.import_module(name)
+    except BaseException as error:
+        failed[name] = f"{type(error).__name__}: {error}"
+if audited:
+    with open("/proc/self/maps") as maps:
+        seen.update(line.split(None, 5)[5].strip() for line in maps if "/" in line)
+seen = list(seen)
+with open(result, "w") as file:
+    json.dump({"seen": seen, "failed": failed, "prefix": sys.prefix}, file)
+"""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What the imports touched.
+
+    Attributes:
+        method: :data:`STRACE` or :data:`AUDIT`.
+        paths: how many different paths were named.
+        origin: paths of the original environment or its base.
+        outside: other paths that are neither node-local trees nor the system.
+        failed: modules that do not import, and why.
+    """
+
+    method: str
+    paths: int
+    origin: tuple[str, ...]
+    outside: tuple[str, ...]
+    failed: Mapping[str, str]
+
+
+def verify(
+    result: Staged, config: Config, environ: Mapping[str, str], *, modules: Sequence[str]
+) -> Verified:
+    """Import modules from a staged tree and report every path that is not on the node.
+
+    Args:
+        result: the staged environment.
+        config: ``local_prefixes`` are the node's own.
+        environ: the activated environment variables.
+        modules: what to import.
+
+    Raises:
+        StagerError: the imports could not be run.
+    """
+    python = os.path.join(result.prefix, result.manifest.python.executable)
+    with tempfile.TemporaryDirectory(prefix="stager-verify-") as scratch:
+        answer = os.path.join(scratch, "answer")
+        trace = os.path.join(scratch, "trace")
+        method = STRACE if _can_trace() else AUDIT
+        command = [python, "-B", "-c", _IMPORTS, answer, ",".join(modules)]
+        if method == STRACE:
+            command = [
+                "strace", "-f", "-qq", "-s", "4096", "-e", "trace=%file", "-o", trace, *command,
+                "strace",
+            ]  # fmt: skip
+        else:
+            command.append("audit")
+        try:
+            done = subprocess.run(
+                command,
+                cwd=scratch,
+                env={**environ, "MPLCONFIGDIR": scratch},
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=TIMEOUT,
+                check=False,
+            )
+            with open(answer, encoding="utf-8") as file:
+                said = json.load(file)
+        except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+            raise StagerError(
+                f"the imports did not finish: {error}", hint="name fewer modules with --import"
+            ) from error
+        if done.returncode != 0 and not said["failed"]:
+            raise StagerError(f"the imports ended with status {done.returncode}")
+        paths = set(said["seen"])
+        if method == STRACE:
+            with open(trace, encoding="utf-8", errors="surrogateescape") as file:
+                paths = set(_traced(file, scratch))
+    return _sort(paths, result, config, scratch, method, said["failed"])
+
+
+def _can_trace() -> bool:
+    if shutil.which("strace") is None:
+        return False
+    probe = subprocess.run(
+        ["strace", "-o", "/dev/null", "true"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
+    )
+    return probe.returncode == 0
+
+
+def _traced(lines: Iterable[str], directory: str) -> Iterable[str]:
+    for line in lines:
+        match = _CALL.match(line)
+        if match and match[1] not in ("readlink", "readlinkat"):
+            path = _ESCAPE.sub(_unescape, match[2])
+            yield os.path.normpath(os.path.join(directory, path))
+
+
+def _unescape(match: re.Match[str]) -> str:
+    text = match[1]
+    if text[0] in "01234567":
+        return os.fsdecode(bytes([int(text, 8) & 0xFF]))
+    return {"n": "\n", "t": "\t", "r": "\r"}.get(text, text)
+
+
+def _sort(
+    paths: Iterable[str],
+    result: Staged,
+    config: Config,
+    scratch: str,
+    method: str,
+    failed: Mapping[str, str],
+) -> Verified:
+    manifest = result.manifest
+    store = os.path.dirname(os.path.dirname(result.prefix))
+    origins = {manifest.origin, *manifest.spellings, *(layer.origin for layer in manifest.layers)}
+    local = (store, scratch, *_SYSTEM, *config["local_prefixes"])
+    origin, outside = set(), set()
+    absolute = {path for path in paths if path.startswith("/")}
+    for path in absolute:
+        if _under(path, (store,)):
+            continue
+        if _under(path, origins):
+            origin.add(path)
+        elif not _under(path, local) and not _is_parent(path, (*local, *origins)):
+            outside.add(path)
+    return Verified(
+        method, len(absolute), tuple(sorted(origin)), tuple(sorted(outside)), dict(failed)
+    )
+
+
+def _under(path: str, prefixes: Iterable[str]) -> bool:
+    return any(path == prefix or path.startswith(f"{prefix}/") for prefix in prefixes)
+
+
+def _is_parent(path: str, prefixes: Iterable[str]) -> bool:
+    """Looking at a directory on the way to a local one is no leak."""
+    return any(prefix.startswith(path.rstrip("/") + "/") for prefix in prefixes)

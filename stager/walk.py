@@ -1,0 +1,163 @@
+"""Looking at a tree: every entry with what a fingerprint and a later check need."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import os
+import stat
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+FILE, DIRECTORY, LINK, SPECIAL = "file", "dir", "symlink", "special"
+
+_SLOW_STAT = 0.0005
+"""Seconds per entry above which a file system is read with many threads: a local disk takes
+microseconds, a network file system a round trip."""
+_SLOW_WORKERS = 32
+
+
+class Entry(NamedTuple):
+    """One entry of a tree.
+
+    Attributes:
+        path: relative to the tree's root, '/'-separated; ``.`` is the root.
+        source: absolute path to read it from, which lies elsewhere for copied link targets.
+        kind: :data:`FILE`, :data:`DIRECTORY`, :data:`LINK` or :data:`SPECIAL`.
+        mode: permission bits.
+        mtime_ns: modification time in nanoseconds.
+        target: where a link points, as stored.
+    """
+
+    path: str
+    source: str
+    kind: str
+    mode: int
+    size: int
+    mtime_ns: int
+    inode: int
+    device: int
+    target: str = ""
+
+
+class Excluder:
+    """Decides which paths are left out, by fnmatch patterns on the path or the last name."""
+
+    def __init__(self, patterns: Iterable[str]) -> None:
+        self._patterns = tuple(patterns)
+
+    def __call__(self, path: str) -> bool:
+        """Tell whether ``path`` (relative to the tree) is left out."""
+        name = path.rpartition("/")[2]
+        return any(
+            fnmatch.fnmatchcase(path, pattern)
+            or ("/" not in pattern and fnmatch.fnmatchcase(name, pattern))
+            for pattern in self._patterns
+        )
+
+
+def entry(path: str, source: str) -> Entry:
+    """Look at one path without following a link.
+
+    Raises:
+        OSError: it cannot be looked at.
+    """
+    return _entry(path, source, os.lstat(source))
+
+
+def _entry(path: str, source: str, info: os.stat_result) -> Entry:
+    target = ""
+    if stat.S_ISREG(info.st_mode):
+        kind = FILE
+    elif stat.S_ISDIR(info.st_mode):
+        kind = DIRECTORY
+    elif stat.S_ISLNK(info.st_mode):
+        kind, target = LINK, os.readlink(source)
+    else:
+        kind = SPECIAL
+    return Entry(
+        path,
+        source,
+        kind,
+        stat.S_IMODE(info.st_mode),
+        info.st_size if kind == FILE else 0,
+        info.st_mtime_ns,
+        info.st_ino,
+        info.st_dev,
+        target,
+    )
+
+
+def walk(root: str, exclude: Excluder, *, at: str = "") -> list[Entry]:
+    """List a tree, its root included, sorted by path.
+
+    The first directories are read one by one; where that turns out to be slow, the rest is read by
+    many threads at once, because a metadata server answers many questions in the time of one.
+
+    Args:
+        root: the directory.
+        exclude: what to leave out.
+        at: path in the tree that ``root`` stands for, when it is not the tree's own root.
+
+    Raises:
+        OSError: a directory cannot be read.
+    """
+    found = [entry(at or ".", root)]
+    waiting = [(root, at)]
+    started, seen = time.monotonic(), 0
+    while waiting:
+        directory, path = waiting.pop()
+        children = _children(directory, path, exclude)
+        found += children
+        waiting += [(child.source, child.path) for child in children if child.kind == DIRECTORY]
+        seen += len(children) + 1
+        if len(waiting) > 1 and (time.monotonic() - started) / seen > _SLOW_STAT:
+            found += _walk_parallel(waiting, exclude)
+            break
+    found.sort(key=lambda item: item.path)
+    return found
+
+
+def _walk_parallel(waiting: Sequence[tuple[str, str]], exclude: Excluder) -> list[Entry]:
+    found: list[Entry] = []
+    with ThreadPoolExecutor(_SLOW_WORKERS) as pool:
+        pending: list[Future[list[Entry]]] = [
+            pool.submit(_children, directory, path, exclude) for directory, path in waiting
+        ]
+        while pending:
+            children = pending.pop().result()
+            found += children
+            pending += [
+                pool.submit(_children, child.source, child.path, exclude)
+                for child in children
+                if child.kind == DIRECTORY
+            ]
+    return found
+
+
+def _children(directory: str, path: str, exclude: Excluder) -> list[Entry]:
+    children = []
+    with os.scandir(directory) as entries:
+        for item in entries:
+            relative = f"{path}/{item.name}" if path else item.name
+            if not exclude(relative):
+                children.append(_entry(relative, item.path, item.stat(follow_symlinks=False)))
+    return children
+
+
+def is_slow(entries: int, seconds: float) -> bool:
+    """Tell whether walking so many entries in so many seconds means a network file system."""
+    return seconds / max(1, entries) > _SLOW_STAT
+
+
+def fingerprint(entries: Iterable[Entry], *more: object) -> str:
+    """16 hex digits over path, kind, mode, size, time and link of every entry, and ``more``."""
+    digest = hashlib.sha256(repr(more).encode("utf-8", "surrogateescape"))
+    for item in entries:
+        line = (
+            f"{item.path}\0{item.kind}\0{item.mode}\0{item.size}\0{item.mtime_ns}\0{item.target}\n"
+        )
+        digest.update(line.encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()[:16]
