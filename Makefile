@@ -1,0 +1,89 @@
+# On a fresh Debian 12 machine as root, `make demo` and `make test` need only make, git and python3.
+# What they have to download comes from the machine's own apt and pip configuration.
+
+PYTHON ?= /usr/bin/python3
+VENV = .venv
+# Further arguments for pytest, as in: make test-unit ARGS='-k manifest -n 2'
+ARGS =
+
+# The tests' sys.path must not name this directory (the source tree would hide the installed wheel):
+# the pytest program, never `python -m pytest`.
+PYTEST = $(VENV)/bin/pytest $(ARGS)
+# A tier that has no tests (status 5) is no failure of the tier.
+PYTEST_MAYBE = sh -c '$(VENV)/bin/pytest "$$@" || [ $$? -eq 5 ]' pytest $(ARGS)
+
+# Directories are in the list so that a removed file counts as a change.
+WHEEL_SOURCES = $(shell find stager -name __pycache__ -prune -o -print) \
+	pyproject.toml $(wildcard README.md LICENSE)
+
+.PHONY: help setup tools lint test test-unit test-hook test-root test-slurm \
+	demo cluster cluster-down build clean FORCE
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make setup         what is missing on this machine, .venv with the tools and the built wheel'
+	@echo 'make demo          the tour: pack, stage, run'
+	@echo 'make test          lint and every tier of tests'
+	@echo 'make lint          ruff, mypy, shellcheck'
+	@echo 'make test-unit     Python and a temporary directory; also test-hook, test-root, test-slurm'
+	@echo 'make cluster       a Slurm cluster on this machine; make cluster-down ends it'
+	@echo 'make build         sdist and wheel in dist/'
+	@echo 'make clean         removes everything made here'
+
+setup: .build/wheel.stamp
+tools: .build/tools.stamp
+
+# A moved or copied checkout, or another PYTHON, needs a new .venv.
+ifneq ($(shell cat $(VENV)/made-for 2>/dev/null),$(CURDIR) $(PYTHON))
+.build/tools.stamp: FORCE
+endif
+FORCE:
+
+.build/tools.stamp: tests/setup.sh pyproject.toml
+	PYTHON='$(PYTHON)' tests/setup.sh tools
+	@touch $@
+
+.build/wheel.stamp: .build/tools.stamp $(WHEEL_SOURCES)
+	PYTHON='$(PYTHON)' tests/setup.sh wheel
+	@touch $@
+
+lint: tools
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy --strict stager
+	@files=$$({ git ls-files --cached --others --exclude-standard '*.sh'; \
+		git grep -nI --untracked -E '^#!.*[/ ](sh|dash|bash)( |$$)' | sed -n 's/:1:#!.*//p'; } | sort -u); \
+	echo shellcheck -x $$files; \
+	shellcheck -x $$files
+
+test: lint test-unit test-hook test-root test-slurm
+
+test-unit: setup
+	$(PYTEST) -m unit
+
+test-hook: setup
+	$(PYTEST_MAYBE) -m hook
+
+test-root: setup
+	$(PYTEST) -m root
+
+test-slurm: setup
+	$(PYTEST_MAYBE) -m slurm
+
+demo: setup
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" examples/demo.sh
+
+cluster: setup
+	tests/cluster/cluster up
+
+cluster-down:
+	tests/cluster/cluster down
+
+build: tools
+	rm -rf dist
+	$(VENV)/bin/pyproject-build --no-isolation --outdir dist .
+
+clean:
+	rm -rf $(VENV) .build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
