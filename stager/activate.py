@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 
 from stager.config import Config
 from stager.envpatch import EnvPatch
-from stager.manifest import Manifest
+from stager.errors import StagerError
 from stager.stage import Staged
 
 ACTIVE, PREFIX = "STAGER_ACTIVE", "STAGER_PREFIX"
@@ -37,9 +38,23 @@ def staged(
     return after
 
 
-def original(manifest: Manifest, environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment with the original active: what a job runs on where staging failed."""
-    if not os.path.isdir(manifest.origin):
-        return dict(environ)
-    patch = EnvPatch.from_json(manifest.activation).at(manifest.origin)
-    return patch.apply(environ)
+def original(text: str | None, config: Config, environ: Mapping[str, str]) -> dict[str, str] | None:
+    """The environment with the original active: what a job runs on where staging failed.
+
+    Args:
+        text: the ref the user typed, or None.
+        config: where to look for its manifest.
+        environ: the environment before.
+
+    Returns:
+        None where the original is not to be found from here.
+    """
+    from stager import lookup
+
+    path, patch = "", EnvPatch({"VIRTUAL_ENV": "{prefix}"}, (), {"PATH": ("{prefix}/bin",)})
+    with contextlib.suppress(StagerError):
+        wish = lookup.wanted(text, environ)
+        path = wish.path
+        manifest = lookup.find(wish, config).manifest
+        path, patch = manifest.origin, EnvPatch.from_json(manifest.activation)
+    return patch.at(path).apply(environ) if path and os.path.isdir(f"{path}/bin") else None

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from stager import freshness, pack, ref
+from stager import freshness, ref
 from stager.config import Config
 from stager.errors import NotFoundError, UsageError
 from stager.ref import Ref
 from stager.repository import Published, Repository
+
+if TYPE_CHECKING:
+    from stager import pack
 
 
 def repositories(config: Config) -> list[Repository]:
@@ -91,6 +95,12 @@ def fresh(
     manifest = published.manifest
     for key, value in manifest.options.items():
         config.values[key] = tuple(value) if isinstance(value, list) else value
-    result = pack.pack(manifest.origin, config, name=manifest.name, progress=progress)
-    assert result.published is not None
-    return result.published, []
+    return _pack(manifest.origin, config, manifest.name, progress), []
+
+
+def _pack(path: str, config: Config, name: str | None, progress: pack.Progress | None) -> Published:
+    from stager import pack  # a warm start does without
+
+    result = pack.pack(path, config, name=name, progress=progress)
+    assert result.published is not None  # only a check publishes nothing
+    return result.published

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import stager
-from stager import freshness, plan, walk
+from stager import freshness, plan, transfer, walk
 from stager.bytecode import Compiler
 from stager.config import Config
 from stager.environments import Environment, Tree, describe, editables
@@ -23,7 +23,6 @@ from stager.produce import Outcome, Producer, Sink
 from stager.ref import is_name
 from stager.relocate import Move, Relocation
 from stager.repository import Published, Repository, stripe
-from stager.transfer import hash_file
 from stager.walk import DIRECTORY, FILE, LINK, Entry, Excluder
 
 LAYOUT = 1
@@ -405,7 +404,8 @@ class _Layers:
                 continue
             path = os.path.join(directory, f"{layer_id}.{image_format}")
             outcome = self._write(survey, place, path)
-            image = repository.add_image(path, hash_file(path), image_format)
+            image = transfer.identify(path, image_format)
+            repository.add_image(path, image)
             layer = Layer(
                 layer_id,
                 survey.tree.role,

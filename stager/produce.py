@@ -159,6 +159,8 @@ class Producer:
             if self._place.relocation.touches(pyc):
                 for old_name in self._old_names(item.path, entry.source):
                     pyc = bytecode.move(pyc, old_name, new_name)
+                    if not self._place.relocation.touches(pyc):
+                        break
                 self._leftover(path, pyc, "a constant in bytecode names the original place")
         else:
             compiled = self._compiler.compile(source, new_name)
@@ -173,7 +175,8 @@ class Producer:
     def _old_names(self, path: str, source: str) -> Iterator[str]:
         yield source
         for spelling in self._spellings:
-            yield f"{spelling}/{path}"
+            if spelling != self._place.root:
+                yield f"{spelling}/{path}"
 
     # -- contents ---------------------------------------------------------------------------
 
@@ -204,6 +207,7 @@ class Producer:
             self._leftover(path, data, "a binary file")
         else:
             content = self._place.relocation.text(data)
+            self._leftover(path, content, "part of another path")
         if content == data:
             return data
         checksum = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=")
@@ -251,7 +255,9 @@ class Producer:
         return info
 
     def _leftover(self, path: str, data: bytes, what: str) -> None:
-        if self._place.relocation.found(data):
+        # Any trace of the bytes counts, also where they are part of another path: whoever looks for
+        # the original's name in the staged tree finds nothing that was not told.
+        if self._place.relocation.touches(data):
             self._find(path, "leftover", f"{what}: the original path in it is left", "note")
 
     def _find(self, path: str, code: str, reason: str, severity: str = "warning") -> None:

@@ -17,14 +17,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
-import socket
 import stat
-import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,11 +39,16 @@ _FLOCK_MISSING = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 
 @dataclass(frozen=True)
 class Published:
-    """A manifest that was found, its digest, and the repository it was found in."""
+    """A manifest that was found, its bytes, and the repository it was found in."""
 
     manifest: Manifest
-    digest: str
+    data: bytes
     repository: Repository
+
+    @property
+    def digest(self) -> str:
+        """The hex sha256 that names the manifest."""
+        return manifest.digest(self.data)
 
     @property
     def ref(self) -> str:
@@ -120,7 +121,7 @@ class Repository:
             return None
         except OSError as error:
             raise fsutil.explain(error, "read the manifest", blame="job") from error
-        return Published(manifest.decode(data, path), manifest.digest(data), self)
+        return Published(manifest.decode(data, path), data, self)
 
     def image(self, image: Image) -> str:
         """The path of an image."""
@@ -155,6 +156,9 @@ class Repository:
 
         One that a killed pack has left is removed by the next: its lock is free.
         """
+        import socket
+        import tempfile
+
         self.create()
         self._sweep()
         with self._lock("packing", shared=True):
@@ -180,15 +184,13 @@ class Repository:
                 finally:
                     os.close(fd)
 
-    def add_image(self, path: str, digest: str, image_format: str) -> Image:
-        """Move a finished image into place, by its digest.
+    def add_image(self, path: str, image: Image) -> None:
+        """Move a finished image into place.
 
         Args:
             path: the file, in this repository's :meth:`workspace`.
-            digest: hex sha256 of its bytes.
-            image_format: ``squashfs`` or ``tar.zst``.
+            image: what it is.
         """
-        image = Image(digest, image_format, os.path.getsize(path))
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(path, 0o666 & ~umask)
@@ -199,7 +201,6 @@ class Repository:
             os.close(fd)
         os.rename(path, self.image(image))
         fsutil.sync_directory(self._path("images"))
-        return image
 
     def add_layer(self, layer_id: str, image_format: str, record: dict[str, Any]) -> None:
         """Remember what packing a layer gave."""
@@ -232,7 +233,7 @@ class Repository:
             fsutil.replace_link(target, self._path("origins", _origin_key(value.origin)))
             fsutil.replace_link(target, self._path("refs", value.name))
             fsutil.sync_directory(self._path("refs"))
-        return Published(value, digest, self)
+        return Published(value, data, self)
 
     def _check_name(self, value: Manifest) -> None:
         with contextlib.suppress(IntegrityError):
@@ -339,8 +340,7 @@ def _age(path: str) -> float:
 
 
 def _origin_key(path: str) -> str:
-    real = os.path.realpath(path)
-    return hashlib.sha256(os.fsencode(real)).hexdigest()[:32]
+    return manifest.digest(os.fsencode(os.path.realpath(path)))[:32]
 
 
 def stripe(directory: str) -> None:
@@ -350,4 +350,6 @@ def stripe(directory: str) -> None:
     """
     lfs = shutil.which("lfs")
     if lfs is not None:
+        import subprocess
+
         subprocess.run([lfs, "setstripe", "-c", "-1", directory], capture_output=True, check=False)

@@ -12,14 +12,12 @@ whoever gets its lock first; the others wait, and take over should the maker die
 from __future__ import annotations
 
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Callable, Protocol
 
-from stager import collect, fsutil, retarget, store, transfer
+from stager import fsutil, store
 from stager.config import Config
 from stager.errors import IncompatibleError, NoSpaceError
 from stager.formats import squashfs
@@ -120,6 +118,8 @@ def _make(
     published: Published, layer: Layer, node: Store, config: Config, progress: Progress | None
 ) -> str:
     """Make one tree, holding its lock; returns how."""
+    from stager import transfer
+
     moved = layer.destination != node.tree(layer.id)
     how = _choose(layer, config["stage.how"], moved, progress)
     trusted = node.stamp(layer.id)
@@ -133,7 +133,7 @@ def _make(
     try:
         advance = progress.copying(layer.origin, layer.image.size) if progress else None
         if layer.image.format == "squashfs":
-            if not (os.path.exists(image) and (verified or transfer.verify(image, layer.image))):
+            if not (os.path.exists(image) and (verified or transfer.is_image(image, layer.image))):
                 copied = os.path.join(workspace, "image")
                 transfer.copy(source, layer.image, copied, advance=advance)
                 os.rename(copied, image)
@@ -144,9 +144,12 @@ def _make(
                 squashfs.extract(image, os.path.join(workspace, "tree"))
                 os.unlink(image)
         else:
-            _extract_archive(source, layer, os.path.join(workspace, "tree"), advance)
+            allowed = _links_out(published.manifest, layer, config["local_prefixes"])
+            _extract_archive(source, layer, os.path.join(workspace, "tree"), allowed, advance)
         if how == EXTRACTED:
             if moved:
+                from stager import retarget
+
                 retarget.rewrite(os.path.join(workspace, "tree"), published.manifest, layer, node)
             os.rename(os.path.join(workspace, "tree"), tree)
         size = layer.image.size if how == MOUNTED else layer.size
@@ -159,8 +162,33 @@ def _make(
     return how
 
 
+def _links_out(
+    manifest: Manifest, layer: Layer, local: Iterable[str]
+) -> Callable[[str, str], bool]:
+    """Which links of a layer may lead out of it: those that a pack makes, and tells of.
+
+    They lead to the node's own disk (the base Python above all), into another layer, or to where
+    a finding of the manifest says.
+    """
+    known = {one.path for one in manifest.findings if one.code in ("link", "dangling")}
+    places = (*local, *(one.destination for one in manifest.layers))
+
+    def allowed(path: str, target: str) -> bool:
+        start = os.path.dirname(os.path.join(layer.destination, path))
+        absolute = os.path.normpath(os.path.join(start, target))
+        if path in known or absolute == manifest.python.base:
+            return True
+        return any(f"{absolute}/".startswith(f"{place}/") for place in places)
+
+    return allowed
+
+
 def _extract_archive(
-    source: str, layer: Layer, directory: str, advance: Callable[[int], None] | None
+    source: str,
+    layer: Layer,
+    directory: str,
+    allowed: Callable[[str, str], bool],
+    advance: Callable[[int], None] | None,
 ) -> None:
     from stager.formats import tarzst
 
@@ -171,6 +199,7 @@ def _extract_archive(
         expected_sha256=layer.image.digest,
         max_files=layer.files,
         max_bytes=layer.size,
+        allowed_links=allowed,
         progress=advance,
     )
 
@@ -211,6 +240,8 @@ def _make_room(layer: Layer, how: str, node: Store, config: Config) -> None:
         )
     if _fits(node, size, files):
         return
+    from stager import collect
+
     collect.collect(node, max_size=config["collect.max_size"], min_free=size + _MARGIN)
     if not _fits(node, size, files):
         info = os.statvfs(node.root)
@@ -230,6 +261,8 @@ def _fits(node: Store, size: int, files: int) -> bool:
 
 def _require(manifest: Manifest) -> None:
     """Refuse an environment that cannot run on this machine, before any byte is copied."""
+    import platform
+
     needed = manifest.platform
     if needed.machine != platform.machine():
         raise IncompatibleError(
@@ -256,6 +289,8 @@ def _version(text: str) -> tuple[int, ...]:
 
 def _try(manifest: Manifest, node: Store) -> None:
     """Start the staged Python once: the surest test of everything that can be wrong with it."""
+    import subprocess
+
     python = os.path.join(node.tree(manifest.top.id), manifest.python.executable)
     try:
         answer = subprocess.run(

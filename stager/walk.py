@@ -8,7 +8,6 @@ import os
 import stat
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 FILE, DIRECTORY, LINK, SPECIAL = "file", "dir", "symlink", "special"
@@ -121,6 +120,8 @@ def walk(root: str, exclude: Excluder, *, at: str = "") -> list[Entry]:
 
 
 def _walk_parallel(waiting: Sequence[tuple[str, str]], exclude: Excluder) -> list[Entry]:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
     found: list[Entry] = []
     with ThreadPoolExecutor(_SLOW_WORKERS) as pool:
         pending: list[Future[list[Entry]]] = [

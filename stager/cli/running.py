@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 from collections.abc import Mapping
 
 from stager import activate as activation
-from stager import lease, lookup
+from stager import lease
 from stager.cli.common import load_config, say
 from stager.cli.staging import prepare
 from stager.errors import StagerError, UsageError
@@ -42,26 +43,11 @@ def run(arguments: argparse.Namespace) -> int:
                 say(f"hint: {error.hint}")
             return FAILED
         say(f"stage-run: running the original environment: {error.message}")
-        environ = _fallback(arguments)
+        environ = dict(os.environ)
+        with contextlib.suppress(StagerError):  # a broken configuration stands in the way of both
+            config = load_config(arguments)
+            environ = activation.original(arguments.env, config, os.environ) or environ
     return _exec(command, environ)
-
-
-def _fallback(arguments: argparse.Namespace) -> dict[str, str]:
-    """The original environment, active: found by its manifest, or by the path that was named."""
-    try:
-        config = load_config(arguments)
-        wish = lookup.wanted(arguments.env, os.environ)
-        return activation.original(lookup.find(wish, config).manifest, os.environ)
-    except StagerError:
-        pass
-    path = os.path.abspath(arguments.env) if arguments.env and "/" in arguments.env else ""
-    if path and os.path.isdir(os.path.join(path, "bin")):
-        return {
-            **os.environ,
-            "PATH": f"{path}/bin:{os.environ.get('PATH', '')}",
-            "VIRTUAL_ENV": path,
-        }
-    return dict(os.environ)
 
 
 def _exec(command: list[str], environ: Mapping[str, str]) -> int:

@@ -8,7 +8,6 @@ import sys
 import time
 
 from stager import activate as activation
-from stager import collect as collection
 from stager import envpatch, lease, lookup
 from stager import stage as staging
 from stager.cli.common import Bars, load_config, print_json, say, size, table
@@ -72,16 +71,20 @@ def stage(arguments: argparse.Namespace) -> int:
 
 
 def activate(arguments: argparse.Namespace) -> int:
-    """Print shell code that activates a staged environment; on failure, code that fails."""
+    """Print shell code that activates a staged environment, or its original where that fails."""
     config = load_config(arguments)
-    holder = lease.of_job_or_process(os.getppid())
     try:
+        holder = lease.of_job_or_process(os.getppid())
         published, result = prepare(arguments.ref, config, holder=holder)
-    except StagerError:
-        # `eval` of nothing succeeds; a script that goes on must be able to notice.
-        print("false")
-        raise
-    after = activation.staged(result, config, os.environ, ref=published.manifest.name)
+        after = activation.staged(result, config, os.environ, ref=published.manifest.name)
+    except StagerError as error:
+        original = activation.original(arguments.ref, config, os.environ)
+        if config["run.strict"] or original is None:
+            # `eval` of nothing succeeds; a script that goes on must be able to notice.
+            print("false")
+            raise
+        say(f"stager: activating the original environment: {error.message}")
+        after = original
     changed, unset = envpatch.changes(os.environ, after)
     sys.stdout.write(envpatch.RENDERERS[arguments.shell](changed, unset))
     return 0
@@ -98,6 +101,8 @@ def release(arguments: argparse.Namespace) -> int:
 
 def collect(arguments: argparse.Namespace) -> int:
     """Evict trees."""
+    from stager import collect as collection
+
     config = load_config(arguments)
     result = collection.collect(
         Store(config["store"]),

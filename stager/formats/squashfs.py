@@ -11,12 +11,9 @@ import errno
 import fcntl
 import os
 import shutil
-import signal
-import subprocess
-import tempfile
 import time
 from collections.abc import Iterable
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from stager.errors import (
     IncompatibleError,
@@ -24,10 +21,12 @@ from stager.errors import (
     NoSpaceError,
     StagerError,
 )
-from stager.formats import tarstream
-from stager.formats.tarstream import Member
 
-SUFFIX = "squashfs"
+if TYPE_CHECKING:
+    from stager.formats.tarstream import Member
+
+# Modules that only making a tree needs are imported there: a warm start does without them.
+
 MOUNT_TIMEOUT = 30.0
 """Seconds a mount may take to appear; measured: 4 to 14 ms."""
 
@@ -50,6 +49,9 @@ class Writer:
     """
 
     def __init__(self, path: str, *, level: int, threads: int, mtime: int) -> None:
+        import subprocess
+        import tempfile
+
         self._path = path
         self._messages = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the image
         self._buffer = bytearray()
@@ -77,6 +79,8 @@ class Writer:
 
     def write_member(self, member: Member, data: bytes | Iterable[bytes] = b"") -> None:
         """Append one member."""
+        from stager.formats import tarstream
+
         if member.path == ".":
             return  # the root's mode and time are given on the command line
         self._buffer += tarstream.header(member)
@@ -101,6 +105,8 @@ class Writer:
             NoSpaceError: the file system is full.
             StagerError: ``mksquashfs`` failed.
         """
+        from stager.formats import tarstream
+
         self._buffer += tarstream.TRAILER
         self._flush()
         with contextlib.suppress(BrokenPipeError):
@@ -181,6 +187,9 @@ def mount(image: str, directory: str) -> None:
     Raises:
         StagerError: it did not work; the message says what squashfuse said.
     """
+    import subprocess
+    import tempfile
+
     helper = next(found for found in map(shutil.which, _HELPERS) if found)
     # In a file: squashfuse's daemon keeps a pipe open, and a reader would wait for its end.
     with tempfile.TemporaryFile() as said:
@@ -237,6 +246,8 @@ def unmount(directory: str, *, force: bool = False) -> bool:
     Returns:
         Whether it is gone; False means that something still uses it.
     """
+    import subprocess
+
     helper = shutil.which("fusermount3") or shutil.which("fusermount")
     if helper is None:
         return False
@@ -255,6 +266,9 @@ def extract(image: str, directory: str) -> None:
         NoSpaceError: the disk is full.
         IntegrityError: the image is damaged.
     """
+    import signal
+    import subprocess
+
     environ = {**os.environ, "LC_ALL": "C"}
     done = subprocess.run(
         [program("unsquashfs"), "-no-progress", "-no-xattrs", "-quiet", "-d", directory, image],

@@ -7,6 +7,8 @@ import errno
 import hashlib
 import os
 import threading
+import zlib
+from collections.abc import Iterator
 from queue import SimpleQueue
 from typing import Callable
 
@@ -15,22 +17,21 @@ from stager.errors import JOB, NODE, IntegrityError, NotFoundError
 from stager.manifest import Image
 
 _PIECE = 4 << 20
-_IN_FLIGHT = 4
 
 
 def copy(
     source: str, image: Image, target: str, *, advance: Callable[[int], None] | None = None
 ) -> None:
-    """Copy an image, hashing while copying.
+    """Copy an image, summing up while copying.
 
     Args:
         source: path on shared storage, or a FIFO-free local path.
-        image: its expected size and digest.
+        image: its expected size and checksum.
         target: where the copy goes; it is removed again where it turns out wrong.
         advance: called with the bytes copied, every few megabytes.
 
     Raises:
-        IntegrityError: the bytes are not those of the digest.
+        IntegrityError: the bytes are not the image's.
         NoSpaceError: the target's disk is full.
         NotFoundError: the image is gone.
     """
@@ -51,7 +52,7 @@ def copy(
                 hint="it is truncated or damaged; pack the environment again",
             )
         try:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
             writer = os.open(target, flags, 0o600)
         except OSError as error:
             raise fsutil.explain(error, f"write {target}", blame=NODE) from error
@@ -59,8 +60,8 @@ def copy(
             found = _pump(reader, writer, source, target, advance)
         finally:
             os.close(writer)
-        if found != image.digest:
-            raise _damaged(source, found, image.digest)
+        if found != image.crc32:
+            raise _damaged(source, found, image.crc32)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(target)
@@ -71,77 +72,92 @@ def copy(
 
 def _pump(
     reader: int, writer: int, source: str, target: str, advance: Callable[[int], None] | None
-) -> str:
-    """Copy everything; hash in a second thread, so that the slower of the two sets the pace."""
-    digest = hashlib.sha256()
-    full: SimpleQueue[memoryview | None] = SimpleQueue()
-    empty: SimpleQueue[bytearray] = SimpleQueue()
-    for _ in range(_IN_FLIGHT):
-        empty.put(bytearray(_PIECE))
+) -> int:
+    """Copy everything inside the kernel, summing up in a second thread what arrived.
 
-    def hash_pieces() -> None:
+    The sum is over the copy, which is in the page cache: the source is read once, and what is
+    verified is what will be used.
+    """
+    total = 0
+    arrived: SimpleQueue[int] = SimpleQueue()
+
+    def sum_up() -> None:
+        nonlocal total
+        buffer = bytearray(_PIECE)
+        view = memoryview(buffer)
+        done = 0
         while True:
-            piece = full.get()
-            if piece is None:
+            end = arrived.get()
+            if end < 0:
                 return
-            digest.update(piece)
-            whole = piece.obj
-            piece.release()
-            empty.put(whole)  # type: ignore[arg-type]
+            while done < end:
+                count = os.preadv(writer, [view[: min(_PIECE, end - done)]], done)
+                total = zlib.crc32(view[:count], total)
+                done += count
 
-    hasher = threading.Thread(target=hash_pieces, daemon=True)
-    hasher.start()
+    summing = threading.Thread(target=sum_up, daemon=True)
+    summing.start()
+    offset = 0
     try:
         while True:
-            buffer = empty.get()
-            try:
-                count = os.readv(reader, [buffer])
-            except OSError as error:
-                raise fsutil.explain(error, f"read {source}", blame=JOB) from error
+            count = os.sendfile(writer, reader, offset, _PIECE)
             if not count:
                 break
-            piece = memoryview(buffer)[:count]
-            rest = piece
-            while rest:
-                try:
-                    rest = rest[os.write(writer, rest) :]
-                except OSError as error:
-                    blame = None if error.errno in (errno.ENOSPC, errno.EDQUOT) else NODE
-                    raise fsutil.explain(error, f"write {target}", blame=blame) from error
+            offset += count
+            arrived.put(offset)
             if advance is not None:
                 advance(count)
-            full.put(piece)
+    except OSError as error:
+        here = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+        what = f"write {target}" if error.errno in here else f"copy {source} to {target}"
+        raise fsutil.explain(error, what) from error
     finally:
-        full.put(None)
-        hasher.join()
-    return digest.hexdigest()
+        arrived.put(-1)
+        summing.join()
+    return total
 
 
-def verify(path: str, image: Image) -> bool:
-    """Tell whether a file is the image, byte for byte."""
+def identify(path: str, image_format: str) -> Image:
+    """Read a new image once and tell what it is.
+
+    Args:
+        path: the file.
+        image_format: ``squashfs`` or ``tar.zst``.
+    """
+    digest, total, size = hashlib.sha256(), 0, 0
+    for piece in _pieces(path):
+        digest.update(piece)
+        total = zlib.crc32(piece, total)
+        size += len(piece)
+    return Image(digest.hexdigest(), image_format, size, total)
+
+
+def is_image(path: str, image: Image) -> bool:
+    """Tell whether a file has the bytes of an image."""
     try:
         if os.path.getsize(path) != image.size:
             return False
-        return hash_file(path) == image.digest
+        total = 0
+        for piece in _pieces(path):
+            total = zlib.crc32(piece, total)
     except OSError:
         return False
+    return total == image.crc32
 
 
-def hash_file(path: str) -> str:
-    """The hex sha256 of a file."""
-    digest = hashlib.sha256()
+def _pieces(path: str) -> Iterator[memoryview]:
     with open(path, "rb", buffering=0) as file:
-        buffer = bytearray(1 << 20)
+        buffer = bytearray(_PIECE)
         view = memoryview(buffer)
         while True:
             count = file.readinto(buffer)
             if not count:
-                return digest.hexdigest()
-            digest.update(view[:count])
+                return
+            yield view[:count]
 
 
-def _damaged(source: str, found: str, expected: str) -> IntegrityError:
+def _damaged(source: str, found: int, expected: int) -> IntegrityError:
     return IntegrityError(
-        f"the image {source} is damaged: its sha256 is {found[:12]}..., not {expected[:12]}...",
+        f"the image {source} is damaged: its checksum is {found:08x}, not {expected:08x}",
         hint="pack the environment again",
     )
