@@ -8,34 +8,31 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+from stager.envpatch import EnvPatch
 from stager.errors import IncompatibleError, IntegrityError
 
 SCHEMA = 1
 """Version of the manifest format; a reader refuses a newer one."""
 
+_PLAIN: Mapping[str, type] = {"str": str, "int": int, "bool": bool}
+_T = TypeVar("_T")
+
 
 @dataclass(frozen=True)
 class Image:
-    """A packed layer's one file.
+    """The one file that a layer is packed into.
 
     Attributes:
-        digest: hex sha256 of its bytes, which is also its name in a repository.
         format: ``squashfs`` or ``tar.zst``.
         size: its length in bytes.
-        crc32: CRC-32 of its bytes, for every later copy: sha256 is slower than the disks of a node.
+        crc32: CRC-32 of its bytes: every copy of it is checked.
     """
 
-    digest: str
     format: str
     size: int
     crc32: int
-
-    @property
-    def filename(self) -> str:
-        """The name of the file in a repository or store."""
-        return f"{self.digest}.{self.format}"
 
 
 @dataclass(frozen=True)
@@ -59,6 +56,11 @@ class Layer:
     image: Image
     files: int
     size: int
+
+    @property
+    def filename(self) -> str:
+        """The image's name in a repository: what went in, and a sum over what came out."""
+        return f"{self.id}-{self.image.crc32:08x}.{self.image.format}"
 
 
 @dataclass(frozen=True)
@@ -197,35 +199,59 @@ def decode(data: bytes, where: str) -> Manifest:
             hint="use a newer stager here, or pack the environment again with this one",
         )
     try:
-        return Manifest(
-            **{
+        # What is read becomes paths, limits and shell code on a node: no type is believed.
+        if not value["layers"] or not isinstance(value["options"], dict):
+            raise ValueError("it has no layers or no options")
+        return _made(
+            Manifest,
+            {
                 **value,
-                "spellings": tuple(value["spellings"]),
-                "modules": tuple(value["modules"]),
+                "spellings": _texts(value["spellings"]),
+                "modules": _texts(value["modules"]),
                 "layers": tuple(_layer(item) for item in value["layers"]),
-                "python": Python(**value["python"]),
-                "platform": Platform(**value["platform"]),
-                "watches": tuple(Watch(**item) for item in value["watches"]),
-                "findings": tuple(Finding(**item) for item in value["findings"]),
-            }
+                "python": _made(Python, value["python"]),
+                "platform": _made(Platform, value["platform"]),
+                "activation": EnvPatch.from_json(value["activation"]).to_json(),
+                "watches": tuple(_made(Watch, item) for item in value["watches"]),
+                "findings": tuple(_made(Finding, item) for item in value["findings"]),
+            },
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise IntegrityError(
             f"the manifest {where} is damaged: {error}", hint="pack the environment again"
         ) from error
 
 
 def _layer(item: Mapping[str, Any]) -> Layer:
-    layer = Layer(**{**item, "image": Image(**item["image"])})
+    layer = _made(Layer, {**item, "image": _made(Image, item["image"])})
     # These become path components on a node: nothing but what pack writes is believed.
-    if not (_is_hex(layer.id, 16) and _is_hex(layer.image.digest, 64)):
-        raise ValueError("a layer's id or digest is malformed")
+    if not _is_id(layer.id):
+        raise ValueError("a layer's id is malformed")
+    if not all(isinstance(one, int) for one in (layer.image.crc32, layer.image.size, layer.size)):
+        raise ValueError("a layer's sizes or checksum are malformed")
     if layer.image.format not in ("squashfs", "tar.zst"):
         raise ValueError(f"unknown image format {layer.image.format!r}")
     if not layer.destination.startswith("/") or "\0" in layer.destination:
         raise ValueError("a layer's destination is not an absolute path")
+    if min(layer.files, layer.size, layer.image.size) < 0:
+        raise ValueError("a layer's size is negative")
     return layer
 
 
-def _is_hex(text: object, length: int) -> bool:
-    return isinstance(text, str) and len(text) == length and not set(text) - set("0123456789abcdef")
+def _made(kind: type[_T], item: Mapping[str, Any]) -> _T:
+    """Make a value of a dataclass; its texts and numbers are of the type that it declares."""
+    made = kind(**item)
+    for name, declared in kind.__annotations__.items():
+        if declared in _PLAIN and type(getattr(made, name)) is not _PLAIN[declared]:
+            raise TypeError(f"`{name}` is of another type")
+    return made
+
+
+def _texts(items: list[object]) -> tuple[str, ...]:
+    if not all(isinstance(item, str) for item in items):
+        raise TypeError("a text is expected")
+    return tuple(str(item) for item in items)
+
+
+def _is_id(text: object) -> bool:
+    return isinstance(text, str) and len(text) == 16 and not set(text) - set("0123456789abcdef")

@@ -405,7 +405,6 @@ class _Layers:
             path = os.path.join(directory, f"{layer_id}.{image_format}")
             outcome = self._write(survey, place, path)
             image = transfer.identify(path, image_format)
-            repository.add_image(path, image)
             layer = Layer(
                 layer_id,
                 survey.tree.role,
@@ -415,9 +414,10 @@ class _Layers:
                 outcome.files,
                 outcome.bytes,
             )
+            repository.add_image(path, layer)
             record = {
                 "layer": asdict(layer),
-                "image": image.filename,
+                "image": layer.filename,
                 "level": self._config["pack.level"],
                 "glibc": list(outcome.glibc or ()),
                 "findings": [asdict(one) for one in outcome.findings],

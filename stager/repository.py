@@ -6,7 +6,7 @@
     origins/<hash>           the same link, by the path an environment was packed from
     manifests/<digest>.json  manifests, by the sha256 of their bytes
     layers/<id>.<format>     what packing a layer gave: JSON, so that it need not be done again
-    images/<digest>.<format> images, by the sha256 of their bytes
+    images/<layer>           images, named by the layer's id and their checksum
     tmp/                     half-written files of packs at work
 
 Whatever is reached by a name was written whole, synced and then renamed into place.
@@ -28,7 +28,7 @@ from typing import Any
 
 from stager import fsutil, manifest
 from stager.errors import BusyError, DeniedError, IntegrityError, NotFoundError, StagerError
-from stager.manifest import Image, Manifest
+from stager.manifest import Layer, Manifest
 from stager.ref import Ref
 
 _ROOMS = ("refs", "origins", "manifests", "layers", "images", "tmp")
@@ -123,9 +123,9 @@ class Repository:
             raise fsutil.explain(error, "read the manifest", blame="job") from error
         return Published(manifest.decode(data, path), data, self)
 
-    def image(self, image: Image) -> str:
-        """The path of an image."""
-        return self._path("images", image.filename)
+    def image(self, layer: Layer) -> str:
+        """The path of a layer's image."""
+        return self._path("images", layer.filename)
 
     def layer(self, layer_id: str, image_format: str) -> dict[str, Any] | None:
         """What packing this layer gave before, or None."""
@@ -184,12 +184,12 @@ class Repository:
                 finally:
                     os.close(fd)
 
-    def add_image(self, path: str, image: Image) -> None:
+    def add_image(self, path: str, layer: Layer) -> None:
         """Move a finished image into place.
 
         Args:
             path: the file, in this repository's :meth:`workspace`.
-            image: what it is.
+            layer: what it is the image of.
         """
         umask = os.umask(0)
         os.umask(umask)
@@ -199,7 +199,7 @@ class Repository:
             os.fsync(fd)
         finally:
             os.close(fd)
-        os.rename(path, self.image(image))
+        os.rename(path, self.image(layer))
         fsutil.sync_directory(self._path("images"))
 
     def add_layer(self, layer_id: str, image_format: str, record: dict[str, Any]) -> None:
@@ -221,7 +221,7 @@ class Repository:
             if not replace:
                 self._check_name(value)
             for layer in value.layers:
-                if not os.path.exists(self.image(layer.image)):
+                if not os.path.exists(self.image(layer)):
                     raise StagerError(
                         f"the image of {layer.origin} was removed while packing",
                         hint="pack the environment again",
@@ -305,7 +305,7 @@ class Repository:
             except StagerError:
                 return []  # what an unreadable manifest refers to is unknown: remove nothing
             if published is not None:
-                images.update(layer.image.filename for layer in published.manifest.layers)
+                images.update(layer.filename for layer in published.manifest.layers)
         for name in self._listdir("layers"):
             path = self._path("layers", name)
             with contextlib.suppress(OSError, ValueError, KeyError):

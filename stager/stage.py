@@ -87,7 +87,7 @@ def stage(
     try:
         for layer in manifest.layers:
             node.lease(layer.id, holder)
-            if node.ready(layer.id, layer.image.digest) is not None:
+            if node.ready(layer.id, layer.filename) is not None:
                 made[layer.id] = HIT
                 continue
             _require(manifest)
@@ -98,7 +98,7 @@ def stage(
                 node.lock(layer.id, timeout=max(0.0, remaining), waiting=waiting),
             ):
                 # Somebody may have made it while we waited.
-                if node.ready(layer.id, layer.image.digest) is not None:
+                if node.ready(layer.id, layer.filename) is not None:
                     made[layer.id] = HIT
                 else:
                     made[layer.id] = _make(published, layer, node, config, progress)
@@ -127,7 +127,7 @@ def _make(
     verified = trusted is not None and trusted.boot == store.boot_id()
     node.clear(layer.id)
     _make_room(layer, how, node, config)
-    tree, source = node.tree(layer.id), published.repository.image(layer.image)
+    tree, source = node.tree(layer.id), published.repository.image(layer)
     image = node.image(layer.id)
     workspace = node.workspace(layer.id)
     try:
@@ -153,7 +153,7 @@ def _make(
                 retarget.rewrite(os.path.join(workspace, "tree"), published.manifest, layer, node)
             os.rename(os.path.join(workspace, "tree"), tree)
         size = layer.image.size if how == MOUNTED else layer.size
-        node.set_ready(layer.id, Stamp(layer.image.digest, how, store.boot_id(), size))
+        node.set_ready(layer.id, Stamp(layer.filename, how, store.boot_id(), size))
     except BaseException:
         node.clear(layer.id)
         raise
@@ -196,7 +196,6 @@ def _extract_archive(
         source,
         directory,
         workers=len(os.sched_getaffinity(0)),
-        expected_sha256=layer.image.digest,
         max_files=layer.files,
         max_bytes=layer.size,
         allowed_links=allowed,

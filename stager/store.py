@@ -39,14 +39,14 @@ class Stamp:
     """What makes a tree ready.
 
     Attributes:
-        digest: of the image it was made from.
+        image: the file name of the image it was made from.
         how: :data:`MOUNTED` or :data:`EXTRACTED`.
         boot: the boot it was made in; after another one nothing is trusted unverified.
         size: bytes it takes in the store.
         format: version of the store's format.
     """
 
-    digest: str
+    image: str
     how: str
     boot: str
     size: int
@@ -93,14 +93,14 @@ class Store:
 
     # -- the warm path: no lock --------------------------------------------------------------
 
-    def ready(self, layer_id: str, digest: str) -> Stamp | None:
+    def ready(self, layer_id: str, image: str) -> Stamp | None:
         """The stamp of a tree that can be used now, or None.
 
         A stamp of another boot or image does not count; neither does a mount whose server died,
         or that another mount namespace holds.
         """
         stamp = self.stamp(layer_id)
-        if stamp is None or stamp.digest != digest or stamp.boot != boot_id():
+        if stamp is None or stamp.image != image or stamp.boot != boot_id():
             return None
         tree = self.tree(layer_id)
         if stamp.how == MOUNTED:

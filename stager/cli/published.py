@@ -90,7 +90,7 @@ def inspect(arguments: argparse.Namespace) -> int:
         image = layer.image
         print(
             f"layer        {layer.role}: {layer.files} files, {size(layer.size)} in"
-            f" {size(image.size)} {image.format}, sha256 {image.digest[:16]}"
+            f" {size(image.size)} {image.format}, {layer.filename}"
         )
     for finding in manifest.findings:
         print(f"{finding.severity:<12} {finding.path}: {finding.reason}")

@@ -123,7 +123,7 @@ def status(arguments: argparse.Namespace) -> int:
     node = Store(config["store"])
     entries = []
     for held in node.held():
-        ready = held.stamp is not None and node.ready(held.id, held.stamp.digest) is not None
+        ready = held.stamp is not None and node.ready(held.id, held.stamp.image) is not None
         entries.append(
             {
                 "id": held.id,
