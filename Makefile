@@ -17,7 +17,7 @@ WHEEL_SOURCES = $(shell find stager -name __pycache__ -prune -o -print) \
 	pyproject.toml $(wildcard README.md LICENSE)
 
 .PHONY: help setup tools lint test test-unit test-hook test-root test-slurm \
-	demo cluster cluster-down build clean FORCE
+	bench-main demo cluster cluster-down build clean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -27,6 +27,7 @@ help:
 	@echo 'make test          lint and every tier of tests'
 	@echo 'make lint          ruff, mypy, shellcheck'
 	@echo 'make test-unit     Python and a temporary directory; also test-hook, test-root, test-slurm'
+	@echo 'make bench-main    pack and stage against the plain tools; ENV=/path for one of yours'
 	@echo 'make cluster       a Slurm cluster on this machine; make cluster-down ends it'
 	@echo 'make build         sdist and wheel in dist/'
 	@echo 'make clean         removes everything made here'
@@ -70,6 +71,11 @@ test-root: setup
 
 test-slurm: setup
 	$(PYTEST_MAYBE) -m slurm
+
+# ENV=/path/to/venv measures one of yours.
+bench-main: setup
+	$(VENV)/bin/pip install -q --group bench
+	$(VENV)/bin/python tests/benchmarks/main_job.py $(ENV)
 
 demo: setup
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" examples/demo.sh

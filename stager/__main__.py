@@ -6,7 +6,11 @@ import sys
 
 
 def main() -> int:
-    """Run the command line and return its exit status."""
+    """Run the command line, or a scheduler's hook, and return its exit status."""
+    if sys.argv[1:2] == ["hook"]:
+        from stager import hook
+
+        return hook.main(sys.argv[2:])
     from stager import cli
 
     return cli.main(sys.argv[1:])

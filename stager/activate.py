@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from stager.config import Config
 from stager.envpatch import EnvPatch
 from stager.errors import StagerError
+from stager.manifest import Manifest
 from stager.stage import Staged
 
-ACTIVE, PREFIX = "STAGER_ACTIVE", "STAGER_PREFIX"
+ACTIVE, PREFIX, ORIGIN = "STAGER_ACTIVE", "STAGER_PREFIX", "STAGER_ORIGIN"
 
 
 def staged(
@@ -26,16 +27,27 @@ def staged(
         ref: what the user called it; ``stage-run`` compares it to stay in ``sh``.
     """
     manifest = result.manifest
-    patch = EnvPatch.from_json(manifest.activation).at(result.prefix)
-    extra = {ACTIVE: ref, PREFIX: result.prefix}
-    if not config["run.user_site"]:
-        extra["PYTHONNOUSERSITE"] = "1"
-    patch = EnvPatch({**patch.set, **extra}, patch.unset, patch.prepend)
     origins = dict.fromkeys((manifest.origin, *manifest.spellings), result.prefix)
     # A cache on shared storage would be looked into for every module, and valid for none.
-    after = patch.apply(environ, origins)
+    after = patch(manifest, result.prefix, config, ref=ref).apply(environ, origins)
     after.pop("PYTHONPYCACHEPREFIX", None)
     return after
+
+
+def patch(manifest: Manifest, prefix: str, config: Config, *, ref: str) -> EnvPatch:
+    """What activating a staged tree changes, whatever the environment is before.
+
+    Args:
+        manifest: the environment's.
+        prefix: where it is staged.
+        config: ``run.user_site`` as above.
+        ref: as above.
+    """
+    own = EnvPatch.from_json(manifest.activation).at(prefix)
+    extra = {ACTIVE: ref, PREFIX: prefix, ORIGIN: manifest.origin}
+    if not config["run.user_site"]:
+        extra["PYTHONNOUSERSITE"] = "1"
+    return EnvPatch({**own.set, **extra}, own.unset, own.prepend)
 
 
 def original(text: str | None, config: Config, environ: Mapping[str, str]) -> dict[str, str] | None:
@@ -51,10 +63,10 @@ def original(text: str | None, config: Config, environ: Mapping[str, str]) -> di
     """
     from stager import lookup
 
-    path, patch = "", EnvPatch({"VIRTUAL_ENV": "{prefix}"}, (), {"PATH": ("{prefix}/bin",)})
+    path, own = "", EnvPatch({"VIRTUAL_ENV": "{prefix}"}, (), {"PATH": ("{prefix}/bin",)})
     with contextlib.suppress(StagerError):
         wish = lookup.wanted(text, environ)
         path = wish.path
         manifest = lookup.find(wish, config).manifest
-        path, patch = manifest.origin, EnvPatch.from_json(manifest.activation)
-    return patch.at(path).apply(environ) if path and os.path.isdir(f"{path}/bin") else None
+        path, own = manifest.origin, EnvPatch.from_json(manifest.activation)
+    return own.at(path).apply(environ) if path and os.path.isdir(f"{path}/bin") else None

@@ -144,11 +144,17 @@ class Compiler:
             worker.stdin.write(struct.pack("<II", len(name), len(source)) + name + source)
             worker.stdin.flush()
             head = worker.stdout.read(4)
-            if len(head) < 4:
-                return None  # the interpreter died of this source; the next one gets a new worker
             (length,) = struct.unpack("<I", head)
-            return worker.stdout.read(length) if length else None
-        except BrokenPipeError:
+            data = worker.stdout.read(length)
+            if len(data) < length:
+                raise EOFError
+            return data or None
+        except (BrokenPipeError, EOFError, struct.error):
+            # The interpreter died of this source. It may take a moment to be gone, and nobody
+            # else's source must be given to it.
+            if worker is not None:
+                worker.kill()
+                worker.wait()
             return None
         finally:
             self._idle.put(worker)
@@ -162,6 +168,7 @@ class Compiler:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=environ,
+            cwd="/",  # with -c, Python imports from the current directory first
         )
         with self._starting:
             self._started.append(worker)

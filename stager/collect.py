@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Callable
 
 from stager import lease
 from stager.errors import BusyError, StagerError
@@ -18,7 +19,14 @@ class Collected:
     leases: int
 
 
-def collect(node: Store, *, max_size: int, min_free: int, everything: bool = False) -> Collected:
+def collect(
+    node: Store,
+    *,
+    max_size: int,
+    min_free: int,
+    everything: bool = False,
+    exists: Callable[[str], bool | None] | None = None,
+) -> Collected:
     """Evict trees until the store keeps its bounds. A claimed tree is never touched.
 
     Args:
@@ -26,8 +34,9 @@ def collect(node: Store, *, max_size: int, min_free: int, everything: bool = Fal
         max_size: bytes all trees and images may take.
         min_free: bytes to leave free on the file system.
         everything: evict every unclaimed tree.
+        exists: asks the scheduler about jobs, see :func:`stager.lease.is_alive`.
     """
-    dropped = _drop_dead(node)
+    dropped = _drop_dead(node, exists)
     before = node.free()
     evicted = []
     used = node.size()
@@ -42,11 +51,11 @@ def collect(node: Store, *, max_size: int, min_free: int, everything: bool = Fal
     return Collected(tuple(evicted), max(0, node.free() - before), dropped)
 
 
-def _drop_dead(node: Store) -> int:
+def _drop_dead(node: Store, exists: Callable[[str], bool | None] | None) -> int:
     dropped = 0
     for held in node.held():
         for holder in held.leases:
-            if not lease.is_alive(holder):
+            if not lease.is_alive(holder, exists):
                 dropped += node.release(holder, held.id)
     return dropped
 

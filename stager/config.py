@@ -70,11 +70,16 @@ def _path(text: object) -> str:
     value = os.path.expanduser(str(text))
     if not value.startswith("/"):
         raise ValueError("an absolute path is expected")
-    return os.path.normpath(value)
+    # Two leading slashes are a prefix of their own to normpath, and another spelling to nobody.
+    return os.path.normpath("/" + value.lstrip("/"))
+
+
+def _optional_path(text: object) -> str:
+    return _path(text) if text else ""
 
 
 def _store(text: object) -> str:
-    value = _path(str(text).replace("{uid}", str(os.getuid())))
+    value = _path(text)
     if not re.fullmatch(r"[A-Za-z0-9/._+-]+", value):
         raise ValueError(
             "a store's path has only letters, digits and / . _ + - (it ends up in shebang lines)"
@@ -106,7 +111,9 @@ def _choice(*names: str) -> Callable[[object], str]:
 
 
 def _default_repository() -> str:
-    data = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
+    data = os.environ.get("XDG_DATA_HOME", "")
+    if not data.startswith("/"):  # the specification: relative ones are invalid and ignored
+        data = os.path.expanduser("~/.local/share")
     return os.path.join(data, "stager")
 
 
@@ -123,6 +130,9 @@ KEYS: dict[str, Key] = {
     "store": Key(_store, "/tmp/stager-{uid}", "node-local; {uid} is the user's number"),  # noqa: S108
     "repository": Key(_path, None, "where packed environments are published"),
     "repositories": Key(_list(_path), (), "read-only repositories of the site, searched after it"),
+    "keep_replaced": Key(
+        parse_duration, 3600.0, "how long a manifest stays that a newer pack replaced"
+    ),
     "local_prefixes": Key(
         _list(_path),
         ("/usr", "/bin", "/sbin", "/lib", "/lib64"),
@@ -154,6 +164,11 @@ KEYS: dict[str, Key] = {
         "repack",
         "an environment changed since it was packed: pack again, warn, or run the original",
     ),
+    "stage.sbcast_nodes": Key(
+        _integer,
+        0,
+        "jobs of so many nodes get the image by sbcast instead of each node reading it; 0: none do",
+    ),
     "run.strict": Key(
         _boolean, False, "an environment that cannot be staged is an error (exit 125)"
     ),
@@ -162,15 +177,42 @@ KEYS: dict[str, Key] = {
         parse_size, 50 << 30, "bytes the store may hold before trees are evicted"
     ),
     "collect.min_free": Key(parse_size, 1 << 30, "bytes to leave free on the store's file system"),
+    "hook.prolog_wait": Key(
+        parse_duration, 10.0, "longest that a Prolog waits; staging goes on after it, to 60s"
+    ),
+    "hook.deadline": Key(parse_duration, 300.0, "longest staging for a job; its tasks wait"),
+    "hook.pack": Key(
+        _boolean, True, "the first node of a job packs what is stale or was never packed"
+    ),
+    "hook.mounts": Key(
+        _choice("auto", "visible", "prolog", "never"),
+        "auto",
+        "mounts that a job sees: all, those made before its Prolog returns, none; auto: ask Slurm's"
+        " configuration files",
+    ),
+    "hook.on_node_fault": Key(
+        _choice("ignore", "drain"), "ignore", "whether a broken disk of the store drains the node"
+    ),
+    "hook.log": Key(_optional_path, "", "file for the hooks' events; syslog where it is empty"),
+    "hook.metrics": Key(
+        _optional_path, "", "Prometheus textfile (*.prom) with counters of the hooks' events"
+    ),
 }
 
 
 @dataclass
 class Config:
-    """Values by key, and for each where it came from."""
+    """Values by key, and for each where it came from.
+
+    Attributes:
+        uid: the user that ``{uid}`` in the store's path stands for.
+        store_template: the store's path as it is written, ``{uid}`` not filled in.
+    """
 
     values: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
+    uid: int = field(default_factory=os.getuid)
+    store_template: str = ""
 
     def __getitem__(self, key: str) -> Any:
         return self.values[key]
@@ -187,6 +229,9 @@ class Config:
             near = difflib.get_close_matches(key, KEYS, n=1)
             hint = f"did you mean `{near[0]}`?" if near else "`stager config show` lists the keys"
             raise UsageError(f"unknown configuration key `{key}` ({source})", hint=hint, blame=SITE)
+        if key == "store":
+            self.store_template = str(value)
+            value = str(value).replace("{uid}", str(self.uid))
         try:
             self.values[key] = KEYS[key].parse(value)
         except ValueError as error:
@@ -202,6 +247,7 @@ def load(
     environ: Mapping[str, str] | None = None,
     trusted_only: bool = False,
     site_directory: str = SITE_DIRECTORY,
+    uid: int | None = None,
 ) -> Config:
     """Load every value with its provenance.
 
@@ -210,16 +256,16 @@ def load(
         environ: the environment; None is the process's own.
         trusted_only: read only the site's files, as root hooks must.
         site_directory: where the site's files are.
+        uid: whose store it is; None is our own user.
 
     Raises:
         UsageError: a file or value is malformed; the message says where.
     """
     environ = os.environ if environ is None else environ
-    config = Config()
+    config = Config(uid=os.getuid() if uid is None else uid)
     for key, entry in KEYS.items():
         default = entry.default if key != "repository" else _default_repository()
-        config.values[key] = entry.parse(default)
-        config.sources[key] = "default"
+        config.set(key, default, "default")
     files = [
         os.path.join(site_directory, "config.yaml"),
         *sorted(glob.glob(os.path.join(glob.escape(site_directory), "config.d", "*.yaml"))),
@@ -240,17 +286,22 @@ def load(
     return config
 
 
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 def _merge_file(config: Config, path: str, *, trusted: bool) -> None:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        # A pipe must not make us wait for its writer.
+        file = open(path, encoding="utf-8", opener=_open_at_once)  # noqa: SIM115 - below
     except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as error:
         raise UsageError(
             f"cannot read the configuration file {path}: {error.strerror}", blame=SITE
         ) from error
-    with open(fd, encoding="utf-8") as file:
-        info = os.fstat(fd)
+    with file:
+        info = os.fstat(file.fileno())
         if trusted and (info.st_uid != 0 or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
             raise UsageError(
                 f"the configuration file {path} can be changed by others than root",

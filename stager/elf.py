@@ -19,6 +19,7 @@ _DT_NEEDED, _DT_STRTAB, _DT_SONAME, _DT_RPATH, _DT_RUNPATH = 1, 5, 14, 15, 29
 _DT_VERNEED, _DT_VERNEEDNUM = 0x6FFFFFFE, 0x6FFFFFFF
 _DT_STRING_TAGS = (_DT_NEEDED, _DT_SONAME, _DT_RPATH, _DT_RUNPATH)
 _SHT_DYNSYM = 11
+_MAX_OFFSET = 1 << 62
 
 Read = Callable[[int, int], bytes]
 """``read(offset, length)`` of the file."""
@@ -56,7 +57,8 @@ class _Dynamic:
 
 def reader(fd: int) -> Read:
     """A :data:`Read` over an open file."""
-    return lambda offset, length: os.pread(fd, length, offset)
+    # Damaged headers ask for offsets that no file has, and pread refuses to be asked.
+    return lambda offset, length: os.pread(fd, length, offset) if offset < _MAX_OFFSET else b""
 
 
 def inspect(read: Read) -> Elf | None:
@@ -132,29 +134,38 @@ def _string(read: Read, offset: int) -> bytes:
 def _glibc(
     read: Read, dynamic: _Dynamic, segments: list[tuple[int, int, int, int]]
 ) -> tuple[int, int] | None:
+    highest: tuple[int, int] | None = None
+    for name in _needed_versions(read, dynamic, segments):
+        text = _string(read, dynamic.strings + name)
+        if text.startswith(b"GLIBC_2."):
+            parts = text[6:].split(b".")
+            if all(part.isdigit() for part in parts):
+                version = (int(parts[0]), int(parts[1]))
+                highest = max(highest or version, version)
+    return highest
+
+
+def _needed_versions(
+    read: Read, dynamic: _Dynamic, segments: list[tuple[int, int, int, int]]
+) -> Iterator[int]:
+    """Yield where the names of the libraries and versions asked for lie among the strings."""
     start, count = dynamic.value(_DT_VERNEED), dynamic.value(_DT_VERNEEDNUM)
     if start is None or count is None:
-        return None
-    highest: tuple[int, int] | None = None
+        return
     offset = _to_offset(start, segments)
     for _ in range(min(count, 1024)):
-        _, versions, _, first, following = struct.unpack("<HHIII", read(offset, 16))
+        _, versions, library, first, following = struct.unpack("<HHIII", read(offset, 16))
+        yield library
         at = offset + first
         for _ in range(versions):
             _, _, _, name, next_version = struct.unpack("<IHHII", read(at, 16))
-            text = _string(read, dynamic.strings + name)
-            if text.startswith(b"GLIBC_2."):
-                parts = text[6:].split(b".")
-                if all(part.isdigit() for part in parts):
-                    version = (int(parts[0]), int(parts[1]))
-                    highest = max(highest or version, version)
+            yield name
             at += next_version
             if not next_version:
                 break
         offset += following
         if not following:
             break
-    return highest
 
 
 def move_runpath(
@@ -198,8 +209,11 @@ def replace_runpath(data: bytes, elf: Elf, runpath: str) -> bytes | None:
         The new content, or None where the new string is longer or the bytes are shared.
     """
     new, old = os.fsencode(runpath), os.fsencode(elf.runpath)
-    if len(new) > len(old) or _shared(data, elf.runpath_offset, len(old)):
-        return None
+    try:
+        if len(new) > len(old) or _shared(data, elf.runpath_offset, len(old)):
+            return None
+    except (struct.error, OverflowError, MalformedError):
+        return None  # what cannot be read may share them
     start = elf.runpath_offset
     return data[:start] + new.ljust(len(old), b"\0") + data[start + len(old) :]
 
@@ -216,11 +230,14 @@ def _shared(data: bytes, start: int, length: int) -> bool:
     inside = range(first + 1, first + length)
     if any(tag in _DT_STRING_TAGS and value in inside for tag, value in dynamic.entries):
         return True
-    return any(name in inside or name == first for name in _symbol_names(data))
+    names = (*_needed_versions(read, dynamic, segments), *_symbol_names(data))
+    return any(name in inside or name == first for name in names)
 
 
 def _symbol_names(data: bytes) -> Iterator[int]:
     table, entry_size, count = struct.unpack_from("<Q10xHH", data, 40)
+    if not table or not count:
+        raise MalformedError("there is no section table")
     for index in range(count):
         at = table + index * entry_size
         kind, _, _, offset, size = struct.unpack_from("<IQQQQ", data, at + 4)

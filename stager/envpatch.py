@@ -15,6 +15,7 @@ _FILES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE
 _INHERITED = re.compile(
     r"CONDA_(?!ENVS_|PKGS_)|_CE_|VIRTUAL_ENV|PYTHONHOME\Z|__PYVENV_LAUNCHER__\Z"
 )
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,21 @@ class EnvPatch:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> EnvPatch:
-        """The inverse of :meth:`to_json`."""
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            TypeError, ValueError, AttributeError: it is no such value.
+        """
         prepend = {key: tuple(items) for key, items in value.get("prepend", {}).items()}
-        return cls(dict(value.get("set", {})), tuple(value.get("unset", ())), prepend)
+        patch = cls(dict(value.get("set", {})), tuple(value.get("unset", ())), prepend)
+        texts = [
+            *patch.set.values(),
+            *patch.unset,
+            *(one for row in prepend.values() for one in row),
+        ]
+        if not all(isinstance(text, str) and "\0" not in text for text in texts):
+            raise TypeError("a variable's value is no text")
+        return patch
 
 
 def _follow(path: str, origins: Mapping[str, str]) -> str:
@@ -107,9 +120,16 @@ def _follow(path: str, origins: Mapping[str, str]) -> str:
 def changes(
     before: Mapping[str, str], after: Mapping[str, str]
 ) -> tuple[dict[str, str], list[str]]:
-    """The variables to set and to unset to come from one environment to the other."""
-    changed = {key: value for key, value in sorted(after.items()) if before.get(key) != value}
-    return changed, sorted(key for key in before if key not in after)
+    """The variables to set and to unset to come from one environment to the other.
+
+    Names that no shell could say are left out: in its code they would be code.
+    """
+    changed = {
+        key: value
+        for key, value in sorted(after.items())
+        if before.get(key) != value and _IDENTIFIER.match(key)
+    }
+    return changed, sorted(key for key in before if key not in after and _IDENTIFIER.match(key))
 
 
 def _quote(text: str) -> str:

@@ -75,7 +75,10 @@ def _children(path: str) -> str:
         for item in sorted(entries, key=lambda one: one.name):
             if item.name == "__pycache__":
                 continue
-            time = item.stat().st_mtime_ns if item.name.endswith(_METADATA) else 0
+            time = 0
+            if item.name.endswith(_METADATA):
+                with contextlib.suppress(OSError):  # a link to nothing has no time
+                    time = item.stat().st_mtime_ns
             digest.update(f"{item.name}\0{time}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:16]
 

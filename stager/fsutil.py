@@ -24,7 +24,8 @@ def explain(error: OSError, doing: str, *, blame: str | None = None) -> StagerEr
         doing: what we were doing, as in "cannot <doing>".
         blame: whose fault it is, where the caller knows better than the default.
     """
-    where = f" ({error.filename})" if isinstance(error.filename, str) else ""
+    known = not isinstance(error.filename, str) or error.filename in doing
+    where = "" if known else f" ({error.filename})"
     message = f"cannot {doing}: {error.strerror or error}{where}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return NoSpaceError(
@@ -51,7 +52,7 @@ def write_atomic(path: str, data: bytes, *, mode: int = 0o666, durable: bool = T
         mode: permission bits before the umask.
         durable: fsync the file and its directory, so that it survives a crash of the machine.
     """
-    temporary = f"{path}.{os.getpid()}{_CREATED_SUFFIX}"
+    temporary = _beside(path)
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         with open(fd, "wb") as file:
@@ -82,11 +83,19 @@ def sync_directory(path: str) -> None:
 
 def replace_link(target: str, path: str) -> None:
     """Point the symbolic link ``path`` at ``target``, atomically."""
-    temporary = f"{path}.{os.getpid()}{_CREATED_SUFFIX}"
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(temporary)
+    temporary = _beside(path)
     os.symlink(target, temporary)
     os.rename(temporary, path)
+
+
+def _beside(path: str) -> str:
+    """A name for a file that will be renamed to ``path``.
+
+    No process number: on shared storage another node has the same, and in a container so has the
+    next process after one that was killed and left its file.
+    """
+    directory, name = os.path.split(path)
+    return os.path.join(directory, f".{name}.{os.urandom(6).hex()}{_CREATED_SUFFIX}")
 
 
 def own_directory(path: str, what: str) -> None:
@@ -105,7 +114,8 @@ def own_directory(path: str, what: str) -> None:
     except FileNotFoundError:
         # A configured parent such as /local/stager: made like mkdir -p, private where we make it.
         own_directory(os.path.dirname(path), what)
-        os.mkdir(path, 0o700)
+        with contextlib.suppress(FileExistsError):  # others may be making it too
+            os.mkdir(path, 0o700)
     info = os.lstat(path)
     hint = "remove it, or choose another place with --store or STAGER_STORE"
     if stat.S_ISLNK(info.st_mode):
@@ -200,7 +210,11 @@ def _remove_at(parent: int, name: str, info: os.stat_result) -> None:
         os.unlink(name, dir_fd=parent)
         return
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open(name, flags, dir_fd=parent)
+    try:
+        fd = os.open(name, flags, dir_fd=parent)
+    except PermissionError:
+        os.chmod(name, 0o700, dir_fd=parent)  # fails where it is not ours
+        fd = os.open(name, flags, dir_fd=parent)
     try:
         opened = os.fstat(fd)
         if opened.st_dev != os.fstat(parent).st_dev:

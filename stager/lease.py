@@ -1,43 +1,59 @@
 """Who holds a lease, and whether the holder still lives.
 
-A holder is a file name: ``slurm-<job>``, ``pbs-<job>``, or ``pid-<process>-<start time>-<boot>``.
+A holder is a file name: ``slurm-<job>-<boot>``, ``pbs-<job>-<boot>``, or
+``pid-<process>-<start time>-<boot>``; a boot is told by the first digits of its id.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from typing import Callable
 
 from stager import schedulers
 from stager.store import boot_id
 
 _PROCESS = re.compile(r"pid-(\d+)-(\d+)-([0-9a-f]{8})\Z")
+_JOB = re.compile(r"(slurm|pbs)-(.+)-([0-9a-f]{8})\Z")
 
 
 def of_process(pid: int) -> str:
     """The holder that a process is; its start time tells it from a later one with its number."""
-    return f"pid-{pid}-{_start_time(pid)}-{boot_id()[:8]}"
+    return f"pid-{pid}-{start_time(pid)}-{boot_id()[:8]}"
+
+
+def of_job(scheduler: str, job: str) -> str:
+    """The holder that a job is on this node, for as long as the node stays up."""
+    return f"{scheduler}-{job}-{boot_id()[:8]}"
 
 
 def of_job_or_process(pid: int) -> str:
     """The job we run in, or outside of any the given process."""
     job = schedulers.current()
-    return f"{job.scheduler}-{job.id}" if job is not None else of_process(pid)
+    return of_job(job.scheduler, job.id) if job is not None else of_process(pid)
 
 
-def is_alive(holder: str) -> bool:
+def is_alive(holder: str, exists: Callable[[str], bool | None] | None = None) -> bool:
     """Tell whether a holder may still use what it claims.
 
-    A job counts as alive: its end is the epilogue's to know (``stager release``).
+    Args:
+        holder: who.
+        exists: asks Slurm whether a job still exists, None where nobody knows. Left out, a job
+            counts as alive until the node's next boot: its end is the Epilog's to know.
     """
     match = _PROCESS.match(holder)
+    if match is not None:
+        pid, start, boot = int(match[1]), match[2], match[3]
+        return boot == boot_id()[:8] and start_time(pid) == start
+    match = _JOB.match(holder)
     if match is None:
         return True
-    pid, start, boot = int(match[1]), match[2], match[3]
-    return boot == boot_id()[:8] and _start_time(pid) == start
+    if match[3] != boot_id()[:8]:
+        return False
+    return exists is None or match[1] != "slurm" or exists(match[2]) is not False
 
 
-def _start_time(pid: int) -> str:
+def start_time(pid: int) -> str:
     """Clock ticks after boot at which a process started (proc(5), field 22), or ``0``."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:

@@ -85,9 +85,9 @@ def fresh(
     except NotFoundError:
         if not (wish.path and policy == "repack" and os.path.isdir(wish.path)):
             raise
-        result = pack.pack(wish.path, config, progress=progress)
-        assert result.published is not None
-        return result.published, []
+        if progress is not None:
+            progress.note(f"packing {wish.path}, which was never packed")
+        return _pack(wish.path, config, None, progress), []
     changes = [] if wish.digest else freshness.changed(published.manifest)
     own = published.repository.root == config["repository"]
     if not (changes and policy == "repack" and own):
@@ -95,6 +95,8 @@ def fresh(
     manifest = published.manifest
     for key, value in manifest.options.items():
         config.values[key] = tuple(value) if isinstance(value, list) else value
+    if progress is not None:
+        progress.note(f"packing `{manifest.name}` again: {changes[0]} changed")
     return _pack(manifest.origin, config, manifest.name, progress), []
 
 

@@ -227,14 +227,12 @@ def _layer(item: Mapping[str, Any]) -> Layer:
     # These become path components on a node: nothing but what pack writes is believed.
     if not _is_id(layer.id):
         raise ValueError("a layer's id is malformed")
-    if not all(isinstance(one, int) for one in (layer.image.crc32, layer.image.size, layer.size)):
-        raise ValueError("a layer's sizes or checksum are malformed")
     if layer.image.format not in ("squashfs", "tar.zst"):
         raise ValueError(f"unknown image format {layer.image.format!r}")
     if not layer.destination.startswith("/") or "\0" in layer.destination:
         raise ValueError("a layer's destination is not an absolute path")
-    if min(layer.files, layer.size, layer.image.size) < 0:
-        raise ValueError("a layer's size is negative")
+    if min(layer.files, layer.size, layer.image.size) < 0 or layer.image.crc32 >> 32:
+        raise ValueError("a layer's size or checksum is malformed")
     return layer
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import datetime
 import filecmp
 import os
@@ -53,6 +55,9 @@ class Progress(Protocol):
     def finish(self) -> None:
         """The layer is done."""
 
+    def note(self, message: str) -> None:
+        """Something the user may want to know."""
+
 
 @dataclass
 class Survey:
@@ -62,6 +67,7 @@ class Survey:
         tree: the tree.
         entries: everything to pack, taken-in link targets and snapshots included.
         moves: paths outside the tree whose copies lie in it, relative to the destination.
+        copies: directories outside the tree, and where in it a link was replaced by their copy.
         slow: the files lie on a network file system.
         watched: source trees whose changes make the environment stale.
     """
@@ -69,6 +75,7 @@ class Survey:
     tree: Tree
     entries: list[Entry]
     moves: list[tuple[str, str]] = field(default_factory=list)
+    copies: list[tuple[str, str]] = field(default_factory=list)
     slow: bool = False
     watched: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
@@ -142,7 +149,7 @@ def pack(
         findings += [Finding(**one) for record in written for one in record["findings"]]
         manifest = _manifest(environment, surveys, written, findings, config, name)
         published = repository.publish(manifest, replace=name is not None)
-    repository.collect()
+    repository.collect(keep=config["keep_replaced"])
     return _packed(published, environment, findings, layers.reused, layers.outcomes, started)
 
 
@@ -193,6 +200,7 @@ def _survey(tree: Tree, environment: Environment, config: Config) -> Survey:
     _take_in_links(survey, environment, config)
     if tree.role == "env":
         _take_in_editables(survey, environment, config)
+    _settle_links(survey)
     survey.entries.sort(key=lambda entry: entry.path)
     return survey
 
@@ -201,19 +209,24 @@ def _take_in_links(survey: Survey, environment: Environment, config: Config) -> 
     """Replace links out of the Python directories by what they lead to.
 
     An installer that links modules to its cache (``UV_LINK_MODE=symlink``) leaves an environment
-    of nothing but such links.
+    of nothing but such links. Elsewhere, a link may lead to data that are much larger than the
+    environment: what it leads to is taken in only where an installer put it there.
     """
     place = _place(survey, environment, config, "/", {})
     tree, policy = survey.tree, config["pack.links"]
     kept: list[Entry] = []
     taken = 0
+    installed: frozenset[str] | None = None
     for entry in survey.entries:
-        in_python = any(
-            entry.path.startswith(f"{one}/") for one in (*tree.python_directories, "bin")
-        )
-        if not (in_python and plan.leaves(place, entry)):
+        if not plan.leaves(place, entry):
             kept.append(entry)
             continue
+        if not any(entry.path.startswith(f"{one}/") for one in (*tree.python_directories, "bin")):
+            if installed is None:
+                installed = _installed_data(survey)
+            if entry.path not in installed:
+                kept.append(entry)
+                continue
         real = os.path.realpath(entry.source)
         if policy == "refuse":
             reason = f"a link out of the environment, to {real} (--links refuse)"
@@ -224,12 +237,70 @@ def _take_in_links(survey: Survey, environment: Environment, config: Config) -> 
         taken += 1
         if os.path.isdir(real):
             kept += walk.walk(real, Excluder(config["pack.exclude"]), at=entry.path)
+            survey.copies.append((real, entry.path))
         else:
-            kept.append(walk.entry(entry.path, real)._replace(mode=os.stat(real).st_mode & 0o777))
+            kept.append(walk.entry(entry.path, real))
     survey.entries = kept
     if taken:
         reason = f"{taken} links out of the environment: what they lead to is included"
         survey.findings.append(Finding(".", "links", reason, "note"))
+
+
+def _settle_links(survey: Survey) -> None:
+    """Give links in copies of other trees a target that is right where the copy lies.
+
+    One between copied entries stays a link. One to a file that is not copied becomes the file, as
+    does one to a directory of a copied source tree; a directory elsewhere may be of any size, so a
+    link to it goes on leading there.
+    """
+    own = f"{survey.tree.root}/"
+    known = {entry.path for entry in survey.entries}
+    settled: list[Entry] = []
+    for entry in survey.entries:
+        if entry.kind != LINK or entry.source.startswith(own):
+            settled.append(entry)
+            continue
+        target = os.path.normpath(os.path.join(os.path.dirname(entry.source), entry.target))
+        real = os.path.realpath(entry.source)
+        copies = [_copy_of(path, survey) for path in (target, real)]
+        copy = next((path for path in copies if path in known), None)
+        if copy is not None:
+            relative = os.path.relpath(copy, os.path.dirname(entry.path))
+            settled.append(entry._replace(target=relative))
+        elif os.path.isfile(real):
+            settled.append(walk.entry(entry.path, real))
+        elif any(copies) and os.path.isdir(real):
+            settled += walk.walk(real, Excluder(()), at=entry.path)
+        else:
+            settled.append(entry._replace(target=target))
+    survey.entries = settled
+
+
+def _copy_of(path: str, survey: Survey) -> str | None:
+    """Where the copy of a path outside of the tree lies in it, if the tree it is in is copied."""
+    for old, at in (*survey.moves, *survey.copies):
+        if path == old or path.startswith(f"{old}/"):
+            return at + path[len(old) :]
+    return None
+
+
+def _installed_data(survey: Survey) -> frozenset[str]:
+    """The files outside of site-packages that installed packages list as theirs."""
+    found: set[str] = set()
+    for entry in survey.entries:
+        if entry.path.endswith(".dist-info/RECORD") and os.path.isfile(entry.source):
+            site = os.path.dirname(os.path.dirname(entry.path))
+            with (
+                contextlib.suppress(csv.Error),
+                open(entry.source, encoding="utf-8", errors="surrogateescape") as file,
+            ):
+                names = (row[0] for row in csv.reader(file) if row)
+                found.update(
+                    os.path.normpath(os.path.join(site, name))
+                    for name in names
+                    if name.startswith("../")
+                )
+    return frozenset(found)
 
 
 def _take_in_editables(survey: Survey, environment: Environment, config: Config) -> None:
@@ -398,7 +469,7 @@ class _Layers:
         image_format = self._config["pack.format"]
         for survey, layer_id, place in self._places():
             known = repository.layer(layer_id, image_format)
-            if known is not None and known["level"] == self._config["pack.level"]:
+            if known is not None and self._is_good(repository, known):
                 self.reused.append(survey.tree.role)
                 records.append(known)
                 continue
@@ -427,6 +498,13 @@ class _Layers:
             records.append(record)
         return records
 
+    def _is_good(self, repository: Repository, record: dict[str, Any]) -> bool:
+        """Tell whether an image can be used again: packing again is the advice for damaged ones."""
+        image = Image(**record["layer"]["image"])
+        path = os.path.join(repository.root, "images", record["image"])
+        same = record["level"] == self._config["pack.level"]
+        return bool(same and transfer.is_image(path, image))
+
     def check(self) -> list[Outcome]:
         """Find out what would happen, writing nothing."""
         for survey, _, place in self._places():
@@ -435,13 +513,12 @@ class _Layers:
 
     def _write(self, survey: Survey, place: plan.Place, path: str) -> Outcome:
         config = self._config
-        root = next(entry for entry in survey.entries if entry.path == ".")
-        mtime = min(max(root.mtime_ns // 10**9, 0), 0xFFFFFFFF)
+        newest = max(plan.seconds(entry) for entry in survey.entries)
         if config["pack.format"] == "squashfs":
             from stager.formats import squashfs
 
             writer = squashfs.Writer(
-                path, level=config["pack.level"], threads=config["pack.threads"], mtime=mtime
+                path, level=config["pack.level"], threads=config["pack.threads"], newest=newest
             )
             try:
                 outcome = self._produce(survey, place, writer, compile_all=config["pack.bytecode"])
@@ -543,10 +620,7 @@ def _manifest(
             *(freshness.watch(path, tree=True) for path in trees),
         ),
         modules=_modules(environment, surveys[-1]),
-        options={
-            key: config[key]
-            for key in ("pack.editables", "pack.links", "pack.bytecode", "pack.exclude")
-        },
+        options={key: config[key] for key in config.values if key.startswith("pack.")},
         packed=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         packer=stager.__version__,
         findings=tuple(findings),

@@ -91,18 +91,18 @@ def make(
     items: list[Item] = []
     for entry in entries:
         if entry.kind == DIRECTORY:
-            items.append(Item(entry.path, "dir", 0o755, _seconds(entry), entry))
+            items.append(Item(entry.path, "dir", 0o755, seconds(entry), entry))
         elif entry.kind == LINK:
             target, finding = _retarget(place, entry)
             findings += [finding] if finding else []
-            items.append(Item(entry.path, "symlink", 0o777, _seconds(entry), entry, target=target))
+            items.append(Item(entry.path, "symlink", 0o777, seconds(entry), entry, target=target))
         elif entry.kind == SPECIAL:
             findings.append(
                 Finding(entry.path, "special", "a socket, pipe or device: left out", "note")
             )
         elif entry.path in place.copies_of_python:
             target = _relative(place, entry.path, place.interpreter)
-            items.append(Item(entry.path, "symlink", 0o777, _seconds(entry), entry, target=target))
+            items.append(Item(entry.path, "symlink", 0o777, seconds(entry), entry, target=target))
         else:
             files[entry.path] = entry
     items += _files(place, files, compile_all, findings)
@@ -144,7 +144,7 @@ def _files(
             pyc is not None or (compile_all and _is_importable(place, entry.path))
         )
         tag = place.tag if wanted else ""
-        yield Item(entry.path, kind, mode, _seconds(entry), entry, pyc=pyc, tag=tag)
+        yield Item(entry.path, kind, mode, seconds(entry), entry, pyc=pyc, tag=tag)
 
 
 def _is_importable(place: Place, path: str) -> bool:
@@ -153,7 +153,8 @@ def _is_importable(place: Place, path: str) -> bool:
     return all(part.isidentifier() for part in path[: -len(".py")].split("/")[-1:])
 
 
-def _seconds(entry: Entry) -> int:
+def seconds(entry: Entry) -> int:
+    """An entry's modification time as images hold it."""
     # Image formats hold 32 bits of whole seconds; so does the check of bytecode against source.
     return min(max(entry.mtime_ns // 1_000_000_000, 0), 0xFFFFFFFF)
 
@@ -190,20 +191,34 @@ def _retarget(place: Place, entry: Entry) -> tuple[str, Finding | None]:
     if moved is not None:
         if not os.path.exists(entry.source):
             return _relative(place, entry.path, moved), _dangling(entry)
-        if not entry.target.startswith("/") and moved.startswith(f"{place.destination}/"):
+        if moved.startswith(f"{place.destination}/") and not _climbs_out(entry):
             return entry.target, None
         return _relative(place, entry.path, moved), None
     real = os.path.realpath(entry.source)
     moved = place.relocation.path(real)
     if moved is not None:
         return _relative(place, entry.path, moved), None
-    if any(absolute == one or absolute.startswith(f"{one}/") for one in place.local):
-        return absolute, None
+    for path in (absolute, real):
+        if any(path == one or path.startswith(f"{one}/") for one in place.local):
+            return path, None
     if not os.path.exists(entry.source):
-        return entry.target, _dangling(entry)
+        # Relative to another place it would be another path, which may well be there.
+        return absolute, _dangling(entry)
     return absolute, Finding(
         entry.path, "link", f"still leads to {absolute}, which is not on the node", "warning"
     )
+
+
+def _climbs_out(entry: Entry) -> bool:
+    """Tell whether a link's text leaves the tree, be it to come back by the name the tree has now."""
+    if entry.target.startswith("/"):
+        return True
+    depth = entry.path.count("/")
+    for part in entry.target.split("/"):
+        depth += -1 if part == ".." else part not in ("", ".")
+        if depth < 0:
+            return True
+    return False
 
 
 def _dangling(entry: Entry) -> Finding:

@@ -7,6 +7,7 @@ import contextlib
 import csv
 import hashlib
 import os
+import re
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -26,12 +27,13 @@ from stager.walk import Entry
 SMALL = 4 << 20
 """Files up to this many bytes are read whole; larger ones pass through in pieces."""
 _CHUNK = 1 << 20
+_PIECE = 256 << 10
 _LARGEST_TEXT = 256 << 20
 _AHEAD_FILES = 256
 _AHEAD_BYTES = 64 << 20
 _READERS = 32
 
-Data = Union[bytes, Iterable[bytes]]
+Data = Union[bytes, Iterable[Union[bytes, memoryview]]]
 
 
 class Sink(Protocol):
@@ -136,7 +138,7 @@ class Producer:
             return [(Member(item.path, item.kind, item.mode, item.mtime, 0, item.target), b"")]
         entry = item.entry
         assert entry is not None
-        if entry.size > SMALL:
+        if entry.size > SMALL and not item.tag:  # bytecode needs its source whole
             return [self._large(item, entry)]
         data = read(entry)
         content = self._content(item, data)
@@ -175,7 +177,7 @@ class Producer:
     def _old_names(self, path: str, source: str) -> Iterator[str]:
         yield source
         for spelling in self._spellings:
-            if spelling != self._place.root:
+            if f"{spelling}/{path}" != source:
                 yield f"{spelling}/{path}"
 
     # -- contents ---------------------------------------------------------------------------
@@ -185,6 +187,11 @@ class Producer:
         if path == "pyvenv.cfg":
             interpreter = self._place.interpreter
             values = {"home": os.path.dirname(interpreter), "executable": interpreter}
+            # Which Python made it may be another environment's, which nothing else speaks of.
+            command = re.search(rb"^command\s*=\s*(.+?) -m ", data, re.MULTILINE)
+            if command is not None:
+                start, end = command.span(1)
+                data = data[:start] + os.fsencode(interpreter) + data[end:]
             content = self._place.relocation.text(relocate.rewrite_config(data, values))
         elif path.endswith((".pth", ".egg-link")) and self._in_python_directory(path):
             content = relocate.rewrite_paths(
@@ -203,8 +210,8 @@ class Producer:
                 content = bytecode.move(content, old, f"{self._place.destination}/{path[:-1]}")
             self._leftover(path, content, "bytecode without source")
         elif relocate.is_binary(data):
-            content = data
-            self._leftover(path, data, "a binary file")
+            content = relocate.rewrite_archive(data, self._place.relocation)
+            self._leftover(path, content, "a binary file")
         else:
             content = self._place.relocation.text(data)
             self._leftover(path, content, "part of another path")
@@ -269,14 +276,13 @@ class Producer:
         site = os.path.dirname(os.path.dirname(path))
         lines = []
         for line in data.decode("utf-8", "surrogateescape").splitlines(keepends=True):
-            name, *rest = next(csv.reader([line]), [""])
+            name, checksum, *_ = [*next(csv.reader([line]), []), "", ""]
             target = os.path.normpath(os.path.join(site, name))
             new = self.outcome.rewritten.get(target)
-            if new is not None and rest and rest[0]:
-                quoted = f'"{name}"' if "," in name else name
+            quoted = '"' + name.replace('"', '""') + '"' if set(name) & set(',"') else name
+            if new is not None and checksum:
                 lines.append(f"{quoted},sha256={new[0]},{new[1]}\n")
-            elif name.endswith(".pyc") and rest and rest[0]:
-                quoted = f'"{name}"' if "," in name else name
+            elif name.endswith(".pyc") and checksum:
                 lines.append(f"{quoted},,\n")  # may have been moved or compiled; empty is allowed
             else:
                 lines.append(line)
@@ -287,7 +293,8 @@ class Producer:
     def _large(self, item: Item, entry: Entry) -> tuple[Member, Data]:
         with _opened(entry) as fd:
             head = os.pread(fd, _CHUNK, 0)
-            text = not relocate.is_binary(head) and entry.size <= _LARGEST_TEXT
+            text = not relocate.is_binary(head) or head.startswith(b"#!")
+            text = text and entry.size <= _LARGEST_TEXT
             info = self._inspect(item.path, elf.reader(fd))
         if text or (info is not None and self._new_runpath(item.path, info) is not None):
             content = self._content(item, read(entry))
@@ -296,23 +303,25 @@ class Producer:
             item, entry
         )
 
-    def _pieces(self, item: Item, entry: Entry) -> Iterator[bytes]:
+    def _pieces(self, item: Item, entry: Entry) -> Iterator[memoryview]:
         needles = self._place.relocation.needles
         overlap = max(map(len, needles), default=1) + 1
         tail, left = b"", False
+        # One buffer that stays in the processor's cache, instead of fresh memory for each piece.
+        buffer = bytearray(min(_PIECE, entry.size))
         with _opened(entry) as fd:
             remaining = entry.size
             while remaining:
-                piece = os.read(fd, min(_CHUNK, remaining))
-                if not piece:
+                count = os.readv(fd, [memoryview(buffer)[: min(len(buffer), remaining)]])
+                if not count:
                     raise _changed(entry)
-                remaining -= len(piece)
+                remaining -= count
                 if not left:
-                    left = any(needle in piece for needle in needles) or any(
-                        needle in tail + piece[:overlap] for needle in needles
+                    left = any(buffer.find(needle, 0, count) >= 0 for needle in needles) or any(
+                        needle in tail + buffer[:overlap] for needle in needles
                     )
-                    tail = piece[-overlap:]
-                yield piece
+                    tail = bytes(buffer[max(0, count - overlap) : count])
+                yield memoryview(buffer)[:count]
             _check(entry, os.fstat(fd))
         if left:
             self._find(

@@ -61,6 +61,11 @@ def is_name(text: str) -> bool:
     return bool(_NAME.match(text))
 
 
+def _is_no_byte(char: str) -> bool:
+    """Tell whether this is a surrogate that stands for no byte of a file name: JSON may have it."""
+    return "\ud800" <= char <= "\udfff" and not "\udc80" <= char <= "\udcff"
+
+
 def parse(text: str, *, cwd: str | None = None) -> Ref:
     """Parse one ref.
 
@@ -73,7 +78,7 @@ def parse(text: str, *, cwd: str | None = None) -> Ref:
     """
     if not text:
         raise UsageError("the environment's name is empty", hint="see `stager list`")
-    if any(ord(char) < 32 or ord(char) == 127 for char in text):
+    if any(ord(char) < 32 or ord(char) == 127 or _is_no_byte(char) for char in text):
         raise UsageError(f"the environment's name has control characters: {text!r}")
     if text.startswith(("/", "./", "../", "~")) or text in (".", ".."):
         return Ref(path=os.path.abspath(os.path.join(cwd or os.getcwd(), os.path.expanduser(text))))
@@ -93,7 +98,7 @@ def parse_directive(text: str, *, cwd: str | None = None) -> Directive:
     Raises:
         UsageError: it is too long or malformed.
     """
-    if len(text.encode(errors="surrogateescape")) > MAX_DIRECTIVE:
+    if len(text.encode(errors="surrogatepass")) > MAX_DIRECTIVE:
         raise UsageError(f"the pyenv directive is longer than {MAX_DIRECTIVE} bytes")
     names, _, query = text.partition("?")
     refs = tuple(parse(part, cwd=cwd) for part in names.split("+"))

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Callable
 from urllib.parse import quote
 
 from stager.errors import UsageError
@@ -59,7 +60,7 @@ class Relocation:
                     f"an environment directly under / cannot be moved safely: {move.old}",
                     hint="so short a path cannot be told from others; put it one level deeper",
                 )
-            for encode in (os.fsencode, _as_url, _as_json):
+            for encode in (os.fsencode, _as_url, _as_json, *_QUOTED):
                 old, new = encode(move.old), encode(move.new)
                 table.setdefault(old, new)
         self._table = table
@@ -106,6 +107,14 @@ def _as_json(path: str) -> bytes:
     return json.dumps(path)[1:-1].encode(errors="surrogateescape")
 
 
+def _quoting(escape: str) -> Callable[[str], bytes]:
+    return lambda path: os.fsencode(path.replace("'", escape))
+
+
+# How activation scripts write an apostrophe: shlex.quote, other POSIX shells and csh, fish.
+_QUOTED = (_quoting("'\"'\"'"), _quoting("'\\''"), _quoting("\\'"))
+
+
 def is_binary(data: bytes) -> bool:
     """Tell whether a file's content is binary; text in this sense has no NUL byte."""
     return b"\0" in data
@@ -121,6 +130,17 @@ def rewrite_config(data: bytes, values: dict[str, str]) -> bytes:
         key = line.partition("=")[0].strip().lower()
         lines.append(f"{key} = {values[key]}" if key in values and "=" in line else line)
     return ("\n".join(lines) + "\n").encode("utf-8", "surrogateescape")
+
+
+def rewrite_archive(data: bytes, relocation: Relocation) -> bytes:
+    """Rewrite the interpreter line that may stand before a zip: zipapp, pex, shiv.
+
+    A reader finds what is in a zip from its end, so what stands before it may change its length.
+    """
+    head, start, rest = data.partition(b"PK\3\4")
+    if not (start and head.startswith(b"#!")):
+        return data
+    return relocation.text(head) + start + rest
 
 
 def shebang(data: bytes) -> str:

@@ -29,7 +29,7 @@ from typing import Any
 from stager import fsutil, manifest
 from stager.errors import BusyError, DeniedError, IntegrityError, NotFoundError, StagerError
 from stager.manifest import Layer, Manifest
-from stager.ref import Ref
+from stager.ref import Ref, is_name
 
 _ROOMS = ("refs", "origins", "manifests", "layers", "images", "tmp")
 _ABANDONED = 86400.0
@@ -108,7 +108,8 @@ class Repository:
         ]
         if len(matches) > 1:
             raise IntegrityError(f"{ref} is ambiguous here", hint="give more digits of the digest")
-        return self._load(self._path("manifests", matches[0])) if matches else None
+        found = self._load(self._path("manifests", matches[0])) if matches else None
+        return found if found is not None and found.manifest.name == ref.name else None
 
     def _load(self, path: str) -> Published | None:
         try:
@@ -132,13 +133,14 @@ class Repository:
         try:
             with open(self._path("layers", f"{layer_id}.{image_format}"), "rb") as file:
                 value: dict[str, Any] = json.load(file)
-        except (OSError, ValueError):
+            size = os.path.getsize(self._path("images", value["image"]))
+            return value if size == value["layer"]["image"]["size"] else None
+        except (OSError, ValueError, KeyError, TypeError):
             return None
-        return value if os.path.exists(self._path("images", value["image"])) else None
 
     def names(self) -> list[str]:
         """Every published name, sorted."""
-        return sorted(name for name in self._listdir("refs") if not name.endswith(".new"))
+        return sorted(filter(is_name, self._listdir("refs")))
 
     def _listdir(self, room: str) -> list[str]:
         try:
@@ -160,14 +162,16 @@ class Repository:
         import tempfile
 
         self.create()
-        self._sweep()
-        with self._lock("packing", shared=True):
-            directory = tempfile.mkdtemp(prefix=f"{socket.gethostname()}-", dir=self._path("tmp"))
-            try:
-                with self._lock(os.path.join("tmp", os.path.basename(directory), "lock")):
-                    yield directory
-            finally:
-                shutil.rmtree(directory, ignore_errors=True)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._lock("packing", shared=True))
+            with self._lock("lock"):  # nobody may sweep a directory whose lock is not held yet
+                self._sweep()
+                prefix = f"{socket.gethostname()}-"
+                directory = tempfile.mkdtemp(prefix=prefix, dir=self._path("tmp"))
+                stack.callback(shutil.rmtree, directory, ignore_errors=True)
+                lock = os.path.join("tmp", os.path.basename(directory), "lock")
+                stack.enter_context(self._lock(lock))
+            yield directory
 
     def _sweep(self) -> None:
         for name in self._listdir("tmp"):
@@ -230,10 +234,17 @@ class Repository:
             digest = manifest.digest(data)
             fsutil.write_atomic(self._path("manifests", f"{digest}.json"), data)
             target = f"../manifests/{digest}.json"
+            self._mark_replaced(self._path("refs", value.name), target)
             fsutil.replace_link(target, self._path("origins", _origin_key(value.origin)))
             fsutil.replace_link(target, self._path("refs", value.name))
             fsutil.sync_directory(self._path("refs"))
         return Published(value, data, self)
+
+    def _mark_replaced(self, link: str, target: str) -> None:
+        """Note on the manifest a link leads to when it was replaced, for :meth:`collect`."""
+        with contextlib.suppress(OSError):
+            if os.readlink(link) != target:
+                os.utime(link)
 
     def _check_name(self, value: Manifest) -> None:
         with contextlib.suppress(IntegrityError):
@@ -255,28 +266,30 @@ class Repository:
             NotFoundError: there is no such name.
         """
         with self._lock("lock"):
-            name = ref.name
-            if ref.path:
-                published = self.find(ref)
-                name = published.manifest.name if published else ""
-            path = self._path("refs", name)
-            if not name or not os.path.islink(path):
+            parts = ("origins", _origin_key(ref.path)) if ref.path else ("refs", ref.name)
+            target = ""
+            with contextlib.suppress(OSError):
+                target = os.readlink(self._path(*parts))
+            if not os.path.basename(target).startswith(ref.digest) or not target:
                 raise NotFoundError(
                     f"`{ref}` is not published in {self.root}", hint="`stager list` shows what is"
                 )
-            target = os.readlink(path)
-            os.unlink(path)
-            for key in self._listdir("origins"):
-                origin = self._path("origins", key)
-                with contextlib.suppress(OSError):
-                    if os.readlink(origin) == target:
-                        os.unlink(origin)
+            # Its name may be another environment's by now: only links to this very manifest go.
+            for room in ("refs", "origins"):
+                for name in self._listdir(room):
+                    path = self._path(room, name)
+                    with contextlib.suppress(OSError):
+                        if os.readlink(path) == target:
+                            os.unlink(path)
         return self.collect()
 
-    def collect(self) -> list[str]:
+    def collect(self, *, keep: float = 0.0) -> list[str]:
         """Remove manifests no name leads to, and images no manifest names.
 
         Nothing is removed while a pack is at work: it may be about to name what it found.
+
+        Args:
+            keep: seconds for which a replaced manifest stays, for nodes that are staging it.
 
         Returns:
             The names of the images that were removed.
@@ -284,11 +297,11 @@ class Repository:
         with self._lock("lock"):
             try:
                 with self._lock("packing", timeout=0):
-                    return self._collect()
+                    return self._collect(keep)
             except BusyError:
                 return []
 
-    def _collect(self) -> list[str]:
+    def _collect(self, keep: float) -> list[str]:
         kept: set[str] = set()
         for room in ("refs", "origins"):
             for name in self._listdir(room):
@@ -297,7 +310,7 @@ class Repository:
         images: set[str] = set()
         for name in self._listdir("manifests"):
             path = self._path("manifests", name)
-            if name not in kept:
+            if name not in kept and _age(path) >= keep:
                 os.unlink(path)
                 continue
             try:
@@ -308,7 +321,7 @@ class Repository:
                 images.update(layer.filename for layer in published.manifest.layers)
         for name in self._listdir("layers"):
             path = self._path("layers", name)
-            with contextlib.suppress(OSError, ValueError, KeyError):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 with open(path, "rb") as file:
                     image = json.load(file)["image"]
                 if image not in images:

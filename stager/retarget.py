@@ -63,7 +63,9 @@ class _InPlace:
     def __init__(self, directory: str) -> None:
         self._directory = directory
 
-    def write_member(self, member: Member, data: bytes | Iterable[bytes] = b"") -> None:
+    def write_member(
+        self, member: Member, data: bytes | Iterable[bytes | memoryview] = b""
+    ) -> None:
         """Replace the member's file where ``data`` differs from it."""
         if member.kind != "file" or not isinstance(data, bytes):
             return  # only files with a prefix in them change, and those are held whole

@@ -11,6 +11,7 @@ whoever gets its lock first; the others wait, and take over should the maker die
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterable
@@ -19,7 +20,7 @@ from typing import Callable, Protocol
 
 from stager import fsutil, store
 from stager.config import Config
-from stager.errors import IncompatibleError, NoSpaceError
+from stager.errors import IncompatibleError, NoSpaceError, StagerError
 from stager.formats import squashfs
 from stager.manifest import Layer, Manifest
 from stager.repository import Published
@@ -84,10 +85,12 @@ def stage(
     started = time.monotonic()
     manifest = published.manifest
     made: dict[str, str] = {}
+    claimed: list[str] = []
     try:
         for layer in manifest.layers:
-            node.lease(layer.id, holder)
-            if node.ready(layer.id, layer.filename) is not None:
+            if node.lease(layer.id, holder):
+                claimed.append(layer.id)
+            if node.ready(layer.id) is not None:
                 made[layer.id] = HIT
                 continue
             _require(manifest)
@@ -98,15 +101,22 @@ def stage(
                 node.lock(layer.id, timeout=max(0.0, remaining), waiting=waiting),
             ):
                 # Somebody may have made it while we waited.
-                if node.ready(layer.id, layer.filename) is not None:
+                if node.ready(layer.id) is not None:
                     made[layer.id] = HIT
                 else:
                     made[layer.id] = _make(published, layer, node, config, progress)
-        if any(how != HIT for how in made.values()):
-            _try(manifest, node)
+        new = [layer_id for layer_id, how in made.items() if how != HIT]
+        if new:
+            try:
+                _try(manifest, node)
+            except StagerError:
+                for layer_id in new:  # or the next one would find them ready
+                    with contextlib.suppress(StagerError), node.lock(layer_id, timeout=1):
+                        node.withdraw(layer_id)
+                raise
     except BaseException:
-        for layer in manifest.layers:
-            node.release(holder, layer.id)
+        for layer_id in claimed:  # what the holder had before may be in use
+            node.release(holder, layer_id)
         raise
     order = (EXTRACTED, MOUNTED, HIT)
     how = next(one for one in order if one in made.values())
@@ -124,7 +134,9 @@ def _make(
     how = _choose(layer, config["stage.how"], moved, progress)
     trusted = node.stamp(layer.id)
     # What an interrupted run left is not looked at; an image of another boot is verified again.
-    verified = trusted is not None and trusted.boot == store.boot_id()
+    verified = (
+        trusted is not None and trusted.boot == store.boot_id() and trusted.image == layer.filename
+    )
     node.clear(layer.id)
     _make_room(layer, how, node, config)
     tree, source = node.tree(layer.id), published.repository.image(layer)
@@ -137,10 +149,10 @@ def _make(
                 copied = os.path.join(workspace, "image")
                 transfer.copy(source, layer.image, copied, advance=advance)
                 os.rename(copied, image)
-            if how == MOUNTED:
-                os.mkdir(tree, 0o700)
-                squashfs.mount(image, tree)
-            else:
+            if how == MOUNTED and not _mounted(image, tree, config["stage.how"], progress):
+                how = EXTRACTED
+                _make_room(layer, how, node, config)
+            if how == EXTRACTED:
                 squashfs.extract(image, os.path.join(workspace, "tree"))
                 os.unlink(image)
         else:
@@ -160,6 +172,21 @@ def _make(
     finally:
         fsutil.remove_tree(workspace)
     return how
+
+
+def _mounted(image: str, tree: str, wanted: str, progress: Progress | None) -> bool:
+    """Mount an image; where that is refused, False unless mounting was asked for by name."""
+    os.mkdir(tree, 0o700)
+    try:
+        squashfs.mount(image, tree)
+    except StagerError as error:
+        os.rmdir(tree)
+        if wanted == "mount":
+            raise
+        if progress is not None:
+            progress.note(f"extracting instead of mounting: {error.message}")
+        return False
+    return True
 
 
 def _links_out(

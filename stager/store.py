@@ -19,12 +19,13 @@ import contextlib
 import errno
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Callable
 
 from stager import fsutil
-from stager.errors import NODE, StagerError
+from stager.errors import NODE, StagerError, UsageError
 from stager.formats import squashfs
 
 FORMAT = 1
@@ -93,14 +94,15 @@ class Store:
 
     # -- the warm path: no lock --------------------------------------------------------------
 
-    def ready(self, layer_id: str, image: str) -> Stamp | None:
+    def ready(self, layer_id: str) -> Stamp | None:
         """The stamp of a tree that can be used now, or None.
 
-        A stamp of another boot or image does not count; neither does a mount whose server died,
-        or that another mount namespace holds.
+        Which image it was made from does not matter: a layer's id names the tree. A stamp of
+        another boot does not count; neither does a mount whose server died, or that another mount
+        namespace holds.
         """
         stamp = self.stamp(layer_id)
-        if stamp is None or stamp.image != image or stamp.boot != boot_id():
+        if stamp is None or stamp.boot != boot_id():
             return None
         tree = self.tree(layer_id)
         if stamp.how == MOUNTED:
@@ -153,23 +155,33 @@ class Store:
 
     # -- leases ------------------------------------------------------------------------------
 
-    def lease(self, layer_id: str, holder: str) -> None:
+    def lease(self, layer_id: str, holder: str) -> bool:
         """Claim a tree. Written before the tree is looked at, so that a collector sees it.
 
         Args:
             layer_id: the tree.
-            holder: who claims it, see :func:`stager.lease.holder`.
+            holder: who claims it, see :mod:`stager.lease`.
+
+        Returns:
+            Whether the holder had not claimed it before.
         """
         directory = os.path.join(self.root, "leases", layer_id)
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(directory, 0o700)
-        fd = os.open(
-            os.path.join(directory, holder),
-            os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
-            0o600,
-        )
-        os.close(fd)
-        os.utime(directory)  # the time of last use, for collection
+        path = os.path.join(directory, _holder(holder))
+        with blame_node("claim a tree in the store"):
+            while True:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(directory, 0o700)
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+                try:
+                    try:
+                        os.close(os.open(path, flags, 0o600))
+                        new = True
+                    except FileExistsError:
+                        new = False
+                    os.utime(directory)  # the time of last use, for collection
+                except FileNotFoundError:
+                    continue  # a collector has just taken the empty directory away
+                return new
 
     def leases(self, layer_id: str) -> tuple[str, ...]:
         """Who claims a tree."""
@@ -181,10 +193,11 @@ class Store:
     def release(self, holder: str, layer_id: str | None = None) -> int:
         """Drop a holder's claims, on one tree or on all; how many there were."""
         ids = [layer_id] if layer_id else _listdir(os.path.join(self.root, "leases"))
+        name = _holder(holder)
         dropped = 0
         for one in ids:
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(self.root, "leases", one, holder))
+                os.unlink(os.path.join(self.root, "leases", one, name))
                 dropped += 1
         return dropped
 
@@ -235,6 +248,19 @@ class Store:
         """Bytes free on the store's file system."""
         info = os.statvfs(self.root)
         return info.f_bavail * info.f_frsize
+
+
+def _holder(text: str) -> str:
+    """A holder, which is to be the name of a file.
+
+    Raises:
+        UsageError: it cannot be.
+    """
+    if not re.match(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\Z", text):
+        raise UsageError(
+            f"{text!r} cannot hold a claim", hint="`stager status --json` lists holders"
+        )
+    return text
 
 
 def _listdir(path: str) -> list[str]:

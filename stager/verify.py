@@ -56,9 +56,9 @@ for name in names:
 if audited:
     with open("/proc/self/maps") as maps:
         seen.update(line.split(None, 5)[5].strip() for line in maps if "/" in line)
-seen = list(seen)
+touched = sorted(seen)  # writing the result is no import
 with open(result, "w") as file:
-    json.dump({"seen": seen, "failed": failed, "prefix": sys.prefix}, file)
+    json.dump({"seen": touched, "failed": failed, "prefix": sys.prefix}, file)
 """
 
 

@@ -158,7 +158,7 @@ def fingerprint(entries: Iterable[Entry], *more: object) -> str:
     digest = hashlib.sha256(repr(more).encode("utf-8", "surrogateescape"))
     for item in entries:
         line = (
-            f"{item.path}\0{item.kind}\0{item.mode}\0{item.size}\0{item.mtime_ns}\0{item.target}\n"
+            f"{item.path}\0{item.kind}\0{item.mode}\0{item.size}\0{item.mtime_ns}\0{item.target}\0"
         )
         digest.update(line.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:16]

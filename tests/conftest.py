@@ -146,7 +146,9 @@ def _leftovers(directory: Path | None = None) -> set[str]:
             found.add(f"mount {line}")
     for place in {"/tmp", "/var/tmp", "/dev/shm", "/run", tempfile.gettempdir()}:
         for path in Path(place).glob("stager*"):
-            if not path.name.startswith(SESSIONS):
+            # A cluster that somebody tries stager on may come and go meanwhile; that the tests' own
+            # leaves nothing is a test of its own.
+            if not path.name.startswith((SESSIONS, "stager-cluster")):
                 found.add(f"file {path}")
     if directory is not None:
         for process in Path("/proc").glob("[0-9]*"):

@@ -27,7 +27,8 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         hint = f"{self.prog} --help"
         print(f"stager: error: {message}\nhint: see `{hint}`", file=sys.stderr)
-        sys.exit(2)
+        # What env(1) does: 125 is its own failure, everything else the command's.
+        sys.exit(125 if self.prog == "stage-run" else 2)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -109,21 +110,46 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--timeout", metavar="DURATION", help="longest staging, such as 5m")
         command.add_argument("--on-stale", choices=("repack", "warn", "fallback"))
     as_json(stage)
+    activate.add_argument("--strict", action="store_true", help="fail where staging fails")
     activate.add_argument("--shell", choices=("sh", "csh", "fish", "json"), default="sh")
 
+    def in_allocation(command: argparse.ArgumentParser) -> None:
+        command.add_argument(
+            "--via",
+            choices=("auto", "shared", "sbcast"),
+            default="auto",
+            help="how an image gets to the nodes of a Slurm allocation",
+        )
+
+    in_allocation(activate)
     run = verb("run", "running", "Run a command in an environment; see stage-run.", store=True)
-    run.add_argument("--env", metavar="REF")
+    run.prog = "stage-run"
+    run.add_argument("--env", metavar="REF", help="a published name, or a path")
     run.add_argument("--strict", action="store_true", help="exit 125 where staging fails")
     run.add_argument("--how", choices=("auto", "mount", "extract"))
     run.add_argument("--timeout", metavar="DURATION")
     run.add_argument("--on-stale", choices=("repack", "warn", "fallback"))
     run.add_argument("--user-site", action="store_true", help="let ~/.local be imported from")
+    in_allocation(run)
     run.add_argument("command", nargs=argparse.REMAINDER, metavar="CMD")
+
+    keep = verb(
+        "keep", "running", "Stage and hold until the job ends: what stage-run starts.", store=True
+    )
+    keep.add_argument("ref", metavar="REF")
+    keep.add_argument("--how", choices=("auto", "mount", "extract"))
+    keep.add_argument("--timeout", metavar="DURATION")
+    keep.add_argument(
+        "--received", action="append", default=[], metavar="ID=PATH", help="an image that was sent"
+    )
 
     release = verb("release", "staging", "Drop claims on staged environments.", store=True)
     release.add_argument("--holder", help="whose; default: this job's, or the calling shell's")
     collect = verb("collect", "staging", "Evict staged trees that nobody claims.", store=True)
     collect.add_argument("--all", action="store_true", help="evict every unclaimed tree")
+    collect.add_argument(
+        "--all-users", action="store_true", help="as root: in every user's store, as that user"
+    )
     collect.add_argument("--max-size", metavar="SIZE")
     collect.add_argument("--min-free", metavar="SIZE")
     as_json(collect)

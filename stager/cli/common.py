@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from typing import Any, Callable
 
 from stager import config as configuration
@@ -68,6 +69,11 @@ def size(count: float) -> str:
     return f"{count:.2f} GiB"
 
 
+def count(number: int, noun: str) -> str:
+    """A number of things, as in ``1 tree`` and ``2 trees``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def table(rows: Sequence[Sequence[str]], heading: Sequence[str]) -> Iterable[str]:
     """Columns of the width they need."""
     everything = [heading, *rows]
@@ -85,7 +91,8 @@ class Bars:
     """Progress of packing and staging: bars on a terminal, nothing elsewhere."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self._draw = is_terminal() and not quiet
+        # A program laid out by deploy/install has no rich beside it, and does without bars.
+        self._draw = is_terminal() and not quiet and find_spec("rich") is not None
         self._quiet = quiet
         self._bar: Any = None
         self._task: Any = None
@@ -99,9 +106,9 @@ class Bars:
 
         self._bar = progress.Progress(
             progress.TextColumn("{task.description}"),
-            progress.BarColumn(),
+            progress.BarColumn(bar_width=20),
             progress.TextColumn("{task.fields[files]}"),
-            progress.DownloadColumn(binary_units=True),
+            progress.DownloadColumn(),
             progress.TransferSpeedColumn(),
             progress.TimeRemainingColumn(),
             console=Console(stderr=True),

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 import shutil
+import stat
 import subprocess
 
 from stager.cli.common import load_config, print_json, size
+from stager.config import Config
 from stager.errors import StagerError
 from stager.formats import squashfs
 from stager.store import Store
@@ -19,7 +22,9 @@ OK, WORSE, BAD = "ok", "worse", "bad"
 def doctor(arguments: argparse.Namespace) -> int:
     """Tell what this machine can do; exit 1 where staging cannot work at all."""
     config = load_config(arguments)
-    checks = [_python(), _packing(), _mounting(), _extracting(), *_store(config["store"])]
+    checks = [_python(), _packing(), _mounting(), _extracting()]
+    checks += _site_store(config) if os.geteuid() == 0 else _store(config["store"])
+    checks += _slurm(config)
     bad = any(verdict == BAD for verdict, _, _ in checks)
     if arguments.json:
         rows = [
@@ -106,3 +111,170 @@ def _is_memory(path: str) -> bool:
             if f"{path}/".startswith(directory.rstrip("/") + "/") and len(directory) >= len(best):
                 best, kind = directory, filesystem
     return kind == "tmpfs"
+
+
+def _site_store(config: Config) -> list[Check]:
+    """What root can say about the stores of all users."""
+    template = config.store_template
+    parent = os.path.dirname(template)
+    try:
+        info = os.lstat(parent)
+    except OSError as error:
+        return [
+            (BAD, f"{parent} cannot be used: {error.strerror}", "root has to make it: mode 755")
+        ]
+    if stat.S_ISLNK(info.st_mode) or info.st_uid != 0 or info.st_mode & 0o022:
+        return [
+            (
+                WORSE,
+                f"others than root can change {parent}: anybody can block anybody's store there",
+                f"set the key `store` to {_ADVISED}",
+            )
+        ]
+    free = os.statvfs(parent)
+    return [(OK, f"stores {template}: {size(free.f_bavail * free.f_frsize)} free", "")]
+
+
+# -- Slurm -----------------------------------------------------------------------------------
+
+_ADVISED = "/var/lib/stager/{uid}"
+_HOOKS = ("Prolog", "Epilog", "TaskProlog")
+_IMPLY_ALLOC = {"alloc", "contain", "nohold", "x11", "runinjob", "forcerequeueonfail"}
+
+
+def _slurm(config: Config) -> list[Check]:
+    """Whether the hooks and Slurm's configuration fit together; nothing where there is no Slurm."""
+    if shutil.which("scontrol") is None:
+        return []
+    try:
+        done = subprocess.run(
+            ["scontrol", "show", "config"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return [(WORSE, "Slurm's controller does not answer", "")]
+    if done.returncode != 0:
+        return [(WORSE, "Slurm does not tell its configuration", done.stderr.strip())]
+    settings = slurm_settings(done.stdout)
+    return [*_hooks(settings), *_timing(settings, config), *_private(settings, config)]
+
+
+def slurm_settings(text: str) -> dict[str, list[str]]:
+    """Parse ``scontrol show config``; keys in lower case. Since 24.11 some are ``Prolog[0]``."""
+    found: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        match = re.match(r"(\w+)(?:\[\d+\])?\s*=\s*(.*?)\s*$", line)
+        if match and match[2] not in ("(null)", ""):
+            found.setdefault(match[1].lower(), []).append(match[2])
+    return found
+
+
+def _one(settings: dict[str, list[str]], key: str) -> str:
+    return settings.get(key.lower(), [""])[0]
+
+
+def _hooks(settings: dict[str, list[str]]) -> list[Check]:
+    checks: list[Check] = []
+    version = _one(settings, "SLURM_VERSION")
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < (22, 5):
+        checks.append(
+            (BAD, f"Slurm {version} tells its Prolog no comment", "22.05 or newer is needed")
+        )
+    for hook in _HOOKS:
+        paths = settings.get(hook.lower(), [])
+        gone = [path for path in paths if "*" not in path and not os.path.exists(path)]
+        if gone:
+            effect = "fails every task" if hook == "TaskProlog" else "drains the node"
+            checks.append((BAD, f"{hook}={gone[0]} is missing here, which {effect}", ""))
+        elif not any("stager" in path or "*" in path for path in paths):
+            checks.append((WORSE, f"{hook} is not stager's", "see deploy/install for the lines"))
+    flags = {flag.lower() for flag in _one(settings, "PrologFlags").split(",")}
+    if not flags & _IMPLY_ALLOC:
+        checks.append(
+            (
+                WORSE,
+                "without PrologFlags=Alloc staging starts with the first step on a node",
+                "set PrologFlags=Alloc",
+            )
+        )
+    if "nohold" in flags:
+        checks.append(
+            (WORSE, "with PrologFlags=NoHold a slow Prolog fails srun", "use Alloc instead")
+        )
+    if "test_exec" in _one(settings, "LaunchParameters").lower():
+        checks.append(
+            (WORSE, "LaunchParameters=test_exec looks for `python` before TaskProlog ran", "")
+        )
+    return checks or [(OK, f"Slurm {version} runs the hooks", "")]
+
+
+def _seconds(text: str) -> float | None:
+    """A number of seconds as scontrol prints it; None for none (65534 is Slurm's NO_VAL16)."""
+    match = re.match(r"(\d+)", text)
+    return float(match[1]) if match and match[1] != "65534" else None
+
+
+def _timing(settings: dict[str, list[str]], config: Config) -> list[Check]:
+    wait = config["hook.prolog_wait"]
+    limit = _seconds(_one(settings, "PrologTimeout") or _one(settings, "PrologEpilogTimeout"))
+    if limit and wait + 5 > limit:
+        return [
+            (
+                BAD,
+                f"Slurm ends a Prolog after {limit:.0f} s and drains the node then; ours waits"
+                f" {wait:.0f} s (hook.prolog_wait)",
+                "set hook.prolog_wait to 10 s less than Slurm's limit",
+            )
+        ]
+    message = _seconds(_one(settings, "MessageTimeout")) or 10
+    start = _seconds(_one(settings, "BatchStartTimeout")) or 10
+    flags = _one(settings, "PrologFlags").lower()
+    if "deferbatch" not in flags and wait + 5 > message + start:
+        return [
+            (
+                BAD,
+                f"srun gives up after {message + start:.0f} s while another node's Prolog runs;"
+                f" ours waits {wait:.0f} s (hook.prolog_wait)",
+                "lower hook.prolog_wait, or add DeferBatch to PrologFlags",
+            )
+        ]
+    return []
+
+
+def _private(settings: dict[str, list[str]], config: Config) -> list[Check]:
+    """Directories that every job has for itself, where nothing staged before it can be seen."""
+    from stager import hook
+
+    kind = _one(settings, "JobContainerType") or _one(settings, "NamespaceType")
+    if not re.search(r"tmpfs|linux", kind):
+        return []
+    path = _one(settings, "SLURM_CONF")
+    text = hook.slurm_config(path) or ""
+    keys = dict(re.findall(r"^\s*(\w+)\s*=\s*(\S+)", text, re.MULTILINE))
+    keys = {key.lower(): value for key, value in keys.items()}
+    private = [one for one in keys.get("dirs", "/tmp,/dev/shm").split(",") if one]  # noqa: S108
+    store = config.store_template
+    for one in (*private, keys.get("basepath", "")):
+        if one and f"{store}/".startswith(one.rstrip("/") + "/"):
+            return [
+                (
+                    BAD,
+                    f"the store {store} cannot be seen by jobs: each has its own {one} ({kind})",
+                    f"set the key `store` to {_ADVISED} or another local directory",
+                )
+            ]
+    if keys.get("shared", "").lower() == "true":
+        return [(OK, f"jobs have a private {private[0]}, and see the store {store}", "")]
+    return [
+        (
+            OK,
+            f"jobs have a private {private[0]}, and see the store {store}, but no mount that is"
+            " made after their Prolog",
+            "a tree that takes longer than hook.prolog_wait is extracted then; Shared=true in"
+            " job_container.conf (Slurm 23.02 and newer) lets it be mounted",
+        )
+    ]

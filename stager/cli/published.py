@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
-from stager import lookup, ref
-from stager.cli.common import load_config, print_json, say, size, table
+from stager import freshness, lookup, ref
+from stager.cli.common import count, load_config, print_json, say, size, table
 from stager.errors import StagerError
 from stager.ref import Ref
 from stager.repository import Repository
@@ -74,7 +74,9 @@ def inspect(arguments: argparse.Namespace) -> int:
         for layer in manifest.layers:
             record = published.repository.layer(layer.id, layer.image.format) or {}
             layers.append({**asdict(layer), "rewritten": record.get("rewritten", [])})
-        print_json({"digest": published.digest, **asdict(manifest), "layers": layers})
+        changed = freshness.changed(manifest)
+        value = {"digest": published.digest, **asdict(manifest), "layers": layers}
+        print_json({**value, "changed": changed})
         return 0
     print(f"name         {manifest.name}")
     print(f"ref          {published.ref}")
@@ -102,5 +104,5 @@ def remove(arguments: argparse.Namespace) -> int:
     config = load_config(arguments)
     wish = ref.parse(arguments.ref)
     removed = Repository(config["repository"]).remove(wish)
-    say(f"stager: removed `{wish}` and {len(removed)} images that nothing else uses")
+    say(f"stager: removed `{wish}` and {count(len(removed), 'image')} that nothing else uses")
     return 0

@@ -1,17 +1,20 @@
-"""``stager run``, the part of ``stage-run`` that needs Python."""
+"""``stager run``, the part of ``stage-run`` that needs Python, and ``stager keep``."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import os
+import sys
 from collections.abc import Mapping
 
 from stager import activate as activation
-from stager import lease
-from stager.cli.common import load_config, say
-from stager.cli.staging import prepare
+from stager import allocation, lease
+from stager.cli import report
+from stager.cli.common import Bars, load_config, say
+from stager.cli.staging import ask_job, prepare
 from stager.errors import StagerError, UsageError
+from stager.schedulers import slurm
 
 FAILED, NOT_EXECUTABLE, NOT_FOUND = 125, 126, 127
 """What env(1) exits with for itself, for a program that cannot start, and for a missing one."""
@@ -19,35 +22,68 @@ FAILED, NOT_EXECUTABLE, NOT_FOUND = 125, 126, 127
 
 def run(arguments: argparse.Namespace) -> int:
     """Stage, activate and exec; fall back to the original where staging fails."""
+    # stage-run tells where the other ranks of the node wait for us.
+    session = os.environ.pop("STAGER_SESSION", "")
+    options = os.environ.pop("STAGER_SESSION_OPTIONS", "")
     command = arguments.command
     if command[:1] == ["--"]:
         command = command[1:]
-    strict = arguments.strict
+    strict, prefix = arguments.strict, ""
+    environ: dict[str, str] | None
     try:
         if not command:
             raise UsageError("no command is given", hint="stage-run [--env REF] [--strict] CMD...")
         config = load_config(arguments)
         strict = config["run.strict"]
-        # exec keeps our process number: the claim lasts as long as the command.
-        published, result = prepare(
-            arguments.env, config, holder=lease.of_job_or_process(os.getpid())
-        )
+        ask_job(arguments, "env", config)
+        strict = config["run.strict"]
+        where = slurm.allocation(os.environ)
+        everywhere = where if allocation.needs_every_node(where, command) else None
+        with allocation.lasting(where):
+            # exec keeps our process number: the claim lasts as long as the command.
+            published, result = prepare(
+                arguments.env,
+                config,
+                holder=lease.of_job_or_process(os.getpid()),
+                everywhere=everywhere,
+                via=arguments.via,
+            )
         name = arguments.env or os.environ.get("STAGER_ENV") or published.manifest.name
-        environ = activation.staged(result, config, os.environ, ref=name)
+        environ, prefix = activation.staged(result, config, os.environ, ref=name), result.prefix
+        if everywhere is not None:
+            environ = allocation.also_outside(environ, published.manifest, everywhere)
     except StagerError as error:
         if not command:
-            raise
-        if strict:
-            say(f"stage-run: error: {error.message}")
-            if error.hint:
-                say(f"hint: {error.hint}")
+            report(error)
             return FAILED
-        say(f"stage-run: running the original environment: {error.message}")
-        environ = dict(os.environ)
-        with contextlib.suppress(StagerError):  # a broken configuration stands in the way of both
-            config = load_config(arguments)
-            environ = activation.original(arguments.env, config, os.environ) or environ
-    return _exec(command, environ)
+        environ = _without(arguments, error, strict=strict)
+    if session:
+        allocation.write_session(session, options, os.environ, environ, prefix=prefix)
+    return FAILED if environ is None else _exec(command, environ)
+
+
+def _without(
+    arguments: argparse.Namespace, error: StagerError, *, strict: bool
+) -> dict[str, str] | None:
+    """The environment to run in where staging failed; None where that is an error."""
+    if strict:
+        report(error)
+        return None
+    original = None
+    with contextlib.suppress(StagerError):  # a broken configuration stands in the way of both
+        original = activation.original(arguments.env, load_config(arguments), os.environ)
+    if original is None and not arguments.env and _is_active(os.environ):
+        original = dict(os.environ)
+    if original is None:
+        # Nothing to fall back to: some other Python is not what was asked for.
+        report(error)
+        return None
+    say(f"stage-run: running the original environment: {error.message}")
+    return original
+
+
+def _is_active(environ: Mapping[str, str]) -> bool:
+    return any(environ.get(name) for name in ("VIRTUAL_ENV", "CONDA_PREFIX"))
 
 
 def _exec(command: list[str], environ: Mapping[str, str]) -> int:
@@ -59,3 +95,33 @@ def _exec(command: list[str], environ: Mapping[str, str]) -> int:
     except OSError as error:
         say(f"stage-run: {command[0]}: {error.strerror}")
         return NOT_EXECUTABLE
+
+
+def keep(arguments: argparse.Namespace) -> int:
+    """Stage on this node, tell how it went, and hold what was mounted until the job ends."""
+    from stager import keeper, lookup
+    from stager.ref import parse
+    from stager.store import Store
+
+    where = slurm.allocation(os.environ)
+    if where is None or allocation.KEEPER not in os.environ:
+        raise UsageError("only stage-run and `stager activate` start this, in an allocation")
+    keeper.ignore_end()
+    held: list[str] = []
+    bars = Bars(quiet=True)
+    try:
+        config = load_config(arguments)
+        node = Store(config["store"])
+        keeper.receive(arguments.received, node)
+        published = lookup.find(parse(arguments.ref), config)
+        holder = lease.of_job("slurm", os.environ[allocation.KEEPER])
+        result = allocation.stage_here(published, config, holder=holder, progress=bars)
+        held = keeper.mounted_layers(result, node)
+        line = keeper.report(result, holds=bool(held))
+    except StagerError as error:
+        line = keeper.report(error, holds=False)
+    sys.stdout.write(line)
+    sys.stdout.flush()
+    if held:
+        keeper.hold(held, node)
+    return 0

@@ -8,17 +8,25 @@ import sys
 import time
 
 from stager import activate as activation
-from stager import envpatch, lease, lookup
+from stager import allocation, envpatch, lease, lookup
 from stager import stage as staging
-from stager.cli.common import Bars, load_config, print_json, say, size, table
+from stager.cli.common import Bars, count, load_config, print_json, say, size, table
 from stager.config import Config
-from stager.errors import StagerError
+from stager.errors import StagerError, UsageError
 from stager.repository import Published
+from stager.schedulers import slurm
+from stager.schedulers.slurm import Allocation
 from stager.store import Store
 
 
 def prepare(
-    text: str | None, config: Config, *, holder: str, quiet: bool = False
+    text: str | None,
+    config: Config,
+    *,
+    holder: str,
+    quiet: bool = False,
+    everywhere: Allocation | None = None,
+    via: str = "auto",
 ) -> tuple[Published, staging.Staged]:
     """Find, bring up to date and stage an environment.
 
@@ -27,6 +35,8 @@ def prepare(
         config: see :mod:`stager.config`.
         holder: who claims it.
         quiet: no progress and no warnings.
+        everywhere: stage on all nodes of this allocation, instead of here.
+        via: how it gets there, see :func:`stager.keeper.stage_everywhere`.
 
     Raises:
         StagerError: any of it failed.
@@ -43,10 +53,44 @@ def prepare(
         if changes and not quiet:
             name = published.manifest.name
             say(f"stager: warning: `{name}` changed since it was packed ({changes[0]})")
-        node = Store(config["store"])
-        return published, staging.stage(published, node, config, holder=holder, progress=bars)
+        if everywhere is not None:
+            from stager import keeper
+
+            result = keeper.stage_everywhere(published, config, everywhere, via=via, progress=bars)
+        else:
+            result = allocation.stage_here(published, config, holder=holder, progress=bars)
+        return published, result
     finally:
         bars.finish()
+
+
+def ask_job(arguments: argparse.Namespace, name: str, config: Config) -> None:
+    """Take the environment and the options from the job's directive where nothing else says one.
+
+    Args:
+        arguments: the command line.
+        name: the argument that names an environment; set where the directive does.
+        config: ``run.strict``, ``stage.timeout`` and ``pack.format`` are set.
+
+    Raises:
+        UsageError: the directive is malformed, or has what only the hooks know.
+    """
+    if getattr(arguments, name) or os.environ.get("STAGER_ENV"):
+        return
+    directive = allocation.directive(os.environ)
+    if directive is None:
+        return
+    if len(directive.refs) > 1:
+        raise UsageError(
+            "the job asks for several environments, which only its site's hooks can activate",
+            hint="name one of them with --env",
+        )
+    setattr(arguments, name, str(directive.refs[0]))
+    if "strict" in directive.options:
+        config.set("run.strict", True, "the job's directive")
+    for option, key in (("timeout", "stage.timeout"), ("format", "pack.format")):
+        if directive.options.get(option):
+            config.set(key, directive.options[option], "the job's directive")
 
 
 def stage(arguments: argparse.Namespace) -> int:
@@ -72,11 +116,23 @@ def stage(arguments: argparse.Namespace) -> int:
 
 def activate(arguments: argparse.Namespace) -> int:
     """Print shell code that activates a staged environment, or its original where that fails."""
+    where = slurm.allocation(os.environ)
     config = load_config(arguments)
     try:
-        holder = lease.of_job_or_process(os.getppid())
-        published, result = prepare(arguments.ref, config, holder=holder)
-        after = activation.staged(result, config, os.environ, ref=published.manifest.name)
+        ask_job(arguments, "ref", config)
+        everywhere = where if allocation.needs_every_node(where, []) else None
+        with allocation.lasting(where):
+            published, result = prepare(
+                arguments.ref,
+                config,
+                holder=lease.of_job_or_process(os.getppid()),
+                everywhere=everywhere,
+                via=arguments.via,
+            )
+        name = arguments.ref or published.manifest.name
+        after = activation.staged(result, config, os.environ, ref=name)
+        if everywhere is not None:
+            after = allocation.also_outside(after, published.manifest, everywhere)
     except StagerError as error:
         original = activation.original(arguments.ref, config, os.environ)
         if config["run.strict"] or original is None:
@@ -94,43 +150,71 @@ def release(arguments: argparse.Namespace) -> int:
     """Drop claims."""
     config = load_config(arguments)
     holder = arguments.holder or lease.of_job_or_process(os.getppid())
-    count = Store(config["store"]).release(holder)
-    say(f"stager: released {count} trees held by {holder}")
+    dropped = Store(config["store"]).release(holder)
+    say(f"stager: released {count(dropped, 'tree')} held by {holder}")
     return 0
 
 
 def collect(arguments: argparse.Namespace) -> int:
     """Evict trees."""
     from stager import collect as collection
+    from stager.schedulers import slurm
 
+    if arguments.all_users:
+        return _collect_all_users(arguments)
     config = load_config(arguments)
     result = collection.collect(
         Store(config["store"]),
         max_size=config["collect.max_size"],
         min_free=config["collect.min_free"],
         everything=arguments.all,
+        exists=slurm.job_exists,
     )
     if arguments.json:
         print_json({"trees": [*result.trees], "freed": result.size, "leases": result.leases})
     else:
-        say(f"stager: evicted {len(result.trees)} trees, freed {size(result.size)}")
+        say(f"stager: evicted {count(len(result.trees), 'tree')}, freed {size(result.size)}")
     return 0
+
+
+def _collect_all_users(arguments: argparse.Namespace) -> int:
+    from stager import config as configuration
+    from stager import hook
+
+    config = configuration.load(trusted_only=True)
+    for key, value in (
+        ("collect.max_size", arguments.max_size),
+        ("collect.min_free", arguments.min_free),
+    ):
+        if value is not None:
+            config.set(key, value, "command line")
+    found = hook.collect_all_users(config, everything=arguments.all)
+    if arguments.json:
+        print_json({"users": {str(uid): count for uid, count in found.items()}})
+    else:
+        evicted = sum(count for count in found.values() if count > 0)
+        say(f"stager: evicted {evicted} trees in {len(found)} stores")
+    return 1 if -1 in found.values() else 0
 
 
 def status(arguments: argparse.Namespace) -> int:
     """Show what is in the store."""
+    from stager.schedulers import slurm
+
     config = load_config(arguments)
     node = Store(config["store"])
     entries = []
     for held in node.held():
-        ready = held.stamp is not None and node.ready(held.id, held.stamp.image) is not None
+        ready = node.ready(held.id) is not None
         entries.append(
             {
                 "id": held.id,
                 "how": held.stamp.how if held.stamp else "unfinished",
                 "ready": ready,
                 "size": held.stamp.size if held.stamp else 0,
-                "leases": {holder: lease.is_alive(holder) for holder in held.leases},
+                "leases": {
+                    holder: lease.is_alive(holder, slurm.job_exists) for holder in held.leases
+                },
                 "used": held.used,
                 "prefix": node.tree(held.id),
             }

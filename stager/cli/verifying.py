@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 from stager import activate, lease
 from stager import verify as verifier
-from stager.cli.common import load_config, print_json, say
+from stager.cli.common import count, load_config, print_json, say
 from stager.cli.staging import prepare
 from stager.errors import IntegrityError, StagerError
 
@@ -27,7 +27,8 @@ def verify(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json({"prefix": result.prefix, "modules": modules, **asdict(found)})
     else:
-        say(f"stager: imported {len(modules)} modules from {result.prefix}")
+        good = len(modules) - len(found.failed)
+        say(f"stager: imported {count(good, 'module')} from {result.prefix}")
         say(f"stager: {found.paths} paths named, seen by {found.method}")
         for title, paths in (("of the original", found.origin), ("elsewhere", found.outside)):
             for path in paths[:_SHOWN]:

@@ -130,7 +130,8 @@ def ask(executable: str) -> Interpreter:
             f"the environment's Python does not start: {executable}: {error}",
             hint="was the Python it was made from removed, or is a module not loaded?",
         ) from error
-    base = os.path.normpath(value["base_prefix"])
+    # Relative, to where Python was started, where `home` in a pyvenv.cfg is.
+    base = os.path.abspath(value["base_prefix"])
     return Interpreter(
         executable=executable,
         version=value["version"],

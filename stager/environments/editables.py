@@ -88,9 +88,19 @@ def _names(directory: str) -> list[str]:
         return []
 
 
+def _read(path: str) -> bytes:
+    """The content of a file. What is no file or may not be read says nothing to Python either."""
+    if not os.path.isfile(path):  # opening a pipe would wait for its writer
+        return b""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
 def _path_lines(path: str, site: str, *, link: bool) -> Iterator[Source]:
-    with open(path, encoding="utf-8", errors="surrogateescape") as file:
-        lines = file.read().splitlines()
+    lines = _read(path).decode("utf-8", "surrogateescape").splitlines()
     for line in lines[:1] if link else lines:
         text = line.strip()
         if not text or text.startswith(("#", "import ", "import\t")):
@@ -127,11 +137,10 @@ def _has_modules(path: str) -> bool:
 
 def _mapping(path: str) -> Iterator[Source]:
     """The paths in a setuptools finder's ``MAPPING`` and ``NAMESPACES``, without running it."""
-    with open(path, "rb") as file:
-        try:
-            tree = ast.parse(file.read())
-        except (SyntaxError, ValueError):
-            return
+    try:
+        tree = ast.parse(_read(path))
+    except (SyntaxError, ValueError):
+        return
     for node in tree.body:
         targets: list[ast.expr]
         value: ast.expr | None

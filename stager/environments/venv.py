@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 
 from stager import relocate
 from stager.config import Config
@@ -21,7 +22,7 @@ from stager.errors import IncompatibleError
 from stager.manifest import Finding
 
 CONFIG = "pyvenv.cfg"
-_ACTIVATE = re.compile(rb"^\s*(?:export )?VIRTUAL_ENV=(['\"]?)(/[^'\"\n$]+)\1", re.M)
+_ACTIVATE = re.compile(rb"^\s*(?:export )?VIRTUAL_ENV=(.*)$", re.M)
 
 
 def detect(path: str, config: Config) -> Environment | None:
@@ -58,6 +59,16 @@ def detect(path: str, config: Config) -> Environment | None:
     trees = [own]
     if not is_local(interpreter.base_prefix, config):
         trees.insert(0, base_tree(interpreter, with_packages=system_site))
+    elif system_site:
+        findings.append(
+            Finding(
+                CONFIG,
+                "system-site",
+                f"imports packages of {interpreter.base_prefix} too: each node has its own there,"
+                " which may be others",
+                "warning",
+            )
+        )
     site = os.path.join(path, library, "site-packages")
     return Environment(
         kind="venv",
@@ -106,9 +117,11 @@ def _names(path: str) -> tuple[list[str], list[Finding]]:
             head = file.read(4096)
         if name == "activate":
             with open(script, "rb") as file:
-                match = _ACTIVATE.search(file.read())
-            if match:
-                candidates[os.path.normpath(os.fsdecode(match[2]).rstrip())] = None
+                code = file.read()
+            for match in _ACTIVATE.finditer(code):
+                word = _shell_word(os.fsdecode(match[1]))
+                if word.startswith("/"):
+                    candidates[os.path.normpath(word.rstrip())] = None
         interpreter = relocate.shebang(head)
         if re.fullmatch(r"/.*/bin/python[\d.]*", interpreter):
             candidates[os.path.normpath(os.path.dirname(os.path.dirname(interpreter)))] = None
@@ -133,3 +146,11 @@ def _names(path: str) -> tuple[list[str], list[Finding]]:
                 )
             )
     return names, findings
+
+
+def _shell_word(text: str) -> str:
+    """The first word of shell code, quotes taken away; empty where there is none."""
+    try:
+        return next(iter(shlex.split(text, comments=True)), "")
+    except ValueError:
+        return ""

@@ -42,13 +42,15 @@ class Writer:
         path: the file to create.
         level: zstd level.
         threads: compressor threads; 0 is one for each processor.
-        mtime: modification time of the root directory, in seconds; a stream cannot carry it.
+        newest: the latest modification time of all members, in seconds. mksquashfs gives the root
+            directory the present time when it reads a stream, unless that is later than
+            ``SOURCE_DATE_EPOCH``.
 
     Raises:
         IncompatibleError: there is no ``mksquashfs`` that reads streams.
     """
 
-    def __init__(self, path: str, *, level: int, threads: int, mtime: int) -> None:
+    def __init__(self, path: str, *, level: int, threads: int, newest: int) -> None:
         import subprocess
         import tempfile
 
@@ -58,12 +60,11 @@ class Writer:
         arguments = [
             program("mksquashfs"), "-", path, "-tar", "-noappend", "-quiet", "-no-progress",
             "-comp", "zstd", "-Xcompression-level", str(level), "-b", "128K",
-            "-no-xattrs", "-all-root", "-root-mode", "0755", "-root-time", str(mtime),
-            "-mkfs-time", "0", "-no-exports", "-mem", "512M",
+            "-no-xattrs", "-all-root", "-root-mode", "0755", "-no-exports", "-mem", "512M",
         ]  # fmt: skip
         if threads:
             arguments += ["-processors", str(threads)]
-        environ = {key: value for key, value in os.environ.items() if key != "SOURCE_DATE_EPOCH"}
+        environ = {**os.environ, "SOURCE_DATE_EPOCH": str(newest)}
         self._process = subprocess.Popen(
             arguments,
             stdin=subprocess.PIPE,
@@ -77,7 +78,9 @@ class Writer:
         with contextlib.suppress(OSError):  # a lower limit for this user: the default size works
             fcntl.fcntl(self._pipe.fileno(), _F_SETPIPE_SZ, _BUFFER)
 
-    def write_member(self, member: Member, data: bytes | Iterable[bytes] = b"") -> None:
+    def write_member(
+        self, member: Member, data: bytes | Iterable[bytes | memoryview] = b""
+    ) -> None:
         """Append one member."""
         from stager.formats import tarstream
 
@@ -127,7 +130,7 @@ class Writer:
             self._write(self._buffer)
             self._buffer = bytearray()
 
-    def _write(self, data: bytes | bytearray) -> None:
+    def _write(self, data: bytes | bytearray | memoryview) -> None:
         view, fd = memoryview(data), self._pipe.fileno()
         try:
             while view:
@@ -222,6 +225,8 @@ def mount(image: str, directory: str) -> None:
 def is_mounted(directory: str) -> bool:
     """Tell whether a live mount is on ``directory``; a dead FUSE server is no live mount."""
     try:
+        # The kernel knows the root's attributes by heart; only this asks the server.
+        os.statvfs(directory)
         return os.stat(directory).st_dev != os.stat(os.path.dirname(directory)).st_dev
     except OSError:
         return False
@@ -230,7 +235,7 @@ def is_mounted(directory: str) -> bool:
 def is_dead(directory: str) -> bool:
     """Tell whether a mount is there whose FUSE server is gone (ENOTCONN)."""
     try:
-        os.stat(directory)
+        os.statvfs(directory)
     except OSError as error:
         return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
     return False

@@ -202,6 +202,8 @@ class Reader:
                     raise IntegrityError("malformed tar stream: padding is not zeros")
                 pos += len(fill)
                 self._pad -= len(fill)
+            elif self.ended:
+                raise IntegrityError("malformed tar stream: data behind its end")
             else:
                 stop = pos + _header_size(data, pos)
                 if stop > end:
@@ -209,8 +211,6 @@ class Reader:
                     return
                 raw = data[pos:stop]
                 pos = stop
-                if self.ended:
-                    raise IntegrityError("malformed tar stream: data behind its end")
                 if raw == TRAILER:
                     self.ended = True
                     continue
@@ -300,19 +300,18 @@ def _decode(raw: bytes) -> Member:
         else:
             link = raw[pos + BLOCK : pos + BLOCK + size - 1]
         pos += BLOCK + size + -size % BLOCK
+    path = name.decode(_ENCODING, "surrogateescape")
     flag = raw[base + 156]
     kind = _KINDS.get(flag)
     if kind is None:
         raise IntegrityError(
-            f"refused tar member {name.decode(_ENCODING, 'surrogateescape')!r}: type {chr(flag)!r} is not a file, "
-            "a directory or a link"
+            f"refused tar member {path!r}: type {chr(flag)!r} is no file, directory or link"
         )
     if kind == DIR and name[-1:] == b"/":
-        name = name[:-1]
+        name, path = name[:-1], path[:-1]
     mode = _number(raw, base + 100, 8)
     mtime = _number(raw, base + 136, 12)
     size = _number(raw, base + 124, 12) if kind == FILE else 0
-    path = name.decode(_ENCODING, "surrogateescape")
     problem = path_problem(name, kind) or _target_problem(link, kind)
     if problem:
         raise IntegrityError(f"refused tar member {path!r}: it {problem}")

@@ -32,7 +32,7 @@ from typing import Any, BinaryIO, Callable, NamedTuple, NoReturn, Union
 import zstandard
 
 from stager import errors, fsutil
-from stager.errors import IntegrityError, StagerError, UsageError
+from stager.errors import JOB, IntegrityError, NotFoundError, StagerError, UsageError
 from stager.formats import tarstream
 from stager.formats.tarstream import DIR, FILE, HARDLINK, TRAILER, Member
 
@@ -73,12 +73,14 @@ class ExtractResult(NamedTuple):
     Attributes:
         files: members of any kind, directories and links included.
         bytes: data of all files as the image has it, before any rewriting.
-        sha256: digest of the whole image, in hexadecimal.
+        sha256: digest of the whole image, in hexadecimal, if one was expected.
+        crc32: CRC-32 of the whole image, if one was expected.
     """
 
     files: int
     bytes: int
-    sha256: str
+    sha256: str | None
+    crc32: int | None
 
 
 # Writing --------------------------------------------------------------------------------------
@@ -376,6 +378,7 @@ def extract(
     max_files: int,
     max_bytes: int,
     expected_sha256: str | None = None,
+    expected_crc32: int | None = None,
     rewrite: Callable[[str, bytes], bytes] | None = None,
     rewrite_needle: bytes | None = None,
     allowed_links: Callable[[str, str], bool] | None = None,
@@ -384,7 +387,8 @@ def extract(
     """Make a tree of an image, on several cores.
 
     The image is read once: first the index at its end, then the rest from beginning to end, which
-    is hashed at the same time. Every file is written once.
+    is hashed at the same time if there is something to compare with. Damage is found without:
+    every frame has a checksum of its own, and so has the index.
 
     Args:
         source: a path, descriptor or file object of a regular file. What is handed over open is
@@ -394,20 +398,24 @@ def extract(
         workers: how many processes decompress and write.
         max_files: most members, of any kind; from the manifest.
         max_bytes: most bytes of data in all files together; from the manifest.
-        expected_sha256: digest in hexadecimal that the image must have.
+        expected_sha256: digest in hexadecimal that the image must have. On a processor without
+            instructions for it, this costs half as much as decompressing.
+        expected_crc32: CRC-32 that the image must have: tells an image from another one, not from
+            one that was made to look like it.
         rewrite: called with path and content of every file that contains ``rewrite_needle``, in
             some worker process; returns the content to be written instead.
         rewrite_needle: what to look for; not empty. Without it nothing is rewritten.
         allowed_links: called with a symbolic link's path and target where the target may leave
             the tree (see :func:`stager.formats.tarstream.stays_inside`); such links are refused
             unless it returns true.
-        progress: called with the bytes of the image read so far.
+        progress: called with the number of further bytes of the image that were read.
 
     Raises:
         IntegrityError: the image is damaged, hostile, larger than allowed, or another one.
         NoSpaceError: no bytes or inodes left.
         DeniedError: the destination cannot be written, or the image cannot be read.
         UsageError: the source is no regular file, or the destination exists.
+        NotFoundError: there is no such image.
         StagerError: a worker process died, or the disk failed.
 
     Whatever is raised, nothing is left of the destination.
@@ -437,14 +445,14 @@ def extract(
                 unpacker = _Unpacker(index, root, destination, rewrite, rewrite_needle)
                 done = _Report(index, max_files, max_bytes)
                 unpacker.prepare()
-                sha256 = _unpack_all(fd, raw_index, unpacker, done, workers, progress)
-                if expected_sha256 is not None and sha256 != expected_sha256.lower():
-                    raise IntegrityError(
-                        f"the image has sha256 {sha256}, expected was {expected_sha256}",
-                        hint="it was damaged on the way or replaced: stage or pack it again",
-                    )
+                sums = _Sums(expected_sha256, expected_crc32)
+                _unpack_all(fd, unpacker, done, sums, workers, progress)
+                sums.update(raw_index)
+                sums.check()
                 _finish(done, root, unpacker, allowed_links)
-                return ExtractResult(done.files, done.bytes, sha256)
+                if progress is not None:
+                    progress(len(raw_index))
+                return ExtractResult(done.files, done.bytes, sums.sha256, sums.crc32)
         except BaseException as error:
             with contextlib.suppress(OSError):
                 fsutil.remove_tree(destination)
@@ -460,8 +468,12 @@ def _opened(source: Source) -> Iterator[int]:
             try:
                 # A named pipe must not make us wait for its writer.
                 fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            except FileNotFoundError as error:
+                raise NotFoundError(
+                    f"the image {source} is missing", hint="pack the environment again"
+                ) from error
             except OSError as error:
-                raise fsutil.explain(error, f"read {source}") from error
+                raise fsutil.explain(error, f"read the image {source}", blame=JOB) from error
             stack.callback(os.close, fd)
         else:
             fd = source if isinstance(source, int) else source.fileno()
@@ -477,31 +489,60 @@ def _too_large() -> IntegrityError:
     )
 
 
+class _Sums:
+    """What the bytes of an image are compared by, as far as anything is expected of them."""
+
+    def __init__(self, sha256: str | None, crc32: int | None) -> None:
+        self._expected = sha256.lower() if sha256 is not None else None, crc32
+        self._sha256 = hashlib.sha256() if sha256 is not None else None
+        self.crc32 = 0 if crc32 is not None else None
+
+    @property
+    def sha256(self) -> str | None:
+        return self._sha256.hexdigest() if self._sha256 is not None else None
+
+    def update(self, data: Data) -> None:
+        """Take in the next bytes of the image."""
+        if self._sha256 is not None:
+            self._sha256.update(data)
+        if self.crc32 is not None:
+            self.crc32 = zlib.crc32(data, self.crc32)
+
+    def check(self) -> None:
+        """Compare, when all of the image was taken in."""
+        names = ("sha256 {}", "CRC-32 {:08x}")
+        for name, found, expected in zip(names, (self.sha256, self.crc32), self._expected):
+            if found != expected:
+                raise IntegrityError(
+                    f"the image has {name.format(found)}, expected was {name.format(expected)}",
+                    hint="it was damaged on the way or replaced: stage or pack it again",
+                )
+
+
 def _unpack_all(
     fd: int,
-    raw_index: bytes,
     unpacker: _Unpacker,
     done: _Report,
+    sums: _Sums,
     workers: int,
     progress: Callable[[int], None] | None,
-) -> str:
+) -> None:
     """Read every frame into a free slot of shared memory, have it hashed and unpacked from there.
 
     So what is hashed is what is extracted, whoever changes the file meanwhile.
-
-    Returns:
-        the digest of the image, in hexadecimal.
     """
     frames = unpacker.index.frames
     workers = max(1, min(workers, len(frames), _MAX_WORKERS))
     free = list(range(2 * workers + 1))
     slot_size = max(compressed for compressed, _ in frames)
     memory = memoryview(mmap.mmap(-1, len(free) * slot_size))
-    digest = hashlib.sha256()
     hashed: dict[int, Future[None]] = {}
 
     def frame(number: int, slot: int) -> memoryview:
         return memory[slot * slot_size : slot * slot_size + frames[number][0]]
+
+    def unpack(number: int, slot: int) -> dict[str, Any]:
+        return unpacker.unpack(number, frame(number, slot))
 
     def collect() -> None:
         for number, slot, report in pool.results():
@@ -509,10 +550,7 @@ def _unpack_all(
             hashed.pop(slot).result()
             free.append(slot)
 
-    def unpack(number: int, slot: int) -> dict[str, Any]:
-        return unpacker.unpack(number, frame(number, slot))
-
-    with _Workers(workers, unpack) as pool, ThreadPoolExecutor(1, "sha256") as hasher:
+    with _Workers(workers, unpack) as pool, ThreadPoolExecutor(1, "sums") as hasher:
         offset = 0
         for number in range(len(frames)):
             while not free:
@@ -520,17 +558,13 @@ def _unpack_all(
             slot = free.pop()
             view = frame(number, slot)
             _read_into(fd, offset, view)
-            hashed[slot] = hasher.submit(digest.update, view)
+            hashed[slot] = hasher.submit(sums.update, view)
             pool.submit(number, slot)
             offset += len(view)
             if progress is not None:
-                progress(offset)
+                progress(len(view))
         while hashed:
             collect()
-    digest.update(raw_index)
-    if progress is not None:
-        progress(offset + len(raw_index))
-    return digest.hexdigest()
 
 
 class _Report:
@@ -607,6 +641,7 @@ class _Tree:
         """A descriptor of the directory, good until the next call; "" is the root."""
         if path != self._path:
             names = path.split("/") if path else []
+            self._path = "/"  # not any more where it was, and perhaps never where it should be
             same = 0
             while names[same : same + 1] == self._names[same : same + 1] != []:
                 same += 1
@@ -639,9 +674,11 @@ class _Tree:
         directory, _, name = path.rpartition("/")
         return os.open(name, _OLD_FILE, dir_fd=self.directory(directory))
 
-    def close(self) -> None:
-        """Close everything but the root."""
-        self.directory("")
+    def __enter__(self) -> _Tree:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.directory("")  # closes all the others
 
 
 class _Unpacker:
@@ -666,12 +703,14 @@ class _Unpacker:
 
     def prepare(self) -> None:
         """Create the files that several workers will write to."""
-        tree = _Tree(self._root)
-        for path in {os.fsdecode(piece.path) for piece in self.index.pieces}:
-            directory, _, name = path.rpartition("/")
-            parent = tree.directory(directory, create=True)
-            os.close(os.open(name, _NEW_FILE, 0o600, dir_fd=parent))
-        tree.close()
+        with _Tree(self._root) as tree:
+            for path in {os.fsdecode(piece.path) for piece in self.index.pieces}:
+                directory, _, name = path.rpartition("/")
+                parent = tree.directory(directory, create=True)
+                try:
+                    os.close(os.open(name, _NEW_FILE, 0o600, dir_fd=parent))
+                except FileExistsError:
+                    raise _bad_index(f"{path!r} is a file and a directory") from None
 
     def unpack(self, number: int, frame: memoryview) -> dict[str, Any]:
         """Write what is in a frame, and tell what the parent has to know of it."""
@@ -798,41 +837,45 @@ def _finish(
 ) -> None:
     """All that must not happen while workers create files: links, and what they may not change."""
     done.check()
-    tree, targets = _Tree(root), _Tree(root)
-    for member in done.spans:
-        fd = tree.file(member.path)
-        try:
-            _rewrite_span(fd, member, done, unpacker)
-            os.fchmod(fd, member.mode & 0o777)
-            os.utime(fd, (member.mtime, member.mtime))
-        finally:
-            os.close(fd)
-    # Symbolic links come last: none can be the target of a hard link or stand in anything's way.
-    for member in sorted(done.links(), key=lambda member: member.kind != HARDLINK):
-        directory, _, name = member.path.rpartition("/")
-        parent = tree.directory(directory)
-        try:
-            if member.kind == HARDLINK:
-                _hard_link(member, targets, parent, name)
-                continue
-            if not tarstream.stays_inside(member.path, member.target) and not (
-                allowed_links is not None and allowed_links(member.path, member.target)
-            ):
-                raise IntegrityError(
-                    f"refused link {member.path!r}: {member.target!r} leads out of the tree"
-                )
-            os.symlink(member.target, name, dir_fd=parent)
-        except FileExistsError:
-            raise _duplicate(member.path) from None
-    # Deepest first: a directory that nobody may enter can still be finished.
-    for path in sorted(done.directories, key=lambda path: path.split("/"), reverse=True):
-        mode, mtime = done.directories[path]
-        fd = root if path == "." else tree.directory(path)
-        if path != ".":
-            os.fchmod(fd, mode & 0o777)
-        os.utime(fd, (mtime, mtime))
-    tree.close()
-    targets.close()
+    with _Tree(root) as tree, _Tree(root) as targets:
+        for member in done.spans:
+            fd = tree.file(member.path)
+            try:
+                _rewrite_span(fd, member, done, unpacker)
+                os.fchmod(fd, member.mode & 0o777)
+                os.utime(fd, (member.mtime, member.mtime))
+            finally:
+                os.close(fd)
+        # Symbolic links come last: none can be what a hard link repeats, or be in anything's way.
+        for member in sorted(done.links(), key=lambda member: member.kind != HARDLINK):
+            directory, _, name = member.path.rpartition("/")
+            parent = tree.directory(directory)
+            try:
+                if member.kind == HARDLINK:
+                    _hard_link(member, targets, parent, name)
+                else:
+                    _symbolic_link(member, allowed_links, parent, name)
+            except FileExistsError:
+                raise _duplicate(member.path) from None
+        # Deepest first: a directory that nobody may enter can still be finished.
+        for path in sorted(done.directories, key=lambda path: path.split("/"), reverse=True):
+            mode, mtime = done.directories[path]
+            fd = root if path == "." else tree.directory(path)
+            if path != ".":
+                os.fchmod(fd, mode & 0o777)
+            os.utime(fd, (mtime, mtime))
+
+
+def _symbolic_link(
+    member: Member, allowed: Callable[[str, str], bool] | None, parent: int, name: str
+) -> None:
+    if not tarstream.stays_inside(member.path, member.target) and not (
+        allowed is not None and allowed(member.path, member.target)
+    ):
+        raise IntegrityError(
+            f"refused link {member.path!r}: {member.target!r} leads out of the tree"
+        )
+    os.symlink(member.target, name, dir_fd=parent)
 
 
 def _hard_link(member: Member, targets: _Tree, parent: int, name: str) -> None:

@@ -1,0 +1,313 @@
+"""What a Prolog's worker does as the job's user: find, pack where need be, stage, describe.
+
+It runs in a process of its own that became the user before anything else, and tells the worker,
+which is root and believes nothing, what came out: one JSON object for each message.
+
+::
+
+    {"options": {"strict": bool, "timeout": seconds}}   as soon as the directive is read
+    {"original": activation}                            how the job runs where staging fails
+    {"may": "mount"}                                    answered with one byte, ``y`` or ``n``
+    {"staged": activation, "how": ..., ...}             the end, or
+    {"error": reason, "hint": ..., "blame": ...}        the end, or
+    {"nothing": true}                                   the comment has no directive after all
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping
+from typing import Any, Callable
+
+from stager import config as configuration
+from stager import fsutil, privilege, ref
+from stager.config import Config
+from stager.envpatch import EnvPatch
+from stager.errors import JOB, SITE, IncompatibleError, NotFoundError, StagerError, UsageError
+from stager.jobstate import MAX_MESSAGE, Job
+from stager.manifest import Manifest
+from stager.ref import Directive, Ref
+from stager.repository import Published
+from stager.store import Store
+
+VISIBLE, PROLOG, NEVER = "visible", "prolog", "never"
+_OPTIONS = ("strict", "verbose", "format", "timeout")
+_INHERITED = (
+    "VIRTUAL_ENV", "VIRTUAL_ENV_PROMPT", "PYTHONHOME", "PYTHONPYCACHEPREFIX",
+    "__PYVENV_LAUNCHER__", "_CE_CONDA", "_CE_M", "CONDA_PREFIX", "CONDA_PREFIX_1",
+    "CONDA_DEFAULT_ENV", "CONDA_PROMPT_MODIFIER", "CONDA_SHLVL", "CONDA_EXE", "CONDA_PYTHON_EXE",
+)  # fmt: skip
+"""Traces of an activation that a job may have inherited from where it was submitted."""
+
+
+def run(job: Job, trusted: Config, talk: socket.socket, mounts: str, holder: str) -> None:
+    """Do it all; everything that goes wrong is a message.
+
+    Args:
+        job: the job.
+        trusted: the site's configuration, for the store and the hooks' own keys.
+        talk: a connection to the worker that keeps messages apart.
+        mounts: :data:`VISIBLE`, :data:`PROLOG` or :data:`NEVER`: when a mount made now is seen by
+            the job.
+        holder: who claims what is staged.
+    """
+    try:
+        privilege.become(job.uid, job.gid)
+        _send(talk, _work(job, trusted, talk, mounts, holder))
+    except StagerError as error:
+        _send(talk, {"error": error.message, "hint": error.hint or "", "blame": error.blame})
+    except BaseException as error:
+        where = ""
+        trace = error.__traceback__
+        while trace is not None:
+            code = trace.tb_frame.f_code
+            where = f" ({os.path.basename(code.co_filename)}:{trace.tb_lineno})"
+            trace = trace.tb_next
+        reason = f"a bug in stager: {type(error).__name__}: {error}{where}"
+        _send(talk, {"error": reason, "hint": "tell your administrator", "blame": SITE})
+
+
+def _send(talk: socket.socket, message: Mapping[str, Any]) -> None:
+    data = json.dumps(message).encode()
+    if len(data) > MAX_MESSAGE:
+        raise StagerError("the environment's activation is too long for a job")
+    with contextlib.suppress(OSError):  # the worker was ended; so will we be
+        talk.send(data)
+
+
+def _work(
+    job: Job, trusted: Config, talk: socket.socket, mounts: str, holder: str
+) -> dict[str, Any]:
+    from stager import stage as staging
+
+    directive = ref.find_directive(job.comment, cwd=job.work_dir)
+    if directive is None:
+        return {"nothing": True}
+    options = _options(directive)
+    _send(talk, {"options": options})
+    until = time.monotonic() + min(options["timeout"], trusted["hook.deadline"])
+    _send_original(talk, directive, job)
+    config = configuration.load(overrides=_overrides(directive, trusted))
+    config.values["stage.timeout"] = min(config["stage.timeout"], options["timeout"])
+    config.values["hook.pack"] = config["hook.pack"] and trusted["hook.pack"]
+    node = Store(config["store"])
+    everything = []
+    for wish in directive.refs:
+        published = _published(wish, config, job, until)
+        if len(directive.refs) == 1:
+            _send(talk, {"original": _activation(published.manifest, config, "", str(wish))})
+        if config["stage.how"] != "extract":
+            config.values["stage.how"] = _how(published, node, config, talk, mounts, until)
+        result = staging.stage(published, node, config, holder=holder)
+        everything.append((published, result))
+    return _described(directive, everything, config)
+
+
+def _options(directive: Directive) -> dict[str, Any]:
+    for key in directive.options:
+        if key not in _OPTIONS:
+            raise UsageError(
+                f"`{key}` is not an option of the pyenv directive",
+                hint="options are " + ", ".join(_OPTIONS),
+            )
+    try:
+        timeout = configuration.parse_duration(directive.options.get("timeout") or "1d")
+    except ValueError as error:
+        raise UsageError(f"the directive's timeout: {error}") from error
+    return {"strict": "strict" in directive.options, "timeout": timeout}
+
+
+def _overrides(directive: Directive, trusted: Config) -> dict[str, object]:
+    # A store of the user's own choosing would be where the site does not want it.
+    overrides: dict[str, object] = {"store": trusted["store"]}
+    if directive.options.get("format"):
+        overrides["pack.format"] = directive.options["format"]
+    return overrides
+
+
+def _send_original(talk: socket.socket, directive: Directive, job: Job) -> None:
+    """Before anything that may hang: a path is its own original."""
+    path = directive.refs[-1].path
+    if path:
+        patch = EnvPatch({"VIRTUAL_ENV": path}, (), {"PATH": (os.path.join(path, "bin"),)})
+        _send(talk, {"original": _value(patch, path, "bin/python", ())})
+
+
+def _published(wish: Ref, config: Config, job: Job, until: float) -> Published:
+    """Find an environment, and see to it that it is up to date, by the policy ``stage.on_stale``.
+
+    Packing is for the first node of the job; the others wait for what it publishes.
+    """
+    from stager import freshness, lookup
+
+    policy = config["stage.on_stale"]
+    pause = 0.25
+    while True:
+        published, missing = None, None
+        try:
+            published = lookup.find(wish, config)
+        except NotFoundError as error:
+            missing = error
+            if not (wish.path and policy == "repack" and os.path.isdir(wish.path)):
+                raise
+        if published is not None:
+            changes = [] if wish.digest else freshness.changed(published.manifest)
+            own = published.repository.root == config["repository"]
+            if not changes or policy == "warn" or (policy == "repack" and not own):
+                return published
+            reason = f"`{wish}` changed since it was packed ({changes[0]})"
+            if policy == "fallback":
+                raise StagerError(reason, hint="pack it again", blame=JOB)
+            missing = NotFoundError(reason, hint="pack it again")
+        assert missing is not None
+        if not config["hook.pack"]:
+            raise missing
+        note = _note(config, job)
+        if job.first:
+            try:
+                return lookup.fresh(wish, config)[0]
+            except Exception as error:
+                _leave_note(note, error)
+                raise
+        _read_note(note)
+        if time.monotonic() + pause > until:
+            raise StagerError(
+                f"`{wish}` was not packed in time by the first node of the job",
+                hint="pack it before you submit: stager pack",
+            )
+        time.sleep(pause)
+        pause = min(2.0, pause * 1.5)
+
+
+def _note(config: Config, job: Job) -> str:
+    """Where the first node tells the others, in the user's own repository, that packing failed."""
+    return os.path.join(config["repository"], "tmp", f"job-{job.key}-{job.restart}.failed")
+
+
+def _leave_note(path: str, error: Exception) -> None:
+    with contextlib.suppress(OSError):
+        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+        for one in os.listdir(os.path.dirname(path)):
+            if one.startswith("job-") and one.endswith(".failed"):
+                old = os.path.join(os.path.dirname(path), one)
+                if time.time() - os.stat(old).st_mtime > 3600:  # its job has long read it
+                    os.unlink(old)
+        reason = error.message if isinstance(error, StagerError) else f"a bug in stager: {error!r}"
+        hint = getattr(error, "hint", "") or ""
+        data = json.dumps({"error": reason, "hint": hint}).encode()
+        fsutil.write_atomic(path, data, mode=0o600, durable=False)
+
+
+def _read_note(path: str) -> None:
+    try:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as f:
+            value = json.loads(f.read(MAX_MESSAGE))
+        raise StagerError(str(value["error"]), hint=str(value["hint"]), blame=JOB)
+    except (OSError, ValueError, TypeError, KeyError):
+        return
+
+
+def _how(
+    published: Published,
+    node: Store,
+    config: Config,
+    talk: socket.socket,
+    mounts: str,
+    until: float,
+) -> str:
+    """Decide between mounting and extracting, by whether the job would see a mount.
+
+    The job's mount namespace may be made when the Prolog returns. So the slow part, copying, is
+    done first; then the Prolog is asked whether it still waits, and if so to stay for a moment.
+    """
+    wanted: str = config["stage.how"]
+    cold = [layer for layer in published.manifest.layers if node.ready(layer.id) is None]
+    if not cold or mounts == VISIBLE:
+        return wanted
+    if mounts == NEVER:
+        return "extract"
+    for layer in cold:
+        if layer.image.format == "squashfs" and layer.destination == node.tree(layer.id):
+            _fetch(published, node, layer.id, config, until)
+    _send(talk, {"may": "mount"})
+    return wanted if talk.recv(1) == b"y" else "extract"
+
+
+def _fetch(published: Published, node: Store, layer_id: str, config: Config, until: float) -> None:
+    """Copy one image into the store, where staging will find and check it."""
+    from stager import transfer
+
+    layer = next(one for one in published.manifest.layers if one.id == layer_id)
+    image = node.image(layer_id)
+    with node.lock(layer_id, timeout=max(0.0, until - time.monotonic())):
+        if node.ready(layer_id) or transfer.is_image(image, layer.image):
+            return
+        workspace = node.workspace(layer_id)
+        try:
+            copied = os.path.join(workspace, "image")
+            transfer.copy(published.repository.image(layer), layer.image, copied)
+            os.rename(copied, image)
+        finally:
+            fsutil.remove_tree(workspace)
+
+
+def _activation(manifest: Manifest, config: Config, prefix: str, name: str) -> dict[str, Any]:
+    """The activation of a staged tree, or of the original where ``prefix`` is empty."""
+    from stager import activate
+
+    if not prefix:
+        patch = EnvPatch.from_json(manifest.activation).at(manifest.origin)
+        return _value(patch, manifest.origin, manifest.python.executable, ())
+    patch = activate.patch(manifest, prefix, config, ref=name)
+    leave = tuple(dict.fromkeys((manifest.origin, *manifest.spellings)))
+    return _value(patch, prefix, manifest.python.executable, leave)
+
+
+def _value(patch: EnvPatch, prefix: str, executable: str, leave: tuple[str, ...]) -> dict[str, Any]:
+    unset = [name for name in (*_INHERITED, *patch.unset) if name not in patch.set]
+    return {
+        "python": os.path.join(prefix, executable),
+        "prefix": prefix,
+        "leave": [one for one in leave if os.path.normpath(one) == one and one != "/"],
+        "set": dict(patch.set),
+        "unset": list(dict.fromkeys(unset)),
+        "prepend": {name: list(items) for name, items in patch.prepend.items()},
+    }
+
+
+def _described(directive: Directive, everything: list[Any], config: Config) -> dict[str, Any]:
+    """Put several environments together: the last one is active, modules of all are found."""
+    published, result = everything[-1]
+    name = "+".join(str(wish) for wish in directive.refs)
+    value = _activation(published.manifest, config, result.prefix, name)
+    version = published.manifest.python.version.split(".")[:2]
+    for below, tree in reversed(everything[:-1]):
+        if below.manifest.python.version.split(".")[:2] != version:
+            raise IncompatibleError(
+                f"`{below.manifest.name}` is for Python {below.manifest.python.version},"
+                f" `{published.manifest.name}` for {published.manifest.python.version}",
+                hint="environments that are used together need the same Python",
+            )
+        site = os.path.join(tree.prefix, "lib", "python" + ".".join(version), "site-packages")
+        value["prepend"].setdefault("PYTHONPATH", []).append(site)
+        value["prepend"].setdefault("PATH", []).append(os.path.join(tree.prefix, "bin"))
+        value["leave"] += [below.manifest.origin, *below.manifest.spellings]
+    order: Callable[[str], int] = ("hit", "mounted", "extracted").index
+    hows = [one.how for _, one in everything]
+    copied = sum(
+        layer.image.size
+        for found, one in everything
+        for layer in found.manifest.layers
+        if one.layers[layer.id] != "hit"
+    )
+    return {
+        "staged": value,
+        "how": max(hows, key=order),
+        "ref": "+".join(found.ref for found, _ in everything),
+        "bytes": copied,
+        "verbose": "verbose" in directive.options,
+    }

@@ -1,0 +1,297 @@
+"""What a job's Prolog leaves on the node for its tasks and its Epilog.
+
+The format is specified in ``docs/formats/job-state.md``. Everything is owned by root, readable
+by all, and written by rename; what came from a user was checked before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from stager import events
+from stager.errors import StagerError
+from stager.store import boot_id
+
+ROOT = "/run/stager"
+PENDING, READY, FAILED, STRICT = "pending", "ready", "failed", "strict"
+STAGED, ORIGINAL = "staged", "original"
+MAX_MESSAGE = 65536
+"""Bytes of one message of the process that works as the user."""
+
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+_NODE = re.compile(r"\[([0-9A-Za-z]+)[^\]]*\]")
+_MOST, _LONGEST = 200, 4096
+
+
+@dataclass(frozen=True)
+class Job:
+    """What slurmd tells a Prolog (prolog_epilog(5) of Slurm; 22.05 and newer).
+
+    Attributes:
+        key: the id that the job's tasks see: for a heterogeneous job that of its leader.
+        id: its own id.
+        restart: how often it was requeued.
+        first: whether this is the first of its nodes.
+    """
+
+    key: str
+    id: str
+    uid: int
+    gid: int
+    comment: str
+    work_dir: str
+    restart: str
+    node: str
+    first: bool
+
+    @classmethod
+    def of_prolog(cls, environ: Mapping[str, str]) -> Job:
+        """Read the variables of a Prolog or Epilog.
+
+        Raises:
+            StagerError: one of them is missing or is not a number.
+        """
+
+        def number(name: str, default: str = "") -> str:
+            value = environ.get(name) or default
+            if not re.fullmatch(r"[0-9]{1,20}", value):
+                raise StagerError(f"{name} is {value!r} in the Prolog's environment")
+            return value
+
+        identity = number("SLURM_JOB_ID")
+        nodes = environ.get("SLURM_JOB_NODELIST") or environ.get("SLURM_NODELIST", "")
+        node = environ.get("SLURMD_NODENAME", "")
+        return cls(
+            key=number("SLURM_HET_JOB_ID", identity),
+            id=identity,
+            uid=int(number("SLURM_JOB_UID")),
+            gid=int(number("SLURM_JOB_GID")),
+            comment=environ.get("SLURM_JOB_COMMENT", ""),
+            work_dir=environ.get("SLURM_JOB_WORK_DIR", "/"),
+            restart=number("SLURM_JOB_RESTART_COUNT", "0"),
+            node=node,
+            first=not nodes or first_node(nodes) == node,
+        )
+
+
+def first_node(nodes: str) -> str:
+    """The first host of a list such as ``n[1-4],m7`` or ``rack[2-3]n[01,05]``."""
+    depth, end = 0, len(nodes)
+    for position, char in enumerate(nodes):
+        depth += (char == "[") - (char == "]")
+        if char == "," and depth == 0:
+            end = position
+            break
+    # The first number of a range may be followed by "-" or ",": hosts are named after it.
+    return _NODE.sub(r"\1", nodes[:end])
+
+
+@dataclass(frozen=True)
+class Activation:
+    """What a task's environment becomes, as data that the root side has checked.
+
+    Attributes:
+        python: the interpreter, absolute; a task looks whether it can be seen.
+        prefix: the environment's prefix.
+        leave: prefixes whose directories leave PATH, and are replaced in other search paths.
+        set: variables to set.
+        unset: variables to remove.
+        prepend: directories to put first in list variables.
+    """
+
+    python: str
+    prefix: str
+    leave: tuple[str, ...]
+    set: dict[str, str]
+    unset: tuple[str, ...]
+    prepend: dict[str, tuple[str, ...]]
+
+    @classmethod
+    def checked(cls, value: Any, below: str = "") -> Activation:
+        """Check what a process of the user said.
+
+        Args:
+            value: decoded JSON.
+            below: the directory that prefix and Python must be in; any where it is empty.
+
+        Raises:
+            ValueError: anything about it is not as it should be.
+        """
+        if not isinstance(value, dict) or set(value) != {
+            "python", "prefix", "leave", "set", "unset", "prepend"
+        }:  # fmt: skip
+            raise ValueError("not an activation")
+        result = cls(
+            python=_path(value["python"], below),
+            prefix=_path(value["prefix"], below),
+            leave=tuple(_path(one) for one in _few(value["leave"], list)),
+            set={_name(key): _text(one) for key, one in _few(value["set"], dict).items()},
+            unset=tuple(_name(one) for one in _few(value["unset"], list)),
+            prepend={
+                _name(key): tuple(_path(one) for one in _few(items, list))
+                for key, items in _few(value["prepend"], dict).items()
+            },
+        )
+        if any(":" in one for items in result.prepend.values() for one in items):
+            raise ValueError("a directory with a colon in a search path")
+        return result
+
+    def lines(self) -> str:
+        """The file that TaskProlog reads: a keyword, a blank, a value."""
+        out = [f"python {self.python}", f"prefix {self.prefix}"]
+        out += [f"leave {one}" for one in self.leave]
+        out += [f"env unset {name}" for name in self.unset]
+        out += [f"env export {name}={value}" for name, value in self.set.items()]
+        out += [f"prepend {name} {':'.join(items)}" for name, items in self.prepend.items()]
+        return "\n".join(out) + "\n"
+
+
+def _few(value: Any, kind: type) -> Any:
+    if not isinstance(value, kind) or len(value) > _MOST:  # type: ignore[arg-type]
+        raise ValueError("not a list or mapping, or too long a one")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or len(value) > _LONGEST:
+        raise ValueError("not a text, or too long a one")
+    if any(ord(char) < 32 or ord(char) == 127 for char in value):
+        raise ValueError("control characters")
+    return value
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str) or len(value) > 255 or not _VARIABLE.match(value):
+        raise ValueError("not the name of a variable")
+    return value
+
+
+def _path(value: Any, below: str = "") -> str:
+    text = _text(value)
+    if not text.startswith("/") or os.path.normpath(text) != text:
+        raise ValueError("not an absolute path in normal form")
+    if below and not text.startswith(below + "/"):
+        raise ValueError(f"a path outside {below}")
+    return text
+
+
+def _write(path: str, text: str) -> None:
+    temporary = f"{path}.new"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(temporary, flags, 0o644)
+    with open(fd, "w", encoding="utf-8", errors="surrogateescape") as file:
+        file.write(text)
+    os.rename(temporary, path)
+
+
+class State:
+    """The directory of one job.
+
+    Args:
+        root: where the directories of all jobs are; made by root.
+        key: the job, see :attr:`Job.key`.
+    """
+
+    def __init__(self, root: str, key: str) -> None:
+        self.root = os.path.join(root, "jobs")
+        self.path = os.path.join(self.root, key)
+
+    def begin(self, job: Job, record: Mapping[str, Any]) -> bool:
+        """Make the directory, with the status ``pending``.
+
+        Returns:
+            False where another component of a heterogeneous job has made it for this run already.
+        """
+        os.makedirs(self.root, 0o755, exist_ok=True)
+        partial = f"{self.path}.{os.getpid()}.new"
+        os.mkdir(partial, 0o755)
+        try:
+            os.mkdir(os.path.join(partial, "holders"), 0o755)
+            _write(os.path.join(partial, "holders", job.id), "")
+            known = {**asdict(job), "boot": boot_id(), **record}
+            _write(os.path.join(partial, "record.json"), json.dumps(known))
+            _write(os.path.join(partial, "status"), f"{PENDING} 0\n")
+            for _ in range(8):
+                try:
+                    os.rename(partial, self.path)
+                    return True
+                except OSError:
+                    if not os.path.isdir(self.path):
+                        raise
+                known = self.record()
+                run = (known.get("restart"), known.get("uid"), known.get("boot"))
+                if run == (job.restart, job.uid, boot_id()) and job.id not in self.holders():
+                    self.write("holders/" + job.id, "")
+                    return False
+                # Of an earlier run whose Epilog never came.
+                self.remove()
+            raise StagerError(f"cannot replace {self.path}")
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def exists(self) -> bool:
+        """Tell whether a Prolog has left anything for this job."""
+        return os.path.isdir(self.path)
+
+    def write(self, name: str, text: str) -> None:
+        """Write one file by rename."""
+        _write(os.path.join(self.path, name), text)
+
+    def read(self, name: str) -> str:
+        """The text of a file; empty where there is none."""
+        try:
+            path = os.path.join(self.path, name)
+            with open(path, encoding="utf-8", errors="surrogateescape") as file:
+                return file.read()
+        except OSError:
+            return ""
+
+    def finish(self, status: str, message: str = "") -> None:
+        """Write the outcome; the message first, for whoever sees the status reads it."""
+        if message:
+            self.write("message", events.clean(message, 1000) + "\n")
+        self.write("status", status + "\n")
+
+    def fail(self, message: str) -> None:
+        """Write a failure, even where :meth:`begin` was not reached."""
+        os.makedirs(self.path, 0o755, exist_ok=True)
+        self.finish(FAILED, message)
+
+    def record(self) -> dict[str, Any]:
+        """What the Prolog knew about the job; empty where it cannot be read."""
+        try:
+            value = json.loads(self.read("record.json"))
+        except ValueError:
+            return {}
+        return value if isinstance(value, dict) else {}
+
+    def holders(self) -> list[str]:
+        """The components of the job that are on this node."""
+        try:
+            return os.listdir(os.path.join(self.path, "holders"))
+        except OSError:
+            return []
+
+    def leave(self, job_id: str) -> bool:
+        """One component has ended; returns whether it was the last."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(self.path, "holders", job_id))
+        return not self.holders()
+
+    def processes(self) -> Iterable[tuple[int, str]]:
+        """Process numbers and start times of the worker and of what it started as the user."""
+        words = self.read("worker").split()
+        for pid, start in zip(words[::2], words[1::2]):
+            if pid.isdigit():
+                yield int(pid), start
+
+    def remove(self) -> None:
+        """Remove the directory; nothing happens where it is gone already."""
+        shutil.rmtree(self.path, ignore_errors=True)

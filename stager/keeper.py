@@ -1,0 +1,349 @@
+"""Staging on every node of an allocation from one of them: a batch script, or the shell of salloc.
+
+::
+
+    stage-run, activate --srun--> `stager keep` on each node: stages, reports, holds the mounts
+
+The step that holds the mounts is called the keeper. It lasts until the job ends, for a FUSE server
+started in a step is killed with it; where every tree was extracted, it ends at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import secrets
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import stager
+from stager import fsutil, lease, store
+from stager.allocation import KEEPER, Owner, owner_of, processes, session_directory
+from stager.config import Config
+from stager.errors import BusyError, StagerError
+from stager.formats import squashfs
+from stager.repository import Published
+from stager.schedulers.slurm import Allocation
+from stager.stage import Progress, Staged
+from stager.store import EXTRACTED, MOUNTED, Store
+
+_INPUT = ("SLURM_", "SRUN_", "SBATCH_", "SALLOC_", "PMI", "OMPI_", "STAGER_SESSION")
+"""Variables that would tell an srun of ours what the user meant for theirs."""
+
+
+def stage_everywhere(
+    published: Published,
+    config: Config,
+    where: Allocation,
+    *,
+    via: str,
+    progress: Progress,
+) -> Staged:
+    """Stage on all nodes of an allocation, by a job step that then holds the mounts.
+
+    A job has one such step for each environment; it is found again by a record beside the
+    sessions (see :func:`session_directory`).
+
+    Args:
+        published: the environment.
+        config: see :mod:`stager.config`.
+        where: the allocation; what is staged belongs to it.
+        via: how the image gets to the nodes: ``shared``, ``sbcast``, or ``auto`` by their number.
+        progress: told what the user may want to know.
+
+    Raises:
+        StagerError: a node could not do it; then none is used, for a job has one environment.
+    """
+    name = f"{where.job}.{where.restart}.keeper-{published.digest[:16]}"
+    record = os.path.join(session_directory(), name)
+    with fsutil.locked(f"{record}.lock", timeout=config["stage.timeout"], waiting=progress.waiting):
+        kept = _read_record(record)
+        if kept is None:
+            kept = _keep(published, config, where, via, progress, record)
+            fsutil.write_atomic(record, json.dumps(kept).encode(), mode=0o600, durable=False)
+    how = {layer.id: kept["how"] for layer in published.manifest.layers}
+    return Staged(kept["prefix"], kept["how"], published.manifest, how)
+
+
+def _read_record(path: str) -> dict[str, Any] | None:
+    try:
+        with open(path, "rb") as file:
+            kept: dict[str, Any] = json.load(file)
+    except (OSError, ValueError):
+        return None
+    # Where nothing had to be held, the step is over and what it did stays.
+    return kept if all(lease.is_alive(one) for one in kept["holding"]) else None
+
+
+def _keep(
+    published: Published,
+    config: Config,
+    where: Allocation,
+    via: str,
+    progress: Progress,
+    record: str,
+) -> dict[str, Any]:
+    arguments = [
+        *_own_command(), "keep", published.ref,
+        "--repository", published.repository.root,
+        "--store", config["store"],
+        "--how", config["stage.how"],
+        "--timeout", str(config["stage.timeout"]),
+    ]  # fmt: skip
+    if _is_sent(via, config, where):
+        arguments += _send(published, config, where, progress)
+    environ = {key: value for key, value in os.environ.items() if not key.startswith(_INPUT)}
+    environ[KEEPER] = where.job
+    if "SLURM_CONF" in os.environ:
+        environ["SLURM_CONF"] = os.environ["SLURM_CONF"]
+    steps = []
+    try:
+        with contextlib.ExitStack() as files:
+            for job, nodes in where.components:
+                path = f"{record}.{job}"
+                out = files.enter_context(open(f"{path}.out", "wb"))
+                said = files.enter_context(open(f"{path}.err", "wb"))
+                step = subprocess.Popen(
+                    ["srun", f"--jobid={job}", f"--nodes={nodes}", f"--ntasks={nodes}"]
+                    + ["--ntasks-per-node=1", "--cpus-per-task=1", "--overlap", "--mem=0"]
+                    + ["--mpi=none", "--gres=none", "--input=none", "--quiet"]
+                    + ["--wait=0", "--kill-on-bad-exit=0", "--job-name=stager", *arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=said,
+                    env=environ,
+                    start_new_session=True,
+                )
+                steps.append(_Step(step, path, nodes))
+        reports = _await(steps, config["stage.timeout"])
+        failed = [one for one in reports if "error" in one]
+        if failed:
+            raise _folded(failed, len(reports))
+        prefixes = {str(one["prefix"]) for one in reports}
+        if len(prefixes) != 1:
+            raise StagerError(f"the nodes have different stores: {', '.join(sorted(prefixes))}")
+    except OSError as error:
+        _end(steps)
+        raise fsutil.explain(error, "start srun") from error
+    except BaseException:
+        _end(steps)
+        raise
+    return {
+        "prefix": prefixes.pop(),
+        "how": "extracted" if any(one["how"] == EXTRACTED for one in reports) else "mounted",
+        "holding": [
+            lease.of_process(step.process.pid)
+            for step in steps
+            if any(one["holds"] for one in step.reports())
+        ],
+    }
+
+
+def _own_command() -> list[str]:
+    """How this program is started on another node: from the same files, with the same Python."""
+    place = os.path.dirname(os.path.dirname(os.path.abspath(stager.__file__)))
+    if os.path.exists(os.path.join(place, "__main__.py")):  # installed by an administrator
+        return [sys.executable, "-I", "-S", "-B", place]
+    return [sys.executable, "-I", "-m", "stager"]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step of the keeper: the srun that started it, and where its output goes."""
+
+    process: subprocess.Popen[bytes]
+    path: str
+    nodes: int
+
+    def reports(self) -> list[dict[str, Any]]:
+        """What its nodes have said so far."""
+        with open(f"{self.path}.out", "rb") as file:
+            lines = file.read().split(b"\n")[:-1]  # the last one may be half of a line
+        return [json.loads(line) for line in lines if line.startswith(b"{")]
+
+    def failure(self) -> StagerError:
+        """Why srun ended before every node had reported."""
+        with open(f"{self.path}.err", encoding="utf-8", errors="replace") as file:
+            lines = [line.strip() for line in file if line.strip()]
+        reason = re.sub(r"\A(srun|slurmstepd): (error: )?", "", lines[-1]) if lines else "it ended"
+        return StagerError(f"no job step could stage on all nodes: {reason}")
+
+
+def _await(steps: list[_Step], timeout: float) -> list[dict[str, Any]]:
+    deadline = time.monotonic() + timeout + 30.0  # the nodes have the limit itself
+    while True:
+        ended = [step for step in steps if step.process.poll() is not None]
+        reports = [step.reports() for step in steps]
+        if all(len(found) >= step.nodes for found, step in zip(reports, steps)):
+            return [one for found in reports for one in found]
+        for step in ended:
+            if len(step.reports()) < step.nodes:
+                raise step.failure()
+        if time.monotonic() > deadline:
+            total = sum(step.nodes for step in steps)
+            raise BusyError(
+                f"{total - sum(map(len, reports))} of {total} nodes have not staged in time",
+                hint="raise the time limit: --timeout, or the key `stage.timeout`",
+            )
+        time.sleep(0.05)
+
+
+def _folded(failed: list[dict[str, Any]], total: int) -> StagerError:
+    """One error for all nodes: the most frequent reason, and where."""
+    reasons: dict[str, list[dict[str, Any]]] = {}
+    for one in failed:
+        reasons.setdefault(str(one["error"]), []).append(one)
+    reason, those = max(reasons.items(), key=lambda item: len(item[1]))
+    names = sorted(str(one["node"]) for one in those)
+    shown = ",".join(names[:4]) + (",..." if len(names) > 4 else "")
+    return StagerError(
+        f"{len(failed)} of {total} nodes cannot stage: {shown}: {reason}",
+        hint=those[0]["hint"],
+        blame=those[0]["blame"],
+    )
+
+
+def _end(steps: list[_Step]) -> None:
+    """End the step on all nodes: what srun does when it is told to end."""
+    for step in steps:
+        if step.process.poll() is None:
+            step.process.terminate()
+    for step in steps:
+        try:
+            step.process.wait(15.0)
+        except subprocess.TimeoutExpired:
+            step.process.kill()
+            step.process.wait()
+
+
+def report(result: Staged | StagerError, *, holds: bool) -> str:
+    """The line in which a node of the keeper tells how it went."""
+    node = os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+    if isinstance(result, StagerError):
+        value: dict[str, Any] = {
+            "error": result.message,
+            "hint": result.hint,
+            "blame": result.blame,
+        }
+    else:
+        how = MOUNTED if holds else EXTRACTED
+        value = {"prefix": result.prefix, "how": how, "holds": holds}
+    return json.dumps({"node": node, **value}) + "\n"
+
+
+def mounted_layers(result: Staged, node: Store) -> list[str]:
+    """The layers of a staged environment that are mounted, not extracted."""
+    return [one.id for one in result.manifest.layers if squashfs.is_mounted(node.tree(one.id))]
+
+
+def ignore_end() -> None:
+    """Ignore SIGTERM, and have the FUSE servers we start ignore it: see :func:`hold`.
+
+    They inherit that; with the signal's default they would unmount (fuse_set_signal_handlers(3)).
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def hold(layers: list[str], node: Store) -> None:
+    """Stay until the job ends, then unmount.
+
+    At the end Slurm sends SIGTERM to all and, ``KillWait`` later, SIGKILL. Meanwhile a program may
+    be writing its last checkpoint: the mounts stay until no other process of the job is left.
+    """
+    me = owner_of(os.environ)
+    assert me is not None
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.sigwait({signal.SIGTERM})
+    while _has_tasks(me):
+        time.sleep(0.2)
+    for layer in layers:
+        with contextlib.suppress(StagerError), node.lock(layer, timeout=1.0):
+            node.withdraw(layer)
+            squashfs.unmount(node.tree(layer))
+
+
+def _has_tasks(job: Owner) -> bool:
+    """Tell whether processes of a job other than the keeper's run here."""
+    for process in processes():
+        found = owner_of(process.environ)
+        if found is not None and found.job == job.job and KEEPER not in process.environ:
+            return True
+    return False
+
+
+# -- the image, sent ahead -------------------------------------------------------------------
+
+
+def _is_sent(via: str, config: Config, where: Allocation) -> bool:
+    threshold = config["stage.sbcast_nodes"]
+    return via == "sbcast" or (via == "auto" and 0 < threshold <= where.nodes)
+
+
+def _send(published: Published, config: Config, where: Allocation, progress: Progress) -> list[str]:
+    """Send the images with sbcast; returns the arguments that tell the nodes where they are.
+
+    sbcast makes no directories, and without --force it never writes to a file that is there.
+    """
+    parent = os.path.dirname(config["store"])
+    if not os.path.isdir(parent):
+        parent = "/tmp"  # noqa: S108 - under a name that nobody can guess
+    arguments: list[str] = []
+    for layer in published.manifest.layers:
+        if layer.image.format != "squashfs":
+            continue  # archives are unpacked as they are read
+        target = os.path.join(parent, f"stager-{os.getuid()}-{secrets.token_hex(8)}")
+        for job, _ in where.components:
+            done = subprocess.run(
+                ["sbcast", f"--jobid={job}", published.repository.image(layer), target],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                check=False,
+            )
+            if done.returncode != 0:
+                said = done.stderr.decode(errors="replace").strip().splitlines()
+                reason = said[-1] if said else f"status {done.returncode}"
+                progress.note(f"reading the shared image, for sbcast failed: {reason}")
+                return arguments
+        arguments += ["--received", f"{layer.id}={target}"]
+    return arguments
+
+
+def receive(received: Iterable[str], node: Store) -> None:
+    """Take images that were sent here into the store; staging then verifies them.
+
+    Args:
+        received: ``ID=PATH`` each, as :func:`_send` told.
+        node: the store.
+    """
+    for one in received:
+        layer, _, path = one.partition("=")
+        if not re.fullmatch(r"[0-9a-f]{16}", layer):
+            raise StagerError(f"{one!r} names no layer")
+        try:
+            info = os.lstat(path)
+        except FileNotFoundError:
+            continue
+        if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid():
+            continue
+        with store.blame_node("take in an image"), node.lock(layer, timeout=60.0):
+            if node.ready(layer) is not None:
+                os.unlink(path)
+                continue
+            # Only an image of this boot that has a stamp is used without being verified.
+            node.withdraw(layer)
+            try:
+                os.rename(path, node.image(layer))
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                os.unlink(path)

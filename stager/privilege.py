@@ -1,0 +1,151 @@
+"""Root's two steps for a user: become them, and make them a private directory."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import resource
+import stat
+
+from stager.errors import SITE, DeniedError, StagerError
+
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+def become(uid: int, gid: int | None = None) -> str:
+    """Become a user for good, in a process made for that: ids, all groups, variables, umask.
+
+    Must be called before anything is opened that the user controls.
+
+    Args:
+        uid: the user.
+        gid: the group of the job; None is the user's own.
+
+    Returns:
+        The home directory.
+
+    Raises:
+        StagerError: there is no such user, it is root, or the kernel refuses.
+    """
+    if uid <= 0:
+        raise StagerError("nothing is staged for root", hint="run the job as a user")
+    try:
+        entry = pwd.getpwuid(uid)
+    except KeyError as error:
+        raise StagerError(
+            f"uid {uid} is unknown on this node", hint="the node's user database is incomplete"
+        ) from error
+    gid = entry.pw_gid if gid is None else gid
+    try:
+        # slurmd protects itself from the kernel's out-of-memory killer; a user must not be.
+        with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+            file.write("0")
+    except OSError:
+        pass  # not every kernel or container has it
+    os.initgroups(entry.pw_name, gid)
+    os.setresgid(gid, gid, gid)
+    os.setresuid(uid, uid, uid)
+    if os.getresuid() != (uid, uid, uid) or os.getresgid() != (gid, gid, gid):
+        raise StagerError(f"could not become uid {uid}")
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.umask(0o077)
+    os.chdir("/")
+    os.environ.clear()
+    os.environ.update(
+        HOME=entry.pw_dir,
+        USER=entry.pw_name,
+        LOGNAME=entry.pw_name,
+        PATH=PATH,
+        LC_ALL="C.UTF-8",
+    )
+    return entry.pw_dir
+
+
+def private_directory(path: str, uid: int) -> bool:
+    """Make a user's directory below one that only root can change, never following a link.
+
+    Args:
+        path: absolute and normal; only its last part is made.
+        uid: whose it becomes; mode 0700.
+
+    Returns:
+        Whether root could do it safely. False: somebody else may write above it, as in /tmp, and
+        the user has to make it.
+
+    Raises:
+        DeniedError: what is there already is not the user's own directory.
+        OSError: the file system failed.
+    """
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    parent = os.open("/", flags)
+    try:
+        for part in [one for one in os.path.dirname(path).split("/") if one]:
+            try:
+                below = os.open(part, flags, dir_fd=parent)
+            except NotADirectoryError:
+                return False  # a link: the user may go where it leads, we need not
+            os.close(parent)
+            parent = below
+            info = os.fstat(parent)
+            if info.st_uid != 0 or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                return False
+        name = os.path.basename(path)
+        try:
+            os.mkdir(name, 0o700, dir_fd=parent)
+            made = True
+        except FileExistsError:
+            made = False
+        try:
+            fd = os.open(name, flags, dir_fd=parent)
+        except NotADirectoryError as error:
+            raise DeniedError(
+                f"the store {path} is a link or a file",
+                hint="the administrator of the node has to remove it",
+                blame=SITE,
+            ) from error
+        try:
+            if made:
+                os.fchown(fd, uid, -1)
+            elif os.fstat(fd).st_uid != uid:
+                raise DeniedError(
+                    f"the store {path} belongs to uid {os.fstat(fd).st_uid}, not to {uid}",
+                    hint="the administrator of the node has to remove it",
+                    blame=SITE,
+                )
+        finally:
+            os.close(fd)
+    finally:
+        os.close(parent)
+    return True
+
+
+def is_broken(directory: str) -> bool:
+    """Tell whether a file system is broken for root as well: the proof of a fault of the node.
+
+    What a user says about their own directory proves nothing: they could have put anything there.
+    A disk that is merely full is not broken, for any user could fill it.
+
+    Args:
+        directory: owned by root; a file is written and removed.
+    """
+    import errno
+
+    broken = (errno.EIO, errno.EROFS, errno.ENODEV, errno.ENXIO, errno.EUCLEAN, errno.ESHUTDOWN)
+    name = f".stager-probe-{os.getpid()}"
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        parent = os.open(directory, flags)
+        try:
+            mode = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            fd = os.open(name, mode, 0o600, dir_fd=parent)
+            try:
+                os.write(fd, b"x")
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+                os.unlink(name, dir_fd=parent)
+        finally:
+            os.close(parent)
+    except OSError as error:
+        return error.errno in broken
+    return False

@@ -1,0 +1,257 @@
+"""Configuration: every value from the right place, and every mistake named with its place."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stager import config
+from stager.config import KEYS, Config, parse_duration, parse_size
+from stager.errors import SITE, UsageError
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    (tmp_path / "etc" / "config.d").mkdir(parents=True)
+    return tmp_path / "etc"
+
+
+def load(site: Path, **arguments: object) -> Config:
+    arguments.setdefault("environ", {"XDG_CONFIG_HOME": str(site / "none")})
+    return config.load(site_directory=str(site), **arguments)  # type: ignore[arg-type]
+
+
+def test_defaults_are_valid_and_say_so(site: Path) -> None:
+    found = load(site)
+    assert set(found.values) == set(found.sources) == set(KEYS)
+    assert set(found.sources.values()) == {"default"}
+    assert found["store"] == f"/tmp/stager-{os.getuid()}"
+    assert found["stage.timeout"] == 600.0
+
+
+def test_precedence_from_the_bottom_up(site: Path, tmp_path: Path) -> None:
+    user = tmp_path / "home" / "stager" / "config.yaml"
+    user.parent.mkdir(parents=True)
+    places: list[tuple[str, str]] = []
+
+    def expect(value: int, source: str, **arguments: object) -> None:
+        places.append((source, "x"))
+        found = load(site, environ=environ, **arguments)
+        assert (found["pack.level"], found.sources["pack.level"]) == (value, source)
+
+    environ = {"XDG_CONFIG_HOME": str(tmp_path / "home")}
+    expect(3, "default")
+    (site / "config.yaml").write_text("pack: {level: 4}")
+    expect(4, str(site / "config.yaml"))
+    (site / "config.d" / "10-a.yaml").write_text("pack.level: 5")
+    expect(5, str(site / "config.d" / "10-a.yaml"))
+    (site / "config.d" / "20-b.yaml").write_text("pack:\n  level: 6\n")
+    (site / "config.d" / "99-no.yml").write_text("pack.level: 99")
+    expect(6, str(site / "config.d" / "20-b.yaml"))
+    user.write_text("pack.level: 7")
+    expect(7, str(user))
+    environ["STAGER_PACK_LEVEL"] = "8"
+    expect(8, "$STAGER_PACK_LEVEL")
+    expect(8, "$STAGER_PACK_LEVEL", overrides={"pack.level": None})
+    expect(9, "command line", overrides={"pack.level": "9"})
+
+
+def test_the_users_file_is_below_home(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / ".config" / "stager" / "config.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text("run.strict: yes")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = load(site, environ={})
+    assert found["run.strict"] is True
+
+
+def test_an_empty_file_or_variable_says_nothing(site: Path) -> None:
+    (site / "config.yaml").write_text("# nothing\n")
+    found = load(site, environ={"XDG_CONFIG_HOME": "/nowhere", "STAGER_STORE": ""})
+    assert found.sources["store"] == "default"
+
+
+def test_an_unknown_key_is_an_error_with_a_suggestion_and_its_place(site: Path) -> None:
+    path = site / "config.yaml"
+    path.write_text("pack: {fromat: squashfs}")
+    with pytest.raises(UsageError, match=r"pack\.fromat") as error:
+        load(site)
+    assert str(path) in error.value.message
+    assert error.value.hint == "did you mean `pack.format`?"
+    assert error.value.blame == SITE
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("pack.format", "zip"),
+        ("pack.level", "3.5"),
+        ("pack.level", True),
+        ("pack.level", ""),
+        ("pack.threads", "many"),
+        ("run.strict", "maybe"),
+        ("run.strict", 2),
+        ("stage.timeout", "-1s"),
+        ("stage.timeout", "5 minutes"),
+        ("collect.max_size", "10 apples"),
+        ("collect.max_size", "-1"),
+        ("store", "relative/path"),
+        ("store", "/with space"),
+        ("store", "/quote'd"),
+        ("store", "/" + "x" * 78),
+        ("store", None),
+        ("repository", "here"),
+        ("repositories", "/fine:relative"),
+        ("local_prefixes", ["/usr", "opt"]),
+    ],
+)
+def test_a_malformed_value_is_an_error_that_names_key_value_and_place(
+    key: str, value: object
+) -> None:
+    with pytest.raises(UsageError) as error:
+        Config().set(key, value, "the place")
+    assert f"`{key}`" in error.value.message
+    assert repr(value) in error.value.message
+    assert "the place" in error.value.message
+    assert error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "parsed"),
+    [
+        ("store", "/tmp/s-{uid}", f"/tmp/s-{os.getuid()}"),
+        ("store", "/a/../b/", "/b"),
+        ("store", "//tmp/s", "/tmp/s"),
+        ("store", "/" + "x" * 77, "/" + "x" * 77),
+        ("repositories", "/a:/b", ("/a", "/b")),
+        ("repositories", ["/a", "/b:c"], ("/a", "/b:c")),
+        ("repositories", "", ()),
+        ("pack.exclude", "*.a:docs", ("*.a", "docs")),
+        ("pack.level", " 19 ", 19),
+        ("run.strict", "ON", True),
+        ("run.strict", False, False),
+        ("run.strict", "0", False),
+        ("stage.timeout", 90, 90.0),
+    ],
+)
+def test_values_as_they_are_understood(key: str, value: object, parsed: object) -> None:
+    found = Config()
+    found.set(key, value, "here")
+    assert found[key] == parsed
+    assert type(found[key]) is type(parsed)
+
+
+def test_the_home_directory_in_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    found = Config()
+    found.set("repository", "~/packed", "here")
+    assert found["repository"] == "/home/ada/packed"
+
+
+@pytest.mark.parametrize("data", ["relative", ""])
+def test_a_useless_data_directory_is_ignored(
+    site: Path, monkeypatch: pytest.MonkeyPatch, data: str
+) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.setenv("XDG_DATA_HOME", data)
+    assert config.load(site_directory=str(site))["repository"] == "/home/ada/.local/share/stager"
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("0", 0), ("4096", 4096), (17, 17), ("1K", 1024), ("500MiB", 500 << 20), ("1.5G", 3 << 29)]
+    + [("2 TiB", 2 << 40), ("10GB", 10 << 30), ("7B", 7), (" 3MiB ", 3 << 20)],
+)
+def test_sizes(text: object, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "MiB", "1e3", "5 MiBs", "5m", "1,5G", "0x10", "inf", "5 M iB"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(ValueError, match="500MiB"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("0", 0), ("30s", 30), ("5m", 300), ("1.5h", 5400), ("2d", 172800), ("250ms", 0.25), (20, 20)],
+)
+def test_durations(text: object, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "s", "5M", "1h30m", "nan", "1e9", "5 s s"])
+def test_what_is_no_duration(text: str) -> None:
+    with pytest.raises(ValueError, match="5m"):
+        parse_duration(text)
+
+
+@given(st.integers(0, 2**50), st.sampled_from(["", "K", "M", "G"]), st.sampled_from(["", "iB", "B"]))
+def test_every_whole_size_is_exact(count: int, unit: str, suffix: str) -> None:
+    assert parse_size(f"{count}{unit}{suffix}") == count * 1024 ** " KMG".index(unit or " ")
+
+
+@pytest.mark.parametrize(
+    "text", ["a: [1, 2", "- just\n- a list\n", "a word", b"\xff\xfe\x00", "a: !!python/object:x {}"]
+)
+def test_a_file_that_is_no_mapping_is_named(site: Path, text: str | bytes) -> None:
+    path = site / "config.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UsageError, match="YAML|mapping") as error:
+        load(site)
+    assert str(path) in error.value.message
+
+
+def test_a_file_without_permission_or_of_another_kind_is_named(site: Path) -> None:
+    (site / "config.yaml").mkdir()
+    with pytest.raises(UsageError, match="cannot read") as error:
+        load(site)
+    assert str(site / "config.yaml") in error.value.message
+
+
+def test_a_pipe_does_not_hang_it(site: Path) -> None:
+    os.mkfifo(site / "config.yaml")
+    assert load(site).sources["store"] == "default"
+
+
+# What root hooks read
+
+
+def test_trusted_files_are_read_and_the_environment_is_not(site: Path, tmp_path: Path) -> None:
+    user = tmp_path / "stager" / "config.yaml"
+    user.parent.mkdir()
+    user.write_text("pack.level: 1")
+    (site / "config.yaml").write_text("pack.threads: 2")
+    environ = {
+        "XDG_CONFIG_HOME": str(tmp_path),
+        "XDG_DATA_HOME": str(tmp_path),
+        "STAGER_PACK_LEVEL": "9",
+    }
+    if os.geteuid() == 0:
+        found = load(site, environ=environ, trusted_only=True)
+        assert (found["pack.level"], found["pack.threads"]) == (3, 2)
+        assert str(tmp_path) not in found["repository"]
+    else:
+        with pytest.raises(UsageError, match="others than root"):
+            load(site, environ=environ, trusted_only=True)
+
+
+@pytest.mark.parametrize("mode", [0o664, 0o646, 0o666])
+def test_a_file_that_others_may_write_is_not_trusted(site: Path, mode: int) -> None:
+    path = site / "config.yaml"
+    path.write_text("pack.level: 1")
+    path.chmod(mode)
+    assert load(site)["pack.level"] == 1
+    with pytest.raises(UsageError, match="others than root") as error:
+        load(site, trusted_only=True)
+    assert f"chmod 644 {path}" in str(error.value.hint)
+    assert stat.S_IMODE(path.stat().st_mode) == mode
