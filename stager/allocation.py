@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from stager import envpatch, fsutil, ref, store
+from stager import envpatch, fsutil, ref, store, trees
 from stager import stage as staging
 from stager.config import Config
 from stager.errors import StagerError
@@ -31,8 +31,9 @@ from stager.ref import Directive
 from stager.repository import Published
 from stager.schedulers import slurm
 from stager.schedulers.slurm import Allocation
-from stager.stage import Progress, Staged
+from stager.stage import Staged
 from stager.store import EXTRACTED, MOUNTED, Stamp, Store
+from stager.trees import Progress
 
 KEEPER = "STAGER_KEEPER"
 """The job at whose end, and not at a step's, what a process mounts goes away."""
@@ -181,7 +182,7 @@ def _extract_in_place(layer: Layer, node: Store, config: Config) -> None:
 
     Who has files of the mount open keeps them: it is detached, and its server lives on for them.
     """
-    staging._make_room(layer, EXTRACTED, node, config)
+    trees.make_room(layer, EXTRACTED, node, config)
     image, tree = node.image(layer.id), node.tree(layer.id)
     workspace = node.workspace(layer.id)
     try:

@@ -55,6 +55,16 @@ def _integer(text: object) -> int:
     return int(str(text))
 
 
+def _between(low: int, high: int) -> Callable[[object], int]:
+    def parse(text: object) -> int:
+        value = _integer(text)
+        if not low <= value <= high:
+            raise ValueError(f"a number from {low} to {high} is expected")
+        return value
+
+    return parse
+
+
 def _boolean(text: object) -> bool:
     if isinstance(text, bool):
         return text
@@ -139,8 +149,10 @@ KEYS: dict[str, Key] = {
         "directories that are on every node's own disk: a base Python there is not packed",
     ),
     "pack.format": Key(_choice("squashfs", "tar.zst"), "squashfs", "format of new images"),
-    "pack.level": Key(_integer, 3, "zstd level"),
-    "pack.threads": Key(_integer, 0, "threads that compress; 0 is one for each processor"),
+    "pack.level": Key(_between(1, 22), 3, "zstd level, 1 to 22"),
+    "pack.threads": Key(
+        _between(0, 1024), 0, "threads that compress; 0 is one for each processor"
+    ),
     "pack.exclude": Key(
         _list(str), (), "fnmatch patterns of paths inside the environment to leave out"
     ),

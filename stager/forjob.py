@@ -239,18 +239,15 @@ def _how(
 
 def _fetch(published: Published, node: Store, layer_id: str, config: Config, until: float) -> None:
     """Copy one image into the store, where staging will find and check it."""
-    from stager import transfer
+    from stager import trees
 
     layer = next(one for one in published.manifest.layers if one.id == layer_id)
-    image = node.image(layer_id)
     with node.lock(layer_id, timeout=max(0.0, until - time.monotonic())):
-        if node.ready(layer_id) or transfer.is_image(image, layer.image):
+        if node.ready(layer_id):
             return
         workspace = node.workspace(layer_id)
         try:
-            copied = os.path.join(workspace, "image")
-            transfer.copy(published.repository.image(layer), layer.image, copied)
-            os.rename(copied, image)
+            trees.fetch(published, layer, node, workspace)
         finally:
             fsutil.remove_tree(workspace)
 

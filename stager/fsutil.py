@@ -205,6 +205,14 @@ def remove_tree(path: str) -> None:
         os.close(parent)
 
 
+def _mount_of(fd: int) -> tuple[int, str]:
+    """Which mount a directory is on. A bind mount is on the same device as what is around it."""
+    number = ""
+    with contextlib.suppress(OSError), open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as file:
+        number = next((line for line in file if line.startswith("mnt_id:")), "")  # proc(5)
+    return os.fstat(fd).st_dev, number
+
+
 def _remove_at(parent: int, name: str, info: os.stat_result) -> None:
     if not stat.S_ISDIR(info.st_mode):
         os.unlink(name, dir_fd=parent)
@@ -217,7 +225,7 @@ def _remove_at(parent: int, name: str, info: os.stat_result) -> None:
         fd = os.open(name, flags, dir_fd=parent)
     try:
         opened = os.fstat(fd)
-        if opened.st_dev != os.fstat(parent).st_dev:
+        if _mount_of(fd) != _mount_of(parent):
             raise OSError(errno.EBUSY, "something is mounted there", name)
         if opened.st_mode & 0o300 != 0o300:
             os.fchmod(fd, 0o700)

@@ -22,7 +22,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import stager
@@ -33,8 +32,9 @@ from stager.errors import BusyError, StagerError
 from stager.formats import squashfs
 from stager.repository import Published
 from stager.schedulers.slurm import Allocation
-from stager.stage import Progress, Staged
+from stager.stage import Staged
 from stager.store import EXTRACTED, MOUNTED, Store
+from stager.trees import Progress
 
 _INPUT = ("SLURM_", "SRUN_", "SBATCH_", "SALLOC_", "PMI", "OMPI_", "STAGER_SESSION")
 """Variables that would tell an srun of ours what the user meant for theirs."""
@@ -81,7 +81,7 @@ def _read_record(path: str) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     # Where nothing had to be held, the step is over and what it did stays.
-    return kept if all(lease.is_alive(one) for one in kept["holding"]) else None
+    return kept if not kept["keeper"] or lease.is_alive(kept["keeper"]) else None
 
 
 def _keep(
@@ -100,52 +100,57 @@ def _keep(
         "--timeout", str(config["stage.timeout"]),
     ]  # fmt: skip
     if _is_sent(via, config, where):
-        arguments += _send(published, config, where, progress)
+        arguments += _send(published, config, progress)
     environ = {key: value for key, value in os.environ.items() if not key.startswith(_INPUT)}
     environ[KEEPER] = where.job
     if "SLURM_CONF" in os.environ:
         environ["SLURM_CONF"] = os.environ["SLURM_CONF"]
-    steps = []
     try:
-        with contextlib.ExitStack() as files:
-            for job, nodes in where.components:
-                path = f"{record}.{job}"
-                out = files.enter_context(open(f"{path}.out", "wb"))
-                said = files.enter_context(open(f"{path}.err", "wb"))
-                step = subprocess.Popen(
-                    ["srun", f"--jobid={job}", f"--nodes={nodes}", f"--ntasks={nodes}"]
-                    + ["--ntasks-per-node=1", "--cpus-per-task=1", "--overlap", "--mem=0"]
-                    + ["--mpi=none", "--gres=none", "--input=none", "--quiet"]
-                    + ["--wait=0", "--kill-on-bad-exit=0", "--job-name=stager", *arguments],
-                    stdin=subprocess.DEVNULL,
-                    stdout=out,
-                    stderr=said,
-                    env=environ,
-                    start_new_session=True,
-                )
-                steps.append(_Step(step, path, nodes))
-        reports = _await(steps, config["stage.timeout"])
+        with open(f"{record}.out", "wb") as out, open(f"{record}.err", "wb") as said:
+            process = subprocess.Popen(
+                _srun(where, arguments),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=said,
+                env=environ,
+                start_new_session=True,
+            )
+    except OSError as error:
+        raise fsutil.explain(error, "start srun") from error
+    try:
+        reports = _await(process, record, where.nodes, config["stage.timeout"])
         failed = [one for one in reports if "error" in one]
         if failed:
             raise _folded(failed, len(reports))
         prefixes = {str(one["prefix"]) for one in reports}
         if len(prefixes) != 1:
             raise StagerError(f"the nodes have different stores: {', '.join(sorted(prefixes))}")
-    except OSError as error:
-        _end(steps)
-        raise fsutil.explain(error, "start srun") from error
     except BaseException:
-        _end(steps)
+        _end(process)
         raise
+    held = any(one["holds"] for one in reports)
     return {
         "prefix": prefixes.pop(),
-        "how": "extracted" if any(one["how"] == EXTRACTED for one in reports) else "mounted",
-        "holding": [
-            lease.of_process(step.process.pid)
-            for step in steps
-            if any(one["holds"] for one in step.reports())
-        ],
+        "how": EXTRACTED if any(one["how"] == EXTRACTED for one in reports) else MOUNTED,
+        "keeper": lease.of_process(process.pid) if held else "",
     }
+
+
+def _srun(where: Allocation, command: list[str]) -> list[str]:
+    """The command line that runs a command once on each node, beside all other steps."""
+    argv = ["srun"]
+    for number, nodes in enumerate(where.components):
+        if number:
+            argv.append(":")
+        argv += [
+            f"--jobid={where.job}", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1",
+            "--cpus-per-task=1", "--mem=0", "--gres=none", "--overlap", "--mpi=none",
+            "--input=none", "--quiet", "--wait=0", "--kill-on-bad-exit=0", "--job-name=stager",
+        ]  # fmt: skip
+        if len(where.components) > 1:
+            argv.append(f"--het-group={number}")
+        argv += command
+    return argv
 
 
 def _own_command() -> list[str]:
@@ -156,42 +161,30 @@ def _own_command() -> list[str]:
     return [sys.executable, "-I", "-m", "stager"]
 
 
-@dataclass(frozen=True)
-class _Step:
-    """A step of the keeper: the srun that started it, and where its output goes."""
-
-    process: subprocess.Popen[bytes]
-    path: str
-    nodes: int
-
-    def reports(self) -> list[dict[str, Any]]:
-        """What its nodes have said so far."""
-        with open(f"{self.path}.out", "rb") as file:
-            lines = file.read().split(b"\n")[:-1]  # the last one may be half of a line
-        return [json.loads(line) for line in lines if line.startswith(b"{")]
-
-    def failure(self) -> StagerError:
-        """Why srun ended before every node had reported."""
-        with open(f"{self.path}.err", encoding="utf-8", errors="replace") as file:
-            lines = [line.strip() for line in file if line.strip()]
-        reason = re.sub(r"\A(srun|slurmstepd): (error: )?", "", lines[-1]) if lines else "it ended"
-        return StagerError(f"no job step could stage on all nodes: {reason}")
+def _reports(record: str) -> list[dict[str, Any]]:
+    """What the nodes have said so far."""
+    with open(f"{record}.out", "rb") as file:
+        lines = file.read().split(b"\n")[:-1]  # the last one may be half of a line
+    return [json.loads(line) for line in lines if line.startswith(b"{")]
 
 
-def _await(steps: list[_Step], timeout: float) -> list[dict[str, Any]]:
+def _await(
+    process: subprocess.Popen[bytes], record: str, nodes: int, timeout: float
+) -> list[dict[str, Any]]:
     deadline = time.monotonic() + timeout + 30.0  # the nodes have the limit itself
     while True:
-        ended = [step for step in steps if step.process.poll() is not None]
-        reports = [step.reports() for step in steps]
-        if all(len(found) >= step.nodes for found, step in zip(reports, steps)):
-            return [one for found in reports for one in found]
-        for step in ended:
-            if len(step.reports()) < step.nodes:
-                raise step.failure()
+        ended = process.poll() is not None
+        reports = _reports(record)
+        if len(reports) >= nodes:
+            return reports
+        if ended:
+            with open(f"{record}.err", encoding="utf-8", errors="replace") as file:
+                said = [line.strip() for line in file if line.strip()]
+            reason = re.sub(r"\A(srun|slurmstepd\S*): (error: )?", "", said[-1] if said else "")
+            raise StagerError(f"no job step could stage on all nodes: {reason or 'it ended'}")
         if time.monotonic() > deadline:
-            total = sum(step.nodes for step in steps)
             raise BusyError(
-                f"{total - sum(map(len, reports))} of {total} nodes have not staged in time",
+                f"{nodes - len(reports)} of {nodes} nodes have not staged in time",
                 hint="raise the time limit: --timeout, or the key `stage.timeout`",
             )
         time.sleep(0.05)
@@ -212,17 +205,14 @@ def _folded(failed: list[dict[str, Any]], total: int) -> StagerError:
     )
 
 
-def _end(steps: list[_Step]) -> None:
+def _end(process: subprocess.Popen[bytes]) -> None:
     """End the step on all nodes: what srun does when it is told to end."""
-    for step in steps:
-        if step.process.poll() is None:
-            step.process.terminate()
-    for step in steps:
-        try:
-            step.process.wait(15.0)
-        except subprocess.TimeoutExpired:
-            step.process.kill()
-            step.process.wait()
+    process.terminate()
+    try:
+        process.wait(15.0)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def report(result: Staged | StagerError, *, holds: bool) -> str:
@@ -289,7 +279,7 @@ def _is_sent(via: str, config: Config, where: Allocation) -> bool:
     return via == "sbcast" or (via == "auto" and 0 < threshold <= where.nodes)
 
 
-def _send(published: Published, config: Config, where: Allocation, progress: Progress) -> list[str]:
+def _send(published: Published, config: Config, progress: Progress) -> list[str]:
     """Send the images with sbcast; returns the arguments that tell the nodes where they are.
 
     sbcast makes no directories, and without --force it never writes to a file that is there.
@@ -302,18 +292,17 @@ def _send(published: Published, config: Config, where: Allocation, progress: Pro
         if layer.image.format != "squashfs":
             continue  # archives are unpacked as they are read
         target = os.path.join(parent, f"stager-{os.getuid()}-{secrets.token_hex(8)}")
-        for job, _ in where.components:
-            done = subprocess.run(
-                ["sbcast", f"--jobid={job}", published.repository.image(layer), target],
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                check=False,
-            )
-            if done.returncode != 0:
-                said = done.stderr.decode(errors="replace").strip().splitlines()
-                reason = said[-1] if said else f"status {done.returncode}"
-                progress.note(f"reading the shared image, for sbcast failed: {reason}")
-                return arguments
+        done = subprocess.run(
+            ["sbcast", published.repository.image(layer), target],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            said = done.stderr.decode(errors="replace").strip().splitlines()
+            reason = said[-1] if said else f"status {done.returncode}"
+            progress.note(f"reading the shared image, for sbcast failed: {reason}")
+            return arguments
         arguments += ["--received", f"{layer.id}={target}"]
     return arguments
 

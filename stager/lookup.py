@@ -31,14 +31,22 @@ def wanted(text: str | None, environ: Mapping[str, str]) -> Ref:
         return ref.parse(text)
     if environ.get("STAGER_ENV"):
         return ref.parse(environ["STAGER_ENV"])
-    if environ.get("VIRTUAL_ENV"):
-        return Ref(path=os.path.abspath(environ["VIRTUAL_ENV"]))
+    active = environ.get("VIRTUAL_ENV")
+    if active and active == environ.get("STAGER_PREFIX") and environ.get("STAGER_ACTIVE"):
+        return ref.parse(environ["STAGER_ACTIVE"])  # a staged one, and this is what it is called
+    if active:
+        return Ref(path=os.path.abspath(active))
     if os.path.exists("./.venv/pyvenv.cfg"):
         return Ref(path=os.path.abspath(".venv"))
     raise UsageError(
         "no environment is named and none is active",
         hint="name one (--env NAME), set STAGER_ENV, or activate a virtual environment",
     )
+
+
+def called(text: str | None, published: Published) -> str:
+    """What an active environment is called: as the user typed it, but from any directory."""
+    return str(ref.parse(text)) if text else published.manifest.name
 
 
 def find(wish: Ref, config: Config) -> Published:

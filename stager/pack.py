@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
-import csv
 import datetime
-import filecmp
 import os
 import platform
-import re
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import stager
 from stager import freshness, plan, transfer, walk
 from stager.bytecode import Compiler
 from stager.config import Config
-from stager.environments import Environment, Tree, describe, editables
-from stager.errors import IntegrityError, StagerError, UsageError
+from stager.environments import Environment, describe
+from stager.errors import JOB, IntegrityError, StagerError, UsageError
+from stager.fsutil import explain
 from stager.manifest import Finding, Image, Layer, Manifest, Platform, Python
 from stager.produce import Outcome, Producer, Sink
 from stager.ref import is_name
-from stager.relocate import Move, Relocation
 from stager.repository import Published, Repository, stripe
-from stager.walk import DIRECTORY, FILE, LINK, Entry, Excluder
+from stager.survey import Survey, look_through, place_of
+from stager.walk import DIRECTORY, LINK
 
 LAYOUT = 1
 """Raised when the same environment would be packed into other bytes than before."""
-
-SNAPSHOTS = ".stager/editable"
-"""Where copies of editable source trees lie in a layer."""
 
 _NOT_CHECKED = {
     "pip",
@@ -57,28 +51,6 @@ class Progress(Protocol):
 
     def note(self, message: str) -> None:
         """Something the user may want to know."""
-
-
-@dataclass
-class Survey:
-    """What a tree holds and how long looking took.
-
-    Attributes:
-        tree: the tree.
-        entries: everything to pack, taken-in link targets and snapshots included.
-        moves: paths outside the tree whose copies lie in it, relative to the destination.
-        copies: directories outside the tree, and where in it a link was replaced by their copy.
-        slow: the files lie on a network file system.
-        watched: source trees whose changes make the environment stale.
-    """
-
-    tree: Tree
-    entries: list[Entry]
-    moves: list[tuple[str, str]] = field(default_factory=list)
-    copies: list[tuple[str, str]] = field(default_factory=list)
-    slow: bool = False
-    watched: list[str] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -131,8 +103,11 @@ def pack(
             f"{name!r} cannot be an environment's name",
             hint="letters, digits, '.', '_' and '-', beginning with a letter or digit",
         )
-    environment = describe(path, config)
-    surveys = [_survey(tree, environment, config) for tree in environment.trees]
+    try:
+        environment = describe(path, config)
+        surveys = [look_through(tree, environment, config) for tree in environment.trees]
+    except OSError as error:
+        raise explain(error, f"look through {path}", blame=JOB) from error
     findings = [*environment.findings, *(one for survey in surveys for one in survey.findings)]
     errors = [one for one in findings if one.severity == "error"]
     if errors and not check:
@@ -184,243 +159,6 @@ def _refusal(errors: list[Finding]) -> StagerError:
     )
 
 
-# -- what is there --------------------------------------------------------------------------
-
-
-def _survey(tree: Tree, environment: Environment, config: Config) -> Survey:
-    started = time.monotonic()
-    exclude = Excluder((*tree.exclude, *config["pack.exclude"]))
-    try:
-        entries = walk.walk(tree.root, exclude)
-    except OSError as error:
-        from stager.fsutil import explain
-
-        raise explain(error, f"look through {tree.root}") from error
-    survey = Survey(tree, entries, slow=walk.is_slow(len(entries), time.monotonic() - started))
-    _take_in_links(survey, environment, config)
-    if tree.role == "env":
-        _take_in_editables(survey, environment, config)
-    _settle_links(survey)
-    survey.entries.sort(key=lambda entry: entry.path)
-    return survey
-
-
-def _take_in_links(survey: Survey, environment: Environment, config: Config) -> None:
-    """Replace links out of the Python directories by what they lead to.
-
-    An installer that links modules to its cache (``UV_LINK_MODE=symlink``) leaves an environment
-    of nothing but such links. Elsewhere, a link may lead to data that are much larger than the
-    environment: what it leads to is taken in only where an installer put it there.
-    """
-    place = _place(survey, environment, config, "/", {})
-    tree, policy = survey.tree, config["pack.links"]
-    kept: list[Entry] = []
-    taken = 0
-    installed: frozenset[str] | None = None
-    for entry in survey.entries:
-        if not plan.leaves(place, entry):
-            kept.append(entry)
-            continue
-        if not any(entry.path.startswith(f"{one}/") for one in (*tree.python_directories, "bin")):
-            if installed is None:
-                installed = _installed_data(survey)
-            if entry.path not in installed:
-                kept.append(entry)
-                continue
-        real = os.path.realpath(entry.source)
-        if policy == "refuse":
-            reason = f"a link out of the environment, to {real} (--links refuse)"
-            survey.findings.append(Finding(entry.path, "link", reason, "error"))
-        if policy != "copy":
-            kept.append(entry)
-            continue
-        taken += 1
-        if os.path.isdir(real):
-            kept += walk.walk(real, Excluder(config["pack.exclude"]), at=entry.path)
-            survey.copies.append((real, entry.path))
-        else:
-            kept.append(walk.entry(entry.path, real))
-    survey.entries = kept
-    if taken:
-        reason = f"{taken} links out of the environment: what they lead to is included"
-        survey.findings.append(Finding(".", "links", reason, "note"))
-
-
-def _settle_links(survey: Survey) -> None:
-    """Give links in copies of other trees a target that is right where the copy lies.
-
-    One between copied entries stays a link. One to a file that is not copied becomes the file, as
-    does one to a directory of a copied source tree; a directory elsewhere may be of any size, so a
-    link to it goes on leading there.
-    """
-    own = f"{survey.tree.root}/"
-    known = {entry.path for entry in survey.entries}
-    settled: list[Entry] = []
-    for entry in survey.entries:
-        if entry.kind != LINK or entry.source.startswith(own):
-            settled.append(entry)
-            continue
-        target = os.path.normpath(os.path.join(os.path.dirname(entry.source), entry.target))
-        real = os.path.realpath(entry.source)
-        copies = [_copy_of(path, survey) for path in (target, real)]
-        copy = next((path for path in copies if path in known), None)
-        if copy is not None:
-            relative = os.path.relpath(copy, os.path.dirname(entry.path))
-            settled.append(entry._replace(target=relative))
-        elif os.path.isfile(real):
-            settled.append(walk.entry(entry.path, real))
-        elif any(copies) and os.path.isdir(real):
-            settled += walk.walk(real, Excluder(()), at=entry.path)
-        else:
-            settled.append(entry._replace(target=target))
-    survey.entries = settled
-
-
-def _copy_of(path: str, survey: Survey) -> str | None:
-    """Where the copy of a path outside of the tree lies in it, if the tree it is in is copied."""
-    for old, at in (*survey.moves, *survey.copies):
-        if path == old or path.startswith(f"{old}/"):
-            return at + path[len(old) :]
-    return None
-
-
-def _installed_data(survey: Survey) -> frozenset[str]:
-    """The files outside of site-packages that installed packages list as theirs."""
-    found: set[str] = set()
-    for entry in survey.entries:
-        if entry.path.endswith(".dist-info/RECORD") and os.path.isfile(entry.source):
-            site = os.path.dirname(os.path.dirname(entry.path))
-            with (
-                contextlib.suppress(csv.Error),
-                open(entry.source, encoding="utf-8", errors="surrogateescape") as file,
-            ):
-                names = (row[0] for row in csv.reader(file) if row)
-                found.update(
-                    os.path.normpath(os.path.join(site, name))
-                    for name in names
-                    if name.startswith("../")
-                )
-    return frozenset(found)
-
-
-def _take_in_editables(survey: Survey, environment: Environment, config: Config) -> None:
-    tree, policy = survey.tree, config["pack.editables"]
-    inside = tuple(spelling for one in environment.trees for spelling in one.spellings)
-    inside += tuple(config["local_prefixes"])
-    sources: list[editables.Source] = []
-    for directory in tree.python_directories:
-        found, rebuilding = editables.find(
-            os.path.join(tree.root, directory, "site-packages"), inside
-        )
-        sources += found
-        for one in rebuilding:
-            survey.findings.append(
-                Finding(
-                    os.path.relpath(one.named_by, tree.root),
-                    "editable",
-                    "an editable install that rebuilds itself on import cannot be packed;"
-                    " install the package without -e",
-                    "note" if policy == "keep" else "error",
-                )
-            )
-    for number, source in enumerate(sources):
-        named_by = os.path.relpath(source.named_by, tree.root)
-        if policy != "snapshot":
-            severity = "error" if policy == "refuse" else "warning"
-            reason = f"an editable install of {source.path}, which is not on the node"
-            survey.findings.append(Finding(named_by, "editable", reason, severity))
-            continue
-        at = f"{SNAPSHOTS}/{number}-{os.path.basename(source.path)}"
-        survey.entries += _snapshot(source, at)
-        survey.moves.append((source.path, at))
-        survey.watched += _watchable(source)
-        reason = f"an editable install: a copy of {source.path} is included"
-        survey.findings.append(Finding(named_by, "editable", reason, "note"))
-    if any(at.startswith(SNAPSHOTS) for _, at in survey.moves):
-        now = next(entry for entry in survey.entries if entry.path == ".")
-        for path in (".stager", SNAPSHOTS):
-            survey.entries.append(now._replace(path=path, mode=0o755))
-
-
-def _snapshot(source: editables.Source, at: str) -> Iterator[Entry]:
-    exclude = Excluder((".git", ".hg", ".svn", "node_modules"))
-    if source.module:
-        parent = os.path.dirname(source.module)
-        name = os.path.basename(source.module)
-        yield walk.entry(at, parent)
-        # setuptools puts a suffix in place of the mapped path's own: keep the file's beside it.
-        yield walk.entry(f"{at}{name[len(os.path.basename(source.path)) :]}", source.module)
-        return
-    yield walk.entry(at, source.path)
-    names = source.items if source.items is not None else sorted(os.listdir(source.path))
-    for name in names:
-        path = os.path.join(source.path, name)
-        if exclude(name):
-            continue
-        entry = walk.entry(f"{at}/{name}", path)
-        if entry.kind == DIRECTORY:
-            yield from walk.walk(path, exclude, at=f"{at}/{name}")
-        else:
-            yield entry
-
-
-def _watchable(source: editables.Source) -> list[str]:
-    if source.module:
-        return [source.module]
-    if source.items is None:
-        return [source.path]
-    return [os.path.join(source.path, name) for name in source.items]
-
-
-def _place(
-    survey: Survey,
-    environment: Environment,
-    config: Config,
-    destination: str,
-    below: dict[str, str],
-) -> plan.Place:
-    """Everything a plan has to know of where a layer goes.
-
-    Args:
-        survey: the layer.
-        environment: its environment.
-        config: the configuration.
-        destination: the layer's new prefix.
-        below: old roots of the layers below, and where they go.
-    """
-    tree, interpreter = survey.tree, environment.interpreter
-    moves = [Move(spelling, destination) for spelling in tree.spellings]
-    for lower in environment.trees:
-        if lower is tree:
-            break
-        moves += [Move(spelling, below.get(lower.root, "/")) for spelling in lower.spellings]
-    moves += [Move(old, f"{destination}/{at}") for old, at in survey.moves]
-    relocation = Relocation(moves)
-    base = interpreter.base_executable
-    copies = frozenset(
-        entry.path
-        for entry in survey.entries
-        if tree.role == "env" and entry.kind == FILE and _is_copy_of_python(entry, base)
-    )
-    return plan.Place(
-        root=tree.root,
-        destination=destination,
-        relocation=relocation,
-        python_directories=(*tree.python_directories, SNAPSHOTS),
-        tag=interpreter.tag,
-        interpreter=relocation.path(base) or base,
-        base_executable=base,
-        local=config["local_prefixes"],
-        copies_of_python=copies,
-    )
-
-
-def _is_copy_of_python(entry: Entry, base: str) -> bool:
-    if not re.fullmatch(r"bin/python[\d.]*t?", entry.path) or entry.source == base:
-        return False
-    return os.path.getsize(base) == entry.size and filecmp.cmp(entry.source, base, shallow=False)
-
-
 # -- layers ---------------------------------------------------------------------------------
 
 
@@ -458,7 +196,7 @@ class _Layers:
                 lower,
             )
             destination = f"{config['store']}/envs/{layer_id}"
-            place = _place(survey, environment, config, destination, below)
+            place = place_of(survey, environment, config, destination, below)
             below[survey.tree.root] = destination
             lower = layer_id
             yield survey, layer_id, place

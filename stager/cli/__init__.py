@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -180,8 +181,14 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         The exit status.
     """
-    arguments = _parser().parse_args(argv)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed: the next file to be opened would take its place
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Paths are bytes; what a shell or a program reads from us must be the same bytes.
+        sys.stdout.reconfigure(encoding=sys.getfilesystemencoding(), errors="surrogateescape")
     try:
+        arguments = _parse(argv)
         module = importlib.import_module(f"stager.cli.{arguments.module}")
         status: int = getattr(module, arguments.function)(arguments)
         sys.stdout.flush()
@@ -193,9 +200,17 @@ def main(argv: Sequence[str]) -> int:
         print("stager: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Who read our output has gone; the interpreter must not try to flush it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # who read it has gone
         return 1
+    except OSError as error:
+        if os.environ.get("STAGER_DEBUG"):
+            raise
+        from stager.fsutil import explain
+
+        failure = explain(error, "go on")
+        report(failure)
+        _drop_output()
+        return failure.exit_code
     except Exception as error:
         if os.environ.get("STAGER_DEBUG"):
             raise
@@ -205,6 +220,22 @@ def main(argv: Sequence[str]) -> int:
         )
         print("hint: run it again with STAGER_DEBUG=1 and report what it prints", file=sys.stderr)
         return 1
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    try:
+        return _parser().parse_args(argv)
+    except SystemExit:
+        sys.stdout.flush()  # what --help prints may have no reader either
+        raise
+
+
+def _drop_output() -> None:
+    """Keep the interpreter from trying at exit to write what could not be written."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def report(error: StagerError) -> None:

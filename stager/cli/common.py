@@ -60,6 +60,13 @@ def say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
+def printable(text: str) -> str:
+    """A line with paths for people: what would break the line or the terminal is escaped."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
 def size(count: float) -> str:
     """A number of bytes for people."""
     for unit in ("B", "KiB", "MiB"):

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 
 from stager import pack as packer
-from stager.cli.common import Bars, load_config, print_json, say, size
+from stager.cli.common import Bars, load_config, print_json, printable, say, size
 from stager.errors import UsageError
 from stager.manifest import Finding
 
@@ -19,7 +19,13 @@ _SHOWN = 8
 def pack(arguments: argparse.Namespace) -> int:
     """Pack an environment; the exit status of a check is 1 where the pack would be refused."""
     config = load_config(arguments)
-    path = arguments.environment or os.environ.get("VIRTUAL_ENV") or _default()
+    active = os.environ.get("VIRTUAL_ENV")
+    if not arguments.environment and active and active == os.environ.get("STAGER_PREFIX"):
+        raise UsageError(
+            "the environment that is active is a staged copy",
+            hint="name the original: stager pack DIRECTORY",
+        )
+    path = arguments.environment or active or _default()
     quiet = arguments.json
     if not quiet:
         say(f"stager: {'checking' if arguments.check else 'packing'} {os.path.abspath(path)}")
@@ -73,14 +79,14 @@ def _summary(result: packer.Packed) -> str:
 
 def _report(findings: Iterable[Finding]) -> Iterable[str]:
     """What the user should know: everything serious, and of each kind of note the first few."""
-    shown: Counter[str] = Counter()
+    seen: Counter[str] = Counter()
     left: Counter[str] = Counter()
     for one in findings:
-        if one.severity == "note" and shown[one.code] >= _SHOWN:
+        if one.severity == "note" and seen[one.code] >= _SHOWN:
             left[one.code] += 1
             continue
-        shown[one.code] += 1
-        yield f"{one.severity}: {one.path}: {one.reason}"
+        seen[one.code] += 1
+        yield printable(f"{one.severity}: {one.path}: {one.reason}")
     for code, count in left.items():
         yield f"note: {count} more of the kind `{code}`; `stager inspect` lists them"
 

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import asdict
 
 from stager import freshness, lookup, ref
-from stager.cli.common import count, load_config, print_json, say, size, table
+from stager.cli.common import count, load_config, print_json, printable, say, size, table
 from stager.errors import StagerError
 from stager.ref import Ref
 from stager.repository import Repository
@@ -95,7 +95,7 @@ def inspect(arguments: argparse.Namespace) -> int:
             f" {size(image.size)} {image.format}, {layer.filename}"
         )
     for finding in manifest.findings:
-        print(f"{finding.severity:<12} {finding.path}: {finding.reason}")
+        print(printable(f"{finding.severity:<12} {finding.path}: {finding.reason}"))
     return 0
 
 

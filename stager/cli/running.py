@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 
 from stager import activate as activation
-from stager import allocation, lease
+from stager import allocation, fsutil, lease, lookup
 from stager.cli import report
 from stager.cli.common import Bars, load_config, say
 from stager.cli.staging import ask_job, prepare
@@ -48,11 +48,13 @@ def run(arguments: argparse.Namespace) -> int:
                 everywhere=everywhere,
                 via=arguments.via,
             )
-        name = arguments.env or os.environ.get("STAGER_ENV") or published.manifest.name
+        name = lookup.called(arguments.env or os.environ.get("STAGER_ENV"), published)
         environ, prefix = activation.staged(result, config, os.environ, ref=name), result.prefix
         if everywhere is not None:
             environ = allocation.also_outside(environ, published.manifest, everywhere)
-    except StagerError as error:
+    except Exception as problem:
+        # Also what we did not foresee: a bug of ours is no reason for a job not to run.
+        error = _explained(problem)
         if not command:
             report(error)
             return FAILED
@@ -60,6 +62,19 @@ def run(arguments: argparse.Namespace) -> int:
     if session:
         allocation.write_session(session, options, os.environ, environ, prefix=prefix)
     return FAILED if environ is None else _exec(command, environ)
+
+
+def _explained(problem: Exception) -> StagerError:
+    if isinstance(problem, StagerError):
+        return problem
+    if os.environ.get("STAGER_DEBUG"):
+        raise problem
+    if isinstance(problem, OSError):
+        return fsutil.explain(problem, "stage")
+    return StagerError(
+        f"this is a bug in stager: {type(problem).__name__}: {problem}",
+        hint="run it again with STAGER_DEBUG=1 and report what it prints",
+    )
 
 
 def _without(
@@ -99,7 +114,7 @@ def _exec(command: list[str], environ: Mapping[str, str]) -> int:
 
 def keep(arguments: argparse.Namespace) -> int:
     """Stage on this node, tell how it went, and hold what was mounted until the job ends."""
-    from stager import keeper, lookup
+    from stager import keeper
     from stager.ref import parse
     from stager.store import Store
 

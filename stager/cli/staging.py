@@ -116,6 +116,16 @@ def stage(arguments: argparse.Namespace) -> int:
 
 def activate(arguments: argparse.Namespace) -> int:
     """Print shell code that activates a staged environment, or its original where that fails."""
+    try:
+        sys.stdout.write(_activation(arguments))
+    except Exception:
+        # `eval` of nothing succeeds; a script that goes on must be able to notice.
+        print("false")
+        raise
+    return 0
+
+
+def _activation(arguments: argparse.Namespace) -> str:
     where = slurm.allocation(os.environ)
     config = load_config(arguments)
     try:
@@ -129,21 +139,17 @@ def activate(arguments: argparse.Namespace) -> int:
                 everywhere=everywhere,
                 via=arguments.via,
             )
-        name = arguments.ref or published.manifest.name
+        name = lookup.called(arguments.ref, published)
         after = activation.staged(result, config, os.environ, ref=name)
         if everywhere is not None:
             after = allocation.also_outside(after, published.manifest, everywhere)
     except StagerError as error:
         original = activation.original(arguments.ref, config, os.environ)
         if config["run.strict"] or original is None:
-            # `eval` of nothing succeeds; a script that goes on must be able to notice.
-            print("false")
             raise
         say(f"stager: activating the original environment: {error.message}")
         after = original
-    changed, unset = envpatch.changes(os.environ, after)
-    sys.stdout.write(envpatch.RENDERERS[arguments.shell](changed, unset))
-    return 0
+    return envpatch.RENDERERS[arguments.shell](*envpatch.changes(os.environ, after))
 
 
 def release(arguments: argparse.Namespace) -> int:

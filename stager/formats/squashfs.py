@@ -283,6 +283,7 @@ def extract(image: str, directory: str) -> None:
         env=environ,
         check=False,
         start_new_session=True,
+        umask=0o022,  # modes are as in the image; the store around it is private
     )
     if done.returncode == 0:
         return

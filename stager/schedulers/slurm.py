@@ -32,14 +32,14 @@ class Allocation:
 
     Attributes:
         job: its job id; of a heterogeneous job, the id of the first component.
-        components: job id and number of nodes of each component: one, but in heterogeneous jobs.
+        components: number of nodes of each component: one, but in heterogeneous jobs.
         step: id of the job step we run in; empty in a batch script or an interactive shell.
         restart: how often the job has been requeued.
         node: the node we run on; empty where salloc's shell runs outside of the allocation.
     """
 
     job: str
-    components: tuple[tuple[str, int], ...]
+    components: tuple[int, ...]
     step: str
     restart: str
     node: str
@@ -47,7 +47,7 @@ class Allocation:
     @property
     def nodes(self) -> int:
         """How many nodes it has; a node in two components counts twice."""
-        return sum(count for _, count in self.components)
+        return sum(self.components)
 
 
 def allocation(environ: Mapping[str, str]) -> Allocation | None:
@@ -55,20 +55,15 @@ def allocation(environ: Mapping[str, str]) -> Allocation | None:
     job = environ.get("SLURM_JOB_ID", "")
     if not job.isdigit():
         return None
+    names = ["SLURM_JOB_NUM_NODES"]
     size = environ.get("SLURM_HET_SIZE", "")
-    suffixes = [""]
     if size.isdigit():
-        suffixes = [f"_HET_GROUP_{number}" for number in range(int(size))]
-    found = []
-    for suffix in suffixes:
-        number = environ.get(f"SLURM_JOB_ID{suffix}", "")
-        nodes = environ.get(f"SLURM_JOB_NUM_NODES{suffix}", "")
-        if number.isdigit():
-            found.append((number, int(nodes) if nodes.isdigit() else 1))
+        names = [f"SLURM_JOB_NUM_NODES_HET_GROUP_{number}" for number in range(int(size))]
+    counts = [environ.get(name, "") for name in names]
     restart = environ.get("SLURM_RESTART_COUNT", "")
     return Allocation(
         job,
-        tuple(found) or ((job, 1),),
+        tuple(int(count) if count.isdigit() else 1 for count in counts),
         step_of(environ) if _is_in_step() is not False else "",
         restart if restart.isdigit() else "0",
         environ.get("SLURMD_NODENAME", ""),
