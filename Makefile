@@ -16,7 +16,7 @@ PYTEST_MAYBE = sh -c '$(VENV)/bin/pytest "$$@" || [ $$? -eq 5 ]' pytest $(ARGS)
 WHEEL_SOURCES = $(shell find stager -name __pycache__ -prune -o -print) \
 	pyproject.toml $(wildcard README.md LICENSE)
 
-.PHONY: help setup tools lint test test-unit test-hook test-root test-slurm \
+.PHONY: help setup tools lint test test-unit test-hook test-root test-environments test-slurm \
 	bench-main demo cluster cluster-down build clean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -26,7 +26,7 @@ help:
 	@echo 'make demo          the tour: pack, stage, run'
 	@echo 'make test          lint and every tier of tests'
 	@echo 'make lint          ruff, mypy, shellcheck'
-	@echo 'make test-unit     Python and a temporary directory; also test-hook, test-root, test-slurm'
+	@echo 'make test-unit     Python and a temporary directory; test-{hook,root,environments,slurm}'
 	@echo 'make bench-main    pack and stage against the plain tools; ENV=/path for one of yours'
 	@echo 'make cluster       a Slurm cluster on this machine; make cluster-down ends it'
 	@echo 'make build         sdist and wheel in dist/'
@@ -58,7 +58,7 @@ lint: tools
 	echo shellcheck -x $$files; \
 	shellcheck -x $$files
 
-test: lint test-unit test-hook test-root test-slurm
+test: lint test-unit test-hook test-root test-environments test-slurm
 
 test-unit: setup
 	$(PYTEST) -m unit
@@ -69,7 +69,11 @@ test-hook: setup
 test-root: setup
 	$(PYTEST) -m root
 
+test-environments: setup
+	$(PYTEST) -m environments
+
 test-slurm: setup
+	tests/cluster/cluster setup
 	$(PYTEST_MAYBE) -m slurm
 
 # ENV=/path/to/venv measures one of yours.

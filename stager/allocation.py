@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from stager import envpatch, fsutil, ref, store, trees
 from stager import stage as staging
 from stager.config import Config
-from stager.errors import StagerError
+from stager.errors import NoSpaceError, StagerError
 from stager.formats import squashfs
 from stager.manifest import Layer, Manifest
 from stager.ref import Directive
@@ -158,6 +158,26 @@ def stage_here(
         if not any(_foreign(node, layer) for layer in published.manifest.layers):
             break
     return result
+
+
+def stage_with_room(
+    published: Published, config: Config, *, holder: str, progress: Progress | None = None
+) -> Staged:
+    """Like :func:`stage_here`; where space is short, ask Slurm which claims are of jobs that ended.
+
+    Nobody tells a node without hooks that a job is over.
+    """
+    try:
+        return stage_here(published, config, holder=holder, progress=progress)
+    except NoSpaceError:
+        from stager import collect
+
+        node = Store(config["store"])
+        limits = {"max_size": config["collect.max_size"], "min_free": config["collect.min_free"]}
+        freed = collect.collect(node, **limits, exists=slurm.job_exists)
+        if not freed.leases:
+            raise
+        return stage_here(published, config, holder=holder, progress=progress)
 
 
 def _settle(layer: Layer, node: Store, config: Config, holder: str) -> None:

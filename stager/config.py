@@ -150,9 +150,7 @@ KEYS: dict[str, Key] = {
     ),
     "pack.format": Key(_choice("squashfs", "tar.zst"), "squashfs", "format of new images"),
     "pack.level": Key(_between(1, 22), 3, "zstd level, 1 to 22"),
-    "pack.threads": Key(
-        _between(0, 1024), 0, "threads that compress; 0 is one for each processor"
-    ),
+    "pack.threads": Key(_between(0, 1024), 0, "threads that compress; 0 is one for each processor"),
     "pack.exclude": Key(
         _list(str), (), "fnmatch patterns of paths inside the environment to leave out"
     ),

@@ -40,7 +40,7 @@ def explain(error: OSError, doing: str, *, blame: str | None = None) -> StagerEr
             hint="check the owner and modes of that path, or choose another place",
             blame=blame,
         )
-    return StagerError(message, blame=blame)
+    return StagerError(message, hint="check that path and the disk it is on", blame=blame)
 
 
 def write_atomic(path: str, data: bytes, *, mode: int = 0o666, durable: bool = True) -> None:

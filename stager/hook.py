@@ -433,9 +433,12 @@ def epilog(
         record = state.record()
         store, uid = str(record.get("store", "")), record.get("uid")
         dropped = 0
-        if store and uid == job.uid:
-            dropped = _as_user(job.uid, job.gid, _release, store, lease.of_job("slurm", job.key))
-        state.remove()
+        try:
+            if store and uid == job.uid:
+                holder = lease.of_job("slurm", job.key)
+                dropped = _as_user(job.uid, job.gid, _release, store, holder)
+        finally:
+            state.remove()
         with contextlib.suppress(StagerError):
             config = _load(job.uid, site_directory)
         _emit(events.RELEASE, {**fields, "how": str(dropped)}, config, root)

@@ -243,8 +243,8 @@ def ignore_end() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def hold(layers: list[str], node: Store) -> None:
-    """Stay until the job ends, then unmount.
+def hold(layers: list[str], node: Store, holder: str) -> None:
+    """Stay until the job ends, then unmount, and give up the job's claims.
 
     At the end Slurm sends SIGTERM to all and, ``KillWait`` later, SIGKILL. Meanwhile a program may
     be writing its last checkpoint: the mounts stay until no other process of the job is left.
@@ -260,6 +260,7 @@ def hold(layers: list[str], node: Store) -> None:
         with contextlib.suppress(StagerError), node.lock(layer, timeout=1.0):
             node.withdraw(layer)
             squashfs.unmount(node.tree(layer))
+            node.release(holder, layer)
 
 
 def _has_tasks(job: Owner) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from stager.envpatch import EnvPatch
 from stager.errors import IncompatibleError, IntegrityError
+from stager.ref import is_name
 
 SCHEMA = 1
 """Version of the manifest format; a reader refuses a newer one."""
@@ -202,6 +203,8 @@ def decode(data: bytes, where: str) -> Manifest:
         # What is read becomes paths, limits and shell code on a node: no type is believed.
         if not value["layers"] or not isinstance(value["options"], dict):
             raise ValueError("it has no layers or no options")
+        if not is_name(value["name"]):
+            raise ValueError("its name is malformed")
         return _made(
             Manifest,
             {

@@ -210,7 +210,7 @@ def _retarget(place: Place, entry: Entry) -> tuple[str, Finding | None]:
 
 
 def _climbs_out(entry: Entry) -> bool:
-    """Tell whether a link's text leaves the tree, be it to come back by the name the tree has now."""
+    """Tell whether a link's text leaves the tree, be it to come back by its present name."""
     if entry.target.startswith("/"):
         return True
     depth = entry.path.count("/")

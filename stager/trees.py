@@ -8,7 +8,13 @@ from typing import Callable, Protocol
 
 from stager import fsutil, store
 from stager.config import Config
-from stager.errors import IncompatibleError, NoSpaceError, StagerError
+from stager.errors import (
+    IncompatibleError,
+    IntegrityError,
+    NoSpaceError,
+    StagerError,
+    UsageError,
+)
 from stager.formats import squashfs
 from stager.manifest import Layer, Manifest
 from stager.repository import Published
@@ -149,16 +155,22 @@ def _extract_archive(
 ) -> None:
     from stager.formats import tarzst
 
-    tarzst.extract(
-        source,
-        directory,
-        workers=len(os.sched_getaffinity(0)),
-        max_files=layer.files,
-        max_bytes=layer.size,
-        expected_crc32=layer.image.crc32,
-        allowed_links=allowed,
-        progress=advance,
-    )
+    try:
+        tarzst.extract(
+            source,
+            directory,
+            workers=len(os.sched_getaffinity(0)),
+            max_files=layer.files,
+            max_bytes=layer.size,
+            expected_crc32=layer.image.crc32,
+            allowed_links=allowed,
+            progress=advance,
+        )
+    except (IntegrityError, UsageError) as error:
+        raise IntegrityError(
+            f"cannot extract {source}: {error.message}",
+            hint=error.hint or "pack the environment again",
+        ) from error
 
 
 def _choose(layer: Layer, wanted: str, moved: bool, progress: Progress | None) -> str:

@@ -24,7 +24,7 @@ import environments
 import stager
 from environments import REPO, VENV, Environment, Workshop
 
-TIERS = ("unit", "hook", "root", "slurm", "pbs", "benchmarks")
+TIERS = ("unit", "hook", "root", "environments", "slurm", "pbs", "benchmarks")
 SESSIONS = "stager-tests-"
 """How the directory of a session is named; another session may be running beside this one."""
 SESSION_VARIABLE = "TESTING_DIRECTORY"

@@ -131,7 +131,7 @@ def in_child(work: Callable[[], object]) -> int:
         try:
             work()
             status = 0
-        except BaseException:  # noqa: BLE001 - the parent judges by the status
+        except BaseException:
             sys.excepthook(*sys.exc_info())
         finally:
             os._exit(status)

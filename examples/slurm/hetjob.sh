@@ -4,4 +4,5 @@
 #SBATCH hetjob
 #SBATCH --nodes=2 --ntasks-per-node=2
 
-stage-run --env science srun --het-group=0,1 python where.py
+stage-run --env science srun --het-group=0 python where.py : \
+    --het-group=1 --nodes=2 --ntasks=4 python where.py

@@ -33,6 +33,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
+    # argparse looks for translations: eight paths for each of fifty words, below Python's prefix,
+    # which may be on shared storage.
+    argparse._ = str  # type: ignore[attr-defined]
     parser = _Parser(
         prog="stager",
         description="Pack a Python environment into one file, stage it node-local, run from there.",
@@ -44,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def verb(name: str, module: str, text: str, *, store: bool = False) -> argparse.ArgumentParser:
         command = verbs.add_parser(name, help=text, description=text)
-        command.set_defaults(module=module, function=name.replace("-", "_"))
+        command.set_defaults(module=module, function=name.replace("-", "_"), parser=command)
         command.add_argument(
             "--repository", metavar="DIR", help="repository of published environments"
         )
@@ -183,7 +186,7 @@ def main(argv: Sequence[str]) -> int:
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed: the next file to be opened would take its place
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Paths are bytes; what a shell or a program reads from us must be the same bytes.
         sys.stdout.reconfigure(encoding=sys.getfilesystemencoding(), errors="surrogateescape")
@@ -224,7 +227,10 @@ def main(argv: Sequence[str]) -> int:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     try:
-        return _parser().parse_args(argv)
+        arguments, unknown = _parser().parse_known_args(argv)
+        if unknown:  # the verb's own parser knows its status
+            arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return arguments
     except SystemExit:
         sys.stdout.flush()  # what --help prints may have no reader either
         raise
@@ -240,6 +246,8 @@ def _drop_output() -> None:
 
 def report(error: StagerError) -> None:
     """Print an error and its hint."""
-    print(f"stager: error: {error.message}", file=sys.stderr)
+    from stager.cli.common import say
+
+    say(f"stager: error: {error.message}")
     if error.hint:
-        print(f"hint: {error.hint}", file=sys.stderr)
+        say(f"hint: {error.hint}")

@@ -56,8 +56,8 @@ def print_json(value: dict[str, Any]) -> None:
 
 
 def say(text: str) -> None:
-    """Print a line for people; standard output stays for results."""
-    print(text, file=sys.stderr)
+    """Print lines for people; standard output stays for results."""
+    print("\n".join(map(printable, text.split("\n"))), file=sys.stderr)
 
 
 def printable(text: str) -> str:
@@ -83,7 +83,7 @@ def count(number: int, noun: str) -> str:
 
 def table(rows: Sequence[Sequence[str]], heading: Sequence[str]) -> Iterable[str]:
     """Columns of the width they need."""
-    everything = [heading, *rows]
+    everything = [heading, *([printable(cell) for cell in row] for row in rows)]
     widths = [max(len(row[column]) for row in everything) for column in range(len(heading))]
     for row in everything:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()

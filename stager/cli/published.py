@@ -81,7 +81,7 @@ def inspect(arguments: argparse.Namespace) -> int:
     print(f"name         {manifest.name}")
     print(f"ref          {published.ref}")
     print(f"kind         {manifest.kind}")
-    print(f"origin       {manifest.origin}")
+    print(printable(f"origin       {manifest.origin}"))
     print(f"prefix       {manifest.prefix}")
     print(f"python       {manifest.python.version} ({manifest.python.base})")
     needs = f"{manifest.platform.machine}, glibc {manifest.platform.glibc or 'any'}"

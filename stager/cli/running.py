@@ -130,7 +130,7 @@ def keep(arguments: argparse.Namespace) -> int:
         keeper.receive(arguments.received, node)
         published = lookup.find(parse(arguments.ref), config)
         holder = lease.of_job("slurm", os.environ[allocation.KEEPER])
-        result = allocation.stage_here(published, config, holder=holder, progress=bars)
+        result = allocation.stage_with_room(published, config, holder=holder, progress=bars)
         held = keeper.mounted_layers(result, node)
         line = keeper.report(result, holds=bool(held))
     except StagerError as error:
@@ -138,5 +138,5 @@ def keep(arguments: argparse.Namespace) -> int:
     sys.stdout.write(line)
     sys.stdout.flush()
     if held:
-        keeper.hold(held, node)
+        keeper.hold(held, node, holder)
     return 0

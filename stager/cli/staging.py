@@ -58,7 +58,7 @@ def prepare(
 
             result = keeper.stage_everywhere(published, config, everywhere, via=via, progress=bars)
         else:
-            result = allocation.stage_here(published, config, holder=holder, progress=bars)
+            result = allocation.stage_with_room(published, config, holder=holder, progress=bars)
         return published, result
     finally:
         bars.finish()

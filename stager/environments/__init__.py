@@ -11,7 +11,7 @@ import re
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Callable, Optional
+from typing import Any, Callable, Optional
 
 from stager.config import Config
 from stager.envpatch import EnvPatch
@@ -118,18 +118,21 @@ def ask(executable: str) -> Interpreter:
             timeout=60,
             check=True,
         )
-        value = json.loads(answer.stdout)
+        return _interpreter(executable, json.loads(answer.stdout))
     except subprocess.CalledProcessError as error:
         said = error.stderr.decode(errors="replace").strip().splitlines()
         raise IncompatibleError(
             f"the environment's Python does not start: {executable}",
             hint=said[-1] if said else f"it ended with status {error.returncode}",
         ) from error
-    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+    except (OSError, ValueError, KeyError, TypeError, subprocess.TimeoutExpired) as error:
         raise IncompatibleError(
             f"the environment's Python does not start: {executable}: {error}",
             hint="was the Python it was made from removed, or is a module not loaded?",
         ) from error
+
+
+def _interpreter(executable: str, value: Any) -> Interpreter:
     # Relative, to where Python was started, where `home` in a pyvenv.cfg is.
     base = os.path.abspath(value["base_prefix"])
     return Interpreter(

@@ -108,11 +108,11 @@ def path_problem(name: bytes, kind: str) -> str:
         return "has no name"
     if name == b".":
         return "" if kind == DIR else "stands for the root but is no directory"
-    if name[0] == 47:
+    if name.startswith(b"/"):
         return "is absolute"
     if len(name) > MAX_PATH - 1:  # room for the slash of a directory
         return f"is longer than {MAX_PATH - 1} bytes"
-    parts = name.split(b"/")
+    parts = name.split(b"/")  # faster than to search for what must not be between two slashes
     if b"" in parts or b"." in parts or b".." in parts:
         return "has an empty, '.' or '..' component"
     if b"\0" in name:

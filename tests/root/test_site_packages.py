@@ -109,7 +109,9 @@ def test_editables_are_included(
         assert said.startswith(f"{words.get(module, module)} {staged.prefix}/"), said
     assert staged.run(staged.bin / "flat-script").stdout == f"flat {staged.prefix}\n"
     assert workbench.modules_from_source(staged, *MODULES) == []
-    assert workbench.traces(staged, [src, environment.prefix]) == {}
+    # Where a package was installed from is a fact about the past, and stays one.
+    traces = workbench.traces(staged, [src, environment.prefix])
+    assert {Path(path).name for path in traces} == {"direct_url.json"}
     assert workbench.links_out(staged) == {}
     told = {one["path"].rpartition("/")[2] for one in staged.told("editable").values()}
     assert {"develop.egg-link", "_lines.pth"} & told, told

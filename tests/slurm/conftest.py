@@ -18,6 +18,8 @@ SETTINGS = {
     "private_tmp": "",
     "jc_extra": "",
     "cpus": 8,
+    # Heterogeneous jobs are started by the backfill scheduler alone, every 30 s if nothing is said.
+    "extra_conf": "SchedulerParameters=batch_sched_delay=0,bf_interval=1",
 }
 
 

@@ -200,7 +200,7 @@ MATRIX = [
     ),
     Case(
         staging_traceback,
-        r"a bug in stager: ValueError: no \\x1b\[31mboot .*",
+        r"a bug in stager: ValueError: no \\x1b\[31mboot; .*",
         r"blame=site reason=\"a bug in stager: ValueError: no \\\\x1b",
     ),
     Case(
@@ -407,10 +407,41 @@ def test_a_job_that_is_cancelled_while_it_stages(site: Site) -> None:
     assert site.settled() == idle()
 
 
+def test_users_are_told_at_submit_time(site: Site) -> None:
+    conf = site.cluster.state / "slurm"
+    settings = slurm_settings()
+    extra = f"{settings['extra_conf']}\\nCliFilterPlugins=cli_filter/lua"
+    plugin = site.place("ctl", f"{HOOKS}/cli_filter.lua").read_text()
+    (conf / "cli_filter.lua").write_text(plugin)
+    site.cluster.reconfigure(**{**settings, "extra_conf": extra})
+
+    def submit(comment: str) -> str:
+        command = f"PATH={BIN}:$PATH sbatch --wrap=true -o none '--comment={comment}' 2>&1"
+        return site.shell("alice", command)
+
+    try:
+        assert "stager" not in submit("pyenv:demo?strict")
+        assert "stager" not in submit("anything")
+        text = submit("pyenv:demoo")
+        assert "stager: warning: environment `demoo` is not published" in text
+        assert "stager: hint: did you mean `demo`?" in text
+        assert "Submitted batch job" in text
+        assert "not published" in submit('{"pyenv": "no-such"}')
+        assert "touched" not in submit("pyenv:$(echo touched >&2)")
+        site.shell("alice", "touch envs/demo/pyvenv.cfg envs/demo/lib/python3*/site-packages/x.py")
+        assert "`demo` changed since it was packed" in submit("pyenv:demo")
+    finally:
+        site.shell(
+            "alice", f"rm envs/demo/lib/python3*/site-packages/x.py; {BIN}/stager pack envs/demo"
+        )
+        site.settled()
+        (conf / "cli_filter.lua").unlink()
+        site.cluster.reconfigure(**settings)
+
+
 # -- what Slurm may be configured to do
 
 CONFIGURATIONS = {
-    "Alloc": {},
     "Contain": {"prolog_flags": "Contain"},
     "DeferBatch": {"prolog_flags": "Alloc,DeferBatch"},
     "Serial": {"prolog_flags": "Alloc,Serial"},

@@ -35,7 +35,9 @@ NAME = st.from_regex(r"[A-Za-z_][A-Za-z0-9_é-]*", fullmatch=True)
 # Names
 
 
-@given(st.lists(NAME, max_size=3), NAME, st.sampled_from(["cpython-311", "cpython-39.opt-1", "pypy39"]))
+@given(
+    st.lists(NAME, max_size=3), NAME, st.sampled_from(["cpython-311", "cpython-39.opt-1", "pypy39"])
+)
 def test_cached_and_split_are_inverse(directories: list[str], module: str, tag: str) -> None:
     source = "/".join([*directories, f"{module}.py"])
     cached = bytecode.cached(source, tag)
@@ -46,7 +48,14 @@ def test_cached_and_split_are_inverse(directories: list[str], module: str, tag: 
 
 @pytest.mark.parametrize(
     "path",
-    ["a.pyc", "pkg/a.cpython-311.pyc", "__pycache__/a.pyc", "__pycache__/a.cpython-311.py", "", "__pycache__"]
+    [
+        "a.pyc",
+        "pkg/a.cpython-311.pyc",
+        "__pycache__/a.pyc",
+        "__pycache__/a.cpython-311.py",
+        "",
+        "__pycache__",
+    ]
     + ["x__pycache__/a.cpython-311.pyc", "__pycache__/x/a.cpython-311.pyc"],
 )
 def test_what_is_no_cached_bytecode(path: str) -> None:
@@ -207,7 +216,7 @@ def test_a_string_that_only_contains_the_name_stays() -> None:
 @pytest.mark.parametrize("type_byte", list(b"zZaAut"))
 @pytest.mark.parametrize("flag", [0, 0x80])
 def test_every_way_to_marshal_a_string(type_byte: int, flag: int) -> None:
-    """Compilers of other versions choose other types; all must be found and stay interned or not."""
+    """Other versions' compilers choose other types; all are found, and stay interned or not."""
     old = "/old/mod.py"
     size = bytes([len(old)]) if type_byte in b"zZ" else struct.pack("<I", len(old))
     # A tuple of two: the string, and a number behind it that a wrong length would shift.
@@ -229,7 +238,9 @@ def test_every_way_to_marshal_a_string(type_byte: int, flag: int) -> None:
 def test_any_name_becomes_any_other(old: str, new: str) -> None:
     # A name that is a word of the source is the same marshalled string as that word.
     plain = "X = 1\ndef f(): return [2 for x in 'abc']\n"
-    assume(old not in {"X", "f", "x", "abc", "<module>", "<listcomp>", ".0", "f.<locals>.<listcomp>"})
+    assume(
+        old not in {"X", "f", "x", "abc", "<module>", "<listcomp>", ".0", "f.<locals>.<listcomp>"}
+    )
     before = compile(plain, old, "exec", dont_inherit=True)
     data = bytecode.move(pyc_of(before), old, new)
     result = marshal.loads(data[HEADER:])
@@ -310,7 +321,9 @@ def test_a_source_that_does_not_compile_gives_none_and_ends_nobody(
     assert good[HEADER:]
 
 
-@pytest.mark.parametrize("source", [b"", b"\n", b"\xef\xbb\xbfx = 1\n", b"x = 1\r\ny = 2\r\n", b"x = 1"])
+@pytest.mark.parametrize(
+    "source", [b"", b"\n", b"\xef\xbb\xbfx = 1\n", b"x = 1\r\ny = 2\r\n", b"x = 1"]
+)
 def test_unusual_sources_that_do_compile(compiler: Compiler, source: bytes) -> None:
     assert compiler.compile(source, "/x.py") is not None
 

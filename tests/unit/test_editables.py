@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -157,7 +158,10 @@ def test_the_mapping_of_a_finder(project: Project) -> None:
         project.package(*parts)
     (project.tmp / "src" / "single.py").touch()
     path = project.write("__editable___proj_1_finder.py", FINDER)
-    project.write("__editable__.proj-1.pth", "import __editable___proj_1_finder; __editable___proj_1_finder.install()")
+    project.write(
+        "__editable__.proj-1.pth",
+        "import __editable___proj_1_finder; __editable___proj_1_finder.install()",
+    )
     tmp = project.tmp
     assert project.sources() == [
         Source(f"{tmp}/src/proj", path),
@@ -198,7 +202,9 @@ def test_an_install_that_rebuilds_on_import(project: Project, name: str) -> None
     assert project.find() == ([], [Rebuilding(path)])
 
 
-@pytest.mark.parametrize("name", ["editable.py", "proj_editable.py", "_proj_editable.txt", "_editable.py"])
+@pytest.mark.parametrize(
+    "name", ["editable.py", "proj_editable.py", "_proj_editable.txt", "_editable.py"]
+)
 def test_a_module_that_only_sounds_like_one(project: Project, name: str) -> None:
     project.write(name, "")
     assert project.find() == ([], [])
@@ -207,15 +213,15 @@ def test_a_module_that_only_sounds_like_one(project: Project, name: str) -> None
 # What is no editable install
 
 
-@pytest.mark.parametrize("editable", ["false", "true"])
+@pytest.mark.parametrize("editable", [False, True])
 def test_the_file_that_tells_of_the_origin_is_not_the_evidence(
-    project: Project, editable: str
+    project: Project, editable: bool
 ) -> None:
     """A package installed from a local directory has the same file, and imports from here."""
     info = project.site / "proj-1.dist-info"
     info.mkdir()
-    text = '{"dir_info": {"editable": %s}, "url": "file://%s/src"}' % (editable, project.tmp)
-    (info / "direct_url.json").write_text(text)
+    told = {"dir_info": {"editable": editable}, "url": f"file://{project.tmp}/src"}
+    (info / "direct_url.json").write_text(json.dumps(told))
     project.package("env", "lib", "python3.11", "site-packages", "proj")
     assert project.find() == ([], [])
 
@@ -224,7 +230,9 @@ def test_a_directory_that_is_not_there() -> None:
     assert editables.find("/no/such/place", ()) == ([], [])
 
 
-@pytest.mark.parametrize("name", ["a.pth", "a.egg-link", "__editable___x_finder.py", "_x_editable.py"])
+@pytest.mark.parametrize(
+    "name", ["a.pth", "a.egg-link", "__editable___x_finder.py", "_x_editable.py"]
+)
 def test_files_of_other_kinds_with_such_a_name(project: Project, name: str) -> None:
     (project.site / name).mkdir()
     (project.site / f"b{name}").symlink_to("/no/such/place")

@@ -33,7 +33,7 @@ ADDRESS = 0x400000
 
 
 class Strings:
-    """A string table in which a string that is the tail of another is stored once, as linkers do."""
+    """A string table; what is the tail of another string is stored once, as linkers do."""
 
     def __init__(self) -> None:
         self.data = b"\0"
@@ -109,7 +109,9 @@ def build(
     segments += segment(DYNAMIC if dynamic else 0, table_at, len(table))
     if sections:
         body += bytes(64)
-        body += struct.pack("<IIQQQQIIQQ", 0, DYNSYM, 2, 0, symbols_at, len(symbol_table), 0, 1, 8, 24)
+        body += struct.pack(
+            "<IIQQQQIIQQ", 0, DYNSYM, 2, 0, symbols_at, len(symbol_table), 0, 1, 8, 24
+        )
     return header + segments + body
 
 
@@ -128,7 +130,9 @@ def inspect(data: bytes) -> Elf:
 
 @pytest.mark.parametrize("tag", [RPATH, RUNPATH])
 def test_a_library_with_everything(tag: int) -> None:
-    data = build(runpath="/old/lib:$ORIGIN/../x", tag=tag, soname="libme.so", interpreter="/lib/ld.so.2")
+    data = build(
+        runpath="/old/lib:$ORIGIN/../x", tag=tag, soname="libme.so", interpreter="/lib/ld.so.2"
+    )
     found = inspect(data)
     assert found.interpreter == "/lib/ld.so.2"
     assert found.runpath == "/old/lib:$ORIGIN/../x"
@@ -168,7 +172,13 @@ def test_a_run_path_that_is_no_text() -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"\x7fELF", b"\x7fELF\x01\x01" + bytes(60), b"\x7fELF\x02\x02" + bytes(60), b"#!/bin/sh\n"],
+    [
+        b"",
+        b"\x7fELF",
+        b"\x7fELF\x01\x01" + bytes(60),
+        b"\x7fELF\x02\x02" + bytes(60),
+        b"#!/bin/sh\n",
+    ],
 )
 def test_what_is_no_elf_file_of_a_kind_that_is_parsed(data: bytes) -> None:
     assert elf.inspect(read_of(data)) is None
@@ -281,7 +291,8 @@ def move(path: str) -> str | None:
         ("/old/env/lib", "/s/envs/1/lib/python3/lib-dynload", "$ORIGIN/../.."),
         ("/old/env/lib/sub", "/s/envs/1/lib", "$ORIGIN/sub"),
         ("/old/env", "/s/envs/1", "$ORIGIN"),
-        ("/old/env/lib:/usr/lib:$ORIGIN/x:/old/env", "/s/envs/1/lib", "$ORIGIN:/usr/lib:$ORIGIN/x:$ORIGIN/.."),
+        ("/old/env/lib:/usr/lib:$ORIGIN/x", "/s/envs/1/lib", "$ORIGIN:/usr/lib:$ORIGIN/x"),
+        ("/usr/lib:/old/env", "/s/envs/1/lib", "/usr/lib:$ORIGIN/.."),
         ("/old/base/lib", "/s/envs/1/lib", "/s/envs/2/lib"),
         ("/old/env2/lib", "/s/envs/1/lib", None),
         ("$ORIGIN/../lib", "/s/envs/1/lib", None),

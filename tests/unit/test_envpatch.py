@@ -136,7 +136,9 @@ SHELLS = {
     "fish": ["fish", "--no-config", "-c"],
 }
 # The environment that results, whatever the shell: NUL-separated, by a program.
-SHOW = "import os,sys; sys.stdout.buffer.write(b'\\0'.join(k+b'='+v for k,v in os.environb.items()))"
+SHOW = (
+    "import os,sys; sys.stdout.buffer.write(b'\\0'.join(k+b'='+v for k,v in os.environb.items()))"
+)
 
 
 def result(shell: str, code: str, before: dict[str, str]) -> dict[str, str]:

@@ -25,7 +25,14 @@ def site(tmp_path: Path) -> Path:
     path = tmp_path / "site-packages"
     (path / "pkg" / "sub").mkdir(parents=True)
     (path / "pkg-1.dist-info").mkdir()
-    for name in ("pkg/__init__.py", "pkg/sub/mod.py", "pkg-1.dist-info/RECORD", "single.py", "a.pth", "data"):
+    for name in (
+        "pkg/__init__.py",
+        "pkg/sub/mod.py",
+        "pkg-1.dist-info/RECORD",
+        "single.py",
+        "a.pth",
+        "data",
+    ):
         (path / name).write_text(name)
     for one in (*path.rglob("*"), path):
         os.utime(one, ns=(SECOND, SECOND))
@@ -44,7 +51,9 @@ CHANGES: dict[str, Callable[[Path], object]] = {
     "a package more": lambda site: (site / "new").mkdir(),
     "a module more": lambda site: (site / "new.py").touch(),
     "a package less": lambda site: shutil.rmtree(site / "pkg"),
-    "a package of another version": lambda site: (site / "pkg-1.dist-info").rename(site / "pkg-2.dist-info"),
+    "a package of another version": lambda site: (site / "pkg-1.dist-info").rename(
+        site / "pkg-2.dist-info"
+    ),
     "the same version again": lambda site: (
         (site / "pkg-1.dist-info" / "RECORD").unlink(),
         touch(site / "pkg-1.dist-info"),

@@ -40,7 +40,9 @@ NOBODY = 65534
 def test_what_the_system_said_becomes_what_a_user_reads(
     number: int, kind: type[StagerError], code: int
 ) -> None:
-    error = fsutil.explain(OSError(number, os.strerror(number), "/some/path"), "do it", blame="node")
+    error = fsutil.explain(
+        OSError(number, os.strerror(number), "/some/path"), "do it", blame="node"
+    )
     assert type(error) is kind
     assert error.exit_code == code
     assert error.message == f"cannot do it: {os.strerror(number)} (/some/path)"
@@ -256,9 +258,12 @@ def test_a_lock_is_for_one_and_free_afterwards(tmp_path: Path) -> None:
 
 def test_readers_share_and_writers_do_not(tmp_path: Path) -> None:
     path = str(tmp_path / "lock")
-    with fsutil.locked(path, timeout=0, shared=True), fsutil.locked(path, timeout=0, shared=True):
-        with pytest.raises(BusyError):
-            fsutil.locked(path, timeout=0).__enter__()
+    with (
+        fsutil.locked(path, timeout=0, shared=True),
+        fsutil.locked(path, timeout=0, shared=True),
+        pytest.raises(BusyError),
+    ):
+        fsutil.locked(path, timeout=0).__enter__()
 
 
 def test_who_waits_is_told_so_and_gets_it_in_the_end(tmp_path: Path) -> None:
@@ -318,9 +323,8 @@ def test_the_limit_of_a_wait_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
     path = str(tmp_path / "lock")
-    with fsutil.locked(path, timeout=0):
-        with pytest.raises(BusyError, match="30 s"):
-            fsutil.locked(path, timeout=30).__enter__()
+    with fsutil.locked(path, timeout=0), pytest.raises(BusyError, match="30 s"):
+        fsutil.locked(path, timeout=30).__enter__()
     assert 30 <= clock[0] < 31
 
 
@@ -374,6 +378,26 @@ def test_a_link_itself_is_removed_and_so_is_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", ["gone", "gone/further"])
 def test_what_is_not_there_need_not_be_removed(tmp_path: Path, path: str) -> None:
     fsutil.remove_tree(str(tmp_path / path))
+
+
+def test_a_directory_that_becomes_a_link_at_the_last_moment_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "kept").touch()
+    (tmp_path / "tree" / "swapped").mkdir(parents=True)
+    real = os.open
+
+    def swapping(path: str, *rest: int, **options: int) -> int:
+        if path == "swapped":
+            (tmp_path / "tree" / "swapped").rmdir()
+            (tmp_path / "tree" / "swapped").symlink_to(tmp_path / "outside")
+        return real(path, *rest, **options)
+
+    monkeypatch.setattr(os, "open", swapping)
+    with pytest.raises(NotADirectoryError):
+        fsutil.remove_tree(str(tmp_path / "tree"))
+    assert (tmp_path / "outside" / "kept").exists()
 
 
 def test_names_that_are_no_text_are_removed(tmp_path: Path) -> None:

@@ -120,7 +120,19 @@ def test_a_format_that_is_no_number_is_refused(schema: object) -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"\0", b"{", b"[]", b"null", b"7", b'"x"', b"{}", b'{"schema": 1}', b"\xff", b"[" * 100_000],
+    [
+        b"",
+        b"\0",
+        b"{",
+        b"[]",
+        b"null",
+        b"7",
+        b'"x"',
+        b"{}",
+        b'{"schema": 1}',
+        b"\xff",
+        b"[" * 100_000,
+    ],
 )
 def test_bytes_that_are_no_manifest(data: bytes) -> None:
     with pytest.raises(IntegrityError, match="/the/manifest") as error:

@@ -160,11 +160,15 @@ def test_an_interpreter_of_the_nodes_own_stays(tmp_path: Path) -> None:
     assert link(own, "bin/python", "{}/local/python3") == ("{}/local/python3.11", [])
 
 
-@pytest.mark.parametrize("target", ["{}/elsewhere/file", "../../elsewhere/file", "{}/elsewhere/dir"])
+@pytest.mark.parametrize(
+    "target", ["{}/elsewhere/file", "../../elsewhere/file", "{}/elsewhere/dir"]
+)
 def test_a_link_that_leads_away_is_kept_and_told(place: Place, target: str) -> None:
     found, findings = link(place, "share/x", target)
     assert found.startswith("{}/elsewhere/")
-    assert [(one.path, one.code, one.severity) for one in findings] == [("share/x", "link", "warning")]
+    assert [(one.path, one.code, one.severity) for one in findings] == [
+        ("share/x", "link", "warning")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -181,7 +185,9 @@ def test_a_link_that_leads_away_is_kept_and_told(place: Place, target: str) -> N
 def test_a_link_to_nothing_is_kept_and_told(place: Place, target: str, expected: str) -> None:
     found, findings = link(place, "bin/x", target)
     assert found == expected
-    assert [(one.path, one.code, one.severity) for one in findings] == [("bin/x", "dangling", "note")]
+    assert [(one.path, one.code, one.severity) for one in findings] == [
+        ("bin/x", "dangling", "note")
+    ]
 
 
 def test_links_in_a_circle(place: Place) -> None:
@@ -225,9 +231,7 @@ def make(
     entries: Sequence[Entry | str], *, compile_all: bool = True, **changes: object
 ) -> tuple[dict[str, Item], list[Finding]]:
     found = [entry(one) if isinstance(one, str) else one for one in entries]
-    items, findings = plan.make(
-        make_place(Path("/x/y"), **changes), found, compile_all=compile_all
-    )
+    items, findings = plan.make(make_place(Path("/x/y"), **changes), found, compile_all=compile_all)
     assert len({item.path for item in items}) == len(items)
     return {item.path: item for item in items}, findings
 
@@ -259,7 +263,14 @@ def test_modes(before: int, after: int) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "kept"),
-    [(1.999999999, 1), (0, 0), (-5, 0), (2**32 - 1, 2**32 - 1), (2**32, 2**32 - 1), (2**40, 2**32 - 1)],
+    [
+        (1.999999999, 1),
+        (0, 0),
+        (-5, 0),
+        (2**32 - 1, 2**32 - 1),
+        (2**32, 2**32 - 1),
+        (2**40, 2**32 - 1),
+    ],
 )
 def test_times_are_whole_seconds_of_32_bits(seconds: float, kept: int) -> None:
     items, _ = make([entry("f", seconds=seconds), entry("d", DIRECTORY, seconds=seconds)])
@@ -269,7 +280,9 @@ def test_times_are_whole_seconds_of_32_bits(seconds: float, kept: int) -> None:
 def test_special_files_are_left_out_and_told() -> None:
     items, findings = make([entry("bin/pipe", SPECIAL), "bin/x"])
     assert list(items) == ["bin/x"]
-    assert [(one.path, one.code, one.severity) for one in findings] == [("bin/pipe", "special", "note")]
+    assert [(one.path, one.code, one.severity) for one in findings] == [
+        ("bin/pipe", "special", "note")
+    ]
 
 
 def test_copies_of_the_interpreter_become_links() -> None:
@@ -336,15 +349,18 @@ def test_what_is_compiled(path: str, wanted: bool) -> None:
 
 
 def test_a_new_directory_for_bytecode_is_made_once() -> None:
-    items, _ = make(["share/a.py", f"{SITE}/a.py", f"{SITE}/b.py", "a.py", f"__pycache__/a.{TAG}.pyc"])
+    items, _ = make(
+        ["share/a.py", f"{SITE}/a.py", f"{SITE}/b.py", "a.py", f"__pycache__/a.{TAG}.pyc"]
+    )
     new = {path: item for path, item in items.items() if item.kind == "dir"}
     assert set(new) == {f"{SITE}/__pycache__", "__pycache__"}
     assert all((item.entry, item.mode, item.mtime) == (None, 0o755, 1000) for item in new.values())
 
 
 def test_the_order_of_writing() -> None:
+    directories = (".", "a", "a/b", "a-b", "a/x.dist-info", "a/__pycache__")
     entries = [
-        *[entry(one, DIRECTORY) for one in (".", "a", "a/b", "a-b", "a/x.dist-info", "a/__pycache__")],
+        *[entry(one, DIRECTORY) for one in directories],
         *[entry(one) for one in ("z", "a/f", "a/b/g", "a-b/h", "a.py", "a/x.dist-info/METADATA")],
         entry("a/x.dist-info/RECORD"), entry("a/RECORD"), entry("b.dist-info/RECORD"),
         entry(f"a/__pycache__/m.{TAG}.pyc"), entry("a/m.py"),

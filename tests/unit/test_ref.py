@@ -27,7 +27,22 @@ def test_a_name(name: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["x" * 129, "-a", ".a", "_a", "a b", "a/b", "é", "a@b", "a:b", "a\n", "a@", "a?", "a+b", "$HOME"]
+    [
+        "x" * 129,
+        "-a",
+        ".a",
+        "_a",
+        "a b",
+        "a/b",
+        "é",
+        "a@b",
+        "a:b",
+        "a\n",
+        "a@",
+        "a?",
+        "a+b",
+        "$HOME",
+    ]
     + ["a@sha256:", f"a@sha256:{HEX[:11]}", f"a@sha256:{HEX * 4}0", f"a@sha256:{HEX.upper()}"]
     + [f"a@sha256:{HEX}\n", f"@sha256:{HEX}", f"a b@sha256:{HEX}", f"a@md5:{HEX}"],
 )
@@ -173,7 +188,14 @@ def test_a_comment_without_a_directive(comment: str) -> None:
 
 @pytest.mark.parametrize(
     "comment",
-    ["pyenv:a pyenv:b", "pyenv:", "pyenv:$(reboot)", "pyenv:a|b", '{"pyenv": ["a"]}', '{"pyenv": 1}'],
+    [
+        "pyenv:a pyenv:b",
+        "pyenv:",
+        "pyenv:$(reboot)",
+        "pyenv:a|b",
+        '{"pyenv": ["a"]}',
+        '{"pyenv": 1}',
+    ],
 )
 def test_a_directive_that_is_wrong_is_an_error_and_not_overlooked(comment: str) -> None:
     with pytest.raises(UsageError):

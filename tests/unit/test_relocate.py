@@ -40,7 +40,7 @@ def test_a_path_of_its_own_is_replaced(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "{}2", "{}2/bin", "{}-data", "{}_x", "{}.bak", "{}.d/x", "{}+x", "{}~", "{}é", "{}%20x",
+        "{}2", "{}2/bin", "{}-data", "{}_x", "{}.bak", "{}.d/x", "{}._x", "{}+x", "{}~", "{}é", "{}%20x",
         "/mnt{}", "/mnt/lustre{}/bin", "x{}", "0{}", "_{}", ".{}", "..{}", "~{}", "é{}", "a-{}",
         "$HOME{}", "%2F{}", "{}@1", "HTTP{}",
     ],
@@ -75,7 +75,7 @@ def test_moves_are_not_chained() -> None:
 
 @pytest.mark.parametrize("old", ["/", "/opt", "//opt//", "opt", ""])
 def test_a_prefix_too_short_to_be_told_from_others_is_refused(old: str) -> None:
-    with pytest.raises(UsageError, match="one level|cannot be moved"):
+    with pytest.raises(UsageError, match="cannot be moved"):
         Relocation([Move(old, "/n/x")])
 
 
@@ -131,7 +131,9 @@ PART = st.text(st.sampled_from("abé -.'\"%&\\ÿ2"), min_size=1, max_size=5).fil
 )
 PATH = st.lists(PART, min_size=2, max_size=4).map(lambda parts: "/" + "/".join(parts))
 BYTES = st.lists(
-    st.sampled_from([b"/", b"/a", b"/a/a", b"/a/a/a", b"a", b".", b"-I", b" ", b"\0", b":", b"\\n", b"\xff"])
+    st.sampled_from(
+        [b"/", b"/a", b"/a/a", b"/a/a/a", b"a", b".", b"-I", b" ", b"\0", b":", b"\\n", b"\xff"]
+    )
     | st.binary(max_size=3)
 ).map(b"".join)
 
@@ -193,13 +195,15 @@ def test_values_of_a_configuration_are_set_and_everything_else_is_kept() -> None
     before = (
         b"home = /opt/py/bin\ninclude-system-site-packages = false\nversion = 3.11.2\n"
         b"Executable=/opt/py/bin/python3.11\n"
-        b"command = /opt/py/bin/python -m venv --prompt=a=b /home/ada/env\n\nno separator\nx = home\n"
+        b"command = /opt/py/bin/python -m venv --prompt=a=b /home/ada/env\n\n"
+        b"no separator\nx = home\n"
     )
     after = relocate.rewrite_config(before, {"home": "/n/bin", "executable": "/n/bin/python=3"})
     assert after == (
         b"home = /n/bin\ninclude-system-site-packages = false\nversion = 3.11.2\n"
         b"executable = /n/bin/python=3\n"
-        b"command = /opt/py/bin/python -m venv --prompt=a=b /home/ada/env\n\nno separator\nx = home\n"
+        b"command = /opt/py/bin/python -m venv --prompt=a=b /home/ada/env\n\n"
+        b"no separator\nx = home\n"
     )
 
 
@@ -233,7 +237,8 @@ DIALECTS = {
 }
 SELF_LOCATING = {
     "uv relocatable": (
-        "#!/bin/sh\n'''exec' \"$(dirname -- \"$(realpath -- \"$0\")\")\"/'python' \"$0\" \"$@\"\n' '''\n"
+        "#!/bin/sh\n'''exec' \"$(dirname -- \"$(realpath -- \"$0\")\")\"/'python'"
+        " \"$0\" \"$@\"\n' '''\n"
     ),
     "venv-pack": "#!/bin/sh\n'''exec' \"$(dirname \"$0\")/python\" \"$0\" \"$@\"\n' '''\n",
 }

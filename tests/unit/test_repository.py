@@ -157,9 +157,8 @@ def test_a_damaged_owner_does_not_hold_a_name(repository: Repository) -> None:
 
 def test_a_manifest_whose_image_went_away_is_not_published(repository: Repository) -> None:
     value = named("torch")
-    with repository.workspace():
-        with pytest.raises(StagerError, match="removed while packing"):
-            repository.publish(value, replace=False)
+    with repository.workspace(), pytest.raises(StagerError, match="removed while packing"):
+        repository.publish(value, replace=False)
     assert repository.find(Ref(name="torch")) is None
 
 
@@ -186,7 +185,7 @@ def test_a_newer_manifest_is_refused(repository: Repository) -> None:
     path = Path(repository.root, "refs", "torch")
     newer = {**json.loads(path.read_bytes()), "schema": manifest.SCHEMA + 1}
     path.write_bytes(manifest.canonical(newer))
-    with pytest.raises(IncompatibleError, match="newer|format 2"):
+    with pytest.raises(IncompatibleError, match="has format 2"):
         repository.find(Ref(name="torch"))
 
 
@@ -234,7 +233,10 @@ def test_files_have_the_modes_that_the_umask_leaves(
         value = named("torch")
         published = tiny.publish(repository, value)
     digest = published.ref.rpartition(":")[2]
-    for path in (repository.image(value.top), os.path.join(repository.root, "manifests", f"{digest}.json")):
+    for path in (
+        repository.image(value.top),
+        os.path.join(repository.root, "manifests", f"{digest}.json"),
+    ):
         assert stat.S_IMODE(os.stat(path).st_mode) == mode
     for room in ("", "refs", "origins", "manifests", "layers", "images", "tmp"):
         assert stat.S_IMODE(os.stat(os.path.join(repository.root, room)).st_mode) == 0o700

@@ -22,7 +22,7 @@ import pytest
 
 import tiny
 from environments import BASE_PYTHON, run
-from stager import collect, stage, store, transfer
+from stager import collect, fitness, stage, store, transfer, trees
 from stager.config import Config
 from stager.errors import (
     BusyError,
@@ -133,7 +133,7 @@ def test_a_warm_stage_takes_no_lock_and_nothing_of_the_shared_storage(
         raise AssertionError("a warm stage does not do this")
 
     monkeypatch.setattr(Store, "lock", never)
-    monkeypatch.setattr(stage, "_try", never)
+    monkeypatch.setattr(fitness, "try_out", never)
     monkeypatch.setattr(subprocess, "Popen", never)
     real = os.open
 
@@ -186,7 +186,9 @@ def test_another_store_gets_a_rewritten_tree(site: Site, format: str) -> None:
     assert staged.prefix == f"{site.root}/another-store/envs/{site.layer.id}"
     assert works(staged)
     old = site.config["store"].encode() + b"/"
-    texts = [path for path in Path(staged.prefix).rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    texts = [
+        path for path in Path(staged.prefix).rglob("*") if path.is_file() and path.suffix != ".pyc"
+    ]
     assert [path for path in texts if not path.is_symlink() and old in path.read_bytes()] == []
     shutil.rmtree(node.root)
 
@@ -239,7 +241,7 @@ def half_a_copy(source: str, image: object, target: str, **_: object) -> None:
 POINTS: dict[str, tuple[str, Callable[[], object]]] = {
     "before the claim": ("squashfs", lambda: dying(Store, "lease", after=False)),
     "with a claim": ("squashfs", lambda: dying(Store, "lease", after=True)),
-    "with the lock": ("squashfs", lambda: dying(stage, "_make", after=False)),
+    "with the lock": ("squashfs", lambda: dying(trees, "make", after=False)),
     "with a workspace": ("squashfs", lambda: dying(Store, "workspace", after=True)),
     "in the copy": ("squashfs", lambda: setattr(transfer, "copy", half_a_copy)),
     "after the copy": ("squashfs", lambda: dying(transfer, "copy", after=True)),
@@ -275,7 +277,9 @@ def test_a_producer_that_is_killed_leaves_nothing_ready_and_the_next_repairs(
     assert os.listdir(os.path.join(site.node.root, "images")) == []
 
 
-@pytest.mark.parametrize("point", ["in the copy", "after unpacking", "while extracting", "before the stamp"])
+@pytest.mark.parametrize(
+    "point", ["in the copy", "after unpacking", "while extracting", "before the stamp"]
+)
 def test_what_a_killed_producer_has_left_is_collected(site: Site, point: str) -> None:
     format, spoil = POINTS[point]
 
@@ -379,9 +383,8 @@ def test_ten_processes_at_once_make_one_copy(site: Site, format: str) -> None:
 
 def test_the_limit_of_a_stage_covers_the_wait(site: Site) -> None:
     site.config.set("stage.timeout", "0.2s", "test")
-    with site.node.lock(site.layer.id, timeout=0):
-        with pytest.raises(BusyError) as error:
-            site.stage()
+    with site.node.lock(site.layer.id, timeout=0), pytest.raises(BusyError) as error:
+        site.stage()
     assert error.value.exit_code == 11
     assert untouched(site.node)
 
@@ -416,14 +419,14 @@ def test_release_is_for_the_named_trees_or_all(site: Site) -> None:
 # What cannot be staged, and leaves nothing
 
 
-def spoiled(site: Site, change: Callable[[Path], object]) -> contextlib.AbstractContextManager[None]:
+def spoiled(
+    site: Site, change: Callable[[Path], object]
+) -> contextlib.AbstractContextManager[None]:
     """The images of the repository changed for a while."""
 
     @contextlib.contextmanager
     def changed() -> Iterator[None]:
-        paths = [
-            Path(one.repository.image(one.manifest.top)) for one in site.published.values()
-        ]
+        paths = [Path(one.repository.image(one.manifest.top)) for one in site.published.values()]
         content = [path.read_bytes() for path in paths]
         try:
             for path in paths:
@@ -607,14 +610,17 @@ def test_unclaimed_trees_make_room_and_claimed_ones_stay(
     )
 
 
+@pytest.mark.parametrize(
+    ("target", "name"), [(os, "sendfile"), (Store, "workspace"), (Store, "set_ready")]
+)
 def test_a_disk_that_is_full_in_the_middle_leaves_nothing(
-    site: Site, monkeypatch: pytest.MonkeyPatch
+    site: Site, monkeypatch: pytest.MonkeyPatch, target: object, name: str
 ) -> None:
     def fail(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "sendfile", fail)
+        patch.setattr(target, name, fail)
         with pytest.raises(NoSpaceError) as error:
             site.stage()
         assert error.value.exit_code == 13
@@ -660,9 +666,7 @@ def test_where_nothing_can_be_mounted(
 
 
 @pytest.mark.parametrize("wanted", ["auto", "mount"])
-def test_where_a_mount_is_refused(
-    site: Site, monkeypatch: pytest.MonkeyPatch, wanted: str
-) -> None:
+def test_where_a_mount_is_refused(site: Site, monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
     def refuse(image: str, directory: str) -> None:
         assert os.path.exists(image)
         raise StagerError("fusermount: mount failed: Operation not permitted")
@@ -693,7 +697,9 @@ def test_an_error_that_is_none_of_ours_leaves_nothing_either(
 
 def test_every_tree_runs_the_python_it_was_packed_with(site: Site) -> None:
     staged = site.stage()
-    said = run([f"{staged.prefix}/bin/python", "-c", "import sys; print(sys.prefix, sys.base_prefix)"])
+    said = run(
+        [f"{staged.prefix}/bin/python", "-c", "import sys; print(sys.prefix, sys.base_prefix)"]
+    )
     assert said.stdout.split() == [staged.prefix, str(BASE_PYTHON.parent.parent)]
 
 

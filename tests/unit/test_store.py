@@ -141,7 +141,8 @@ def test_releasing_is_for_one_tree_or_for_all(node: Store) -> None:
 
 
 @pytest.mark.parametrize(
-    "holder", ["", ".", "..", "../x", "a/b", "/etc/passwd", "a\0b", "-x", ".hidden", "a b", "x" * 201]
+    "holder",
+    ["", ".", "..", "../x", "a/b", "/etc/passwd", "a\0b", "-x", ".hidden", "a b", "x" * 201],
 )
 def test_a_holder_is_no_path(node: Store, tmp_path: Path, holder: str) -> None:
     node.lease(A, "x")
@@ -200,9 +201,8 @@ def test_a_claim_is_a_use(node: Store) -> None:
 
 
 def test_a_lock_is_for_one_tree(node: Store) -> None:
-    with node.lock(A, timeout=0), node.lock(B, timeout=0):
-        with pytest.raises(BusyError):
-            node.lock(A, timeout=0).__enter__()
+    with node.lock(A, timeout=0), node.lock(B, timeout=0), pytest.raises(BusyError):
+        node.lock(A, timeout=0).__enter__()
 
 
 def test_a_workspace_is_cleared_of_earlier_tries(node: Store) -> None:
@@ -253,7 +253,9 @@ def test_free_space_is_what_we_may_use(node: Store) -> None:
 # Collection
 
 
-def collecting(node: Store, *, max_size: int = 10**12, min_free: int = 0, everything: bool = False) -> Collected:
+def collecting(
+    node: Store, *, max_size: int = 10**12, min_free: int = 0, everything: bool = False
+) -> Collected:
     return collect.collect(node, max_size=max_size, min_free=min_free, everything=everything)
 
 
@@ -276,9 +278,12 @@ def test_a_claimed_tree_stays_whatever_the_bounds(node: Store) -> None:
     made(node, B, used=2)
     node.lease(A, JOB)
     os.utime(os.path.join(node.root, "leases", A), (1, 1))
+    stamp = os.path.join(node.root, "ready", A)
+    before = os.stat(stamp).st_ino
     assert collecting(node, max_size=0, min_free=10**18).trees == (B,)
     assert collecting(node, max_size=0, everything=True).trees == ()
     assert is_ready(node, A)
+    assert os.stat(stamp).st_ino == before  # not taken away for a moment either
     assert node.leases(A) == (JOB,)
 
 
@@ -482,7 +487,8 @@ def test_every_job_can_hold_a_claim(node: Store, job: str) -> None:
         ({"SLURM_JOB_ID": "7"}, ("slurm", "7", None, None)),
         ({"SLURM_JOB_ID": "7", "SLURM_LOCALID": "3", "SLURM_NODEID": "1"}, ("slurm", "7", 3, 1)),
         ({"SLURM_JOB_ID": "7", "SLURM_LOCALID": "x"}, ("slurm", "7", None, None)),
-        ({"PBS_JOBID": "9.h", "OMPI_COMM_WORLD_LOCAL_RANK": "2", "PBS_NODENUM": "0"}, ("pbs", "9.h", 2, 0)),
+        ({"PBS_JOBID": "9.h", "PBS_NODENUM": "0"}, ("pbs", "9.h", None, 0)),
+        ({"PBS_JOBID": "9.h", "OMPI_COMM_WORLD_LOCAL_RANK": "2"}, ("pbs", "9.h", 2, None)),
     ],
 )  # fmt: skip
 def test_the_job_we_run_in(

@@ -352,6 +352,10 @@ NAMED = header(Member("x" * 200, "file", 0o644, MTIME, 0))
         pytest.param(owned(), id="foreign owner"),
         pytest.param(named_owner(), id="owner by name"),
         pytest.param(sized(b"-0000000001\0"), id="negative size"),
+        pytest.param(tarstream._render(b"x", "file", 0o10644, 0, 0, b""), id="mode over 07777"),
+        pytest.param(
+            tarstream._render(b"x", "file", 0o644, 2**32, 0, b""), id="mtime over 32 bits"
+        ),
         pytest.param(sized(b"        10 \0"), id="size with blanks"),
         pytest.param(sized(b"0x000000010\0"), id="size in hexadecimal"),
         pytest.param(sized(b"\x80" + bytes(10) + b"\x01"), id="small size in base 256"),

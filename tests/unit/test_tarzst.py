@@ -13,6 +13,8 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -716,11 +718,17 @@ def test_frames_must_be_what_the_format_says(tmp_path: Path) -> None:
     dictionary = zstandard.ZstdCompressionDict(data[:2048] * 8)
     with_dictionary = zstandard.ZstdCompressor(dict_data=dictionary, write_checksum=True)
     end = compress(tarstream.TRAILER)
+    window = bytearray(compress(data))
+    assert window[4] & 0x20  # one segment: there is no window descriptor, the next is the size
+    window[4] ^= 0x20
+    window.insert(5, 17 << 3)  # 2 ** (10 + 17) bytes
+    assert zstandard.get_frame_parameters(bytes(window)).window_size == 1 << 27
     wrong = {
         "no checksum": compress(data, write_checksum=False),
         "no content size": compress(data, write_content_size=False),
         "unknown size and window": open_ended,
         "a dictionary": with_dictionary.compress(data),
+        "a window of 128 MiB": bytes(window),
         "a skippable frame": struct.pack("<II", 0x184D2A50, len(data)) + data,
         "two frames": compress(data[:512]) + compress(data[512:]),
         "rubbish behind the frame": compress(data) + b"rubbish",
@@ -748,6 +756,20 @@ def test_more_than_the_manifest_says_is_refused(tmp_path: Path) -> None:
     refused(image, tmp_path / "bad", max_files=201, max_bytes=20_000)
     refused(image, tmp_path / "bad", max_files=202, max_bytes=19_999)
     refused(image_of([tar(*members)]), tmp_path / "bad", max_files=1, max_bytes=10)
+
+
+def test_pieces_that_no_other_rule_would_catch(tmp_path: Path) -> None:
+    raw = tar(file("large", noise(1200)))
+    twice = [(1, 488, 1200, b"large"), (2, 488, 1200, b"large")]
+    refused(image_of([raw[:1000], raw[1000:], raw[1000:]], twice), tmp_path)
+    refused(image_of([raw[:1000], raw[1000:-1] + b"x"], twice[:1]), tmp_path)
+    zeros = tar(file("zeros", bytes(1536)))
+    refused(image_of([zeros[:1024]], [(1, 512, 1536, b"zeros")]), tmp_path)
+    other = tar(file("other", noise(1200)))
+    pieces = [(1, 488, 1200, b"large"), (3, 488, 1200, b"other")]
+    streams = [raw[:1000], raw[1000:], other[:1000], other[1000:]]
+    refused(image_of(streams, pieces[::-1]), tmp_path)
+    unpack(image_of(streams, pieces), tmp_path / "tree")
 
 
 def test_a_bomb_is_refused_before_anything_is_made(
@@ -778,7 +800,7 @@ def test_a_frame_larger_than_the_index_says_is_not_decompressed(
     bomb, end = compress(bytes(100 << 20)), compress(tarstream.TRAILER)
     image = bomb + end + make_index([(len(bomb), 1 << 20), (len(end), 1024)], [])
     monkeypatch.setattr(zstandard, "ZstdDecompressor", Decompressor)
-    assert "not what the index says" in refused(image, tmp_path).message
+    assert "not what the index says" in refused(image, tmp_path, workers=1).message
 
 
 def test_a_huge_member_is_refused(tmp_path: Path) -> None:
@@ -842,6 +864,71 @@ def test_a_read_only_disk(tmp_path: Path, small_disk: Path) -> None:
     assert error.value.hint
 
 
+@pytest.fixture
+def foreign(tmp_path: Path) -> Iterator[Callable[[Callable[[], None]], int]]:
+    """Runs something as another user, in a process and a current directory of its own."""
+    with tempfile.TemporaryDirectory() as place:
+        os.chown(place, 65534, 65534)
+
+        def run(what: Callable[[], None]) -> int:
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    os.setgroups([])
+                    os.setgid(65534)
+                    os.setuid(65534)
+                    os.chdir(place)
+                    what()
+                    os._exit(0)
+                except StagerError as error:
+                    os._exit(error.exit_code)
+                finally:
+                    os._exit(99)
+            return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+        yield run
+
+
+@pytest.mark.root
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_another_user_gets_trees_that_nobody_may_enter(
+    foreign: Callable[[Callable[[], None]], int],
+) -> None:
+    """Root may do anything; others must create what is in a directory before they close it."""
+    members = [
+        directory(".", 0o755),
+        directory("none", 0),
+        directory("none/read-only", 0o555),
+        file("none/read-only/f", b"f", 0o400),
+        file("none/large", noise(3 * SMALL), 0o400),
+        hardlink("none/same", "none/read-only/f"),
+        symlink("none/link", "large"),
+    ]
+    image = pack(members)
+
+    def check() -> None:
+        unpack(image, Path("tree").absolute())
+        Path("tree/none").chmod(0o700)
+        found = snapshot(Path("tree"))
+        assert found == {**expected(members), "none": ("dir", 0o700, MTIME, b"")}
+        Path("tree/none/read-only").chmod(0o700)
+        shutil.rmtree("tree")
+
+    assert foreign(check) == 0
+
+
+@pytest.mark.root
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_another_users_directory(foreign: Callable[[Callable[[], None]], int]) -> None:
+    image = pack([ROOT])
+
+    def check() -> None:
+        Path("image").write_bytes(image)
+        unpack(Path("image"), Path("/stager-of-nobody"))
+
+    assert foreign(check) == DeniedError.exit_code
+
+
 def test_a_path_that_is_a_file_on_the_way(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "image").write_bytes(pack([ROOT]))
@@ -889,6 +976,27 @@ def test_a_worker_that_raises_fails_the_extraction(tmp_path: Path) -> None:
     assert "ValueError: no such table" in error.message
     error = refused(image, tmp_path, DeniedError, rewrite=refuse, **options)
     assert (error.message, error.hint, error.blame) == ("not this one", "try another", "node")
+
+
+def test_busy_workers_are_not_waited_for_after_an_error(tmp_path: Path) -> None:
+    def rewrite(path: str, content: bytes) -> bytes:
+        if path == "0":
+            wait_for(tmp_path / "busy")
+            raise ValueError
+        (tmp_path / "busy").touch()
+        wait_for(tmp_path / "never", limit=20)
+        (tmp_path / "waited").touch()
+        return content
+
+    refused(many_files(), tmp_path, StagerError, rewrite=rewrite, rewrite_needle=b"needle")
+    assert (tmp_path / "busy").exists()
+    assert not (tmp_path / "waited").exists()
+
+
+def wait_for(path: Path, limit: float = 60) -> None:
+    end = time.monotonic() + limit
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.01)
 
 
 def test_an_interrupted_parent_leaves_nothing(tmp_path: Path) -> None:

@@ -207,7 +207,10 @@ def test_a_fingerprint_is_16_hex_digits_and_holds_more_than_the_entries() -> Non
     plain = walk.fingerprint([])
     assert len(plain) == 16
     assert int(plain, 16) >= 0
-    assert len({plain, walk.fingerprint([], 1), walk.fingerprint([], "1"), walk.fingerprint([], 1, 1)}) == 4
+    assert (
+        len({plain, walk.fingerprint([], 1), walk.fingerprint([], "1"), walk.fingerprint([], 1, 1)})
+        == 4
+    )
 
 
 def test_names_with_newlines_do_not_run_into_each_other() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -84,7 +86,7 @@ class Login:
         """Make the nodes cold: no store, no mount, no session."""
         script = f"""
             pkill -KILL -u {USER} squashfuse
-            grep -o '{STORE}/envs/[0-9a-f]*' /proc/mounts | while read -r one; do umount -l "$one"; done
+            grep -o '{STORE}/envs/[0-9a-f]*' /proc/mounts | xargs -r -n 1 umount -l
             rm -rf --one-file-system {STORE}
         """
         for node in nodes or NODES:
@@ -137,33 +139,41 @@ class Login:
 
 
 class Trace:
-    """Programs started and files renamed by a node's jobs; strace attached to slurmd, as root.
+    """Programs started and files renamed by a node's jobs: strace attached to its slurmd.
 
     (A user's own strace would take the set-user-id bit from fusermount3.)
     """
 
     def __init__(self, login: Login, node: str) -> None:
-        self.login, self.node = login, node
-        script = """
-            rm -rf /run/trace && mkdir /run/trace
-            slurmd=$(pgrep -xo slurmd)
-            strace -ff -qq -s 400 -e trace=execve,rename,renameat,renameat2 -e signal=none \\
-                -o /run/trace/t -p "$slurmd" </dev/null >/dev/null 2>&1 &
-            echo "$slurmd $!"
-        """
-        self.slurmd, self.strace = login.sh(node, script, root=True).split()
-        until("strace", lambda: self._tracer() == self.strace)
-
-    def _tracer(self) -> str:
-        status = self.login.sh(self.node, f"cat /proc/{self.slurmd}/status")
-        return status.partition("TracerPid:")[2].split()[0]
+        self.place = login.cluster.state / "trace"
+        self.place.mkdir()
+        slurmd = _slurmd(login, node)
+        argv = ["strace", "-ff", "-qq", "-s", "400", "-e", "signal=none", "-p", str(slurmd)]
+        argv += ["-e", "trace=execve,rename,renameat,renameat2", "-o", str(self.place / "t")]
+        self.strace = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
+        status, wanted = Path(f"/proc/{slurmd}/status"), f"TracerPid:\t{self.strace.pid}\n"
+        until("strace", lambda: wanted in status.read_text())
 
     def end(self) -> list[str]:
         """Detach; the calls that succeeded, one line each."""
-        self.login.sh(self.node, f"kill -INT {self.strace}", root=True)
-        until("the end of strace", lambda: self._tracer() == "0")
-        calls = self.login.sh(self.node, "cat /run/trace/t.*; rm -r /run/trace", root=True)
+        self.strace.send_signal(signal.SIGINT)
+        self.strace.wait()
+        calls = "".join(path.read_text() for path in self.place.iterdir())
+        shutil.rmtree(self.place)
         return [line for line in calls.splitlines() if line.endswith(" = 0")]
+
+
+def _slurmd(login: Login, node: str) -> int:
+    """The slurmd of a node, by the number it has on this machine."""
+    init = (login.cluster.state / "hosts" / node / "init").read_text().split()[0]
+    namespace = os.readlink(f"/proc/{init}/ns/pid")
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            own = os.readlink(process / "ns" / "pid") == namespace
+            if own and (process / "comm").read_text() == "slurmd\n":
+                found.append(int(process.name))
+    return min(found)
 
 
 def ranks(output: str) -> list[tuple[str, str, str]]:

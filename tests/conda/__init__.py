@@ -1,0 +1,1 @@
+"""Real conda environments without conda's channels: see channel.py."""

@@ -1,0 +1,394 @@
+"""The Python of the hooks, as far as it needs neither root nor Slurm."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from environments import REPO
+from stager import config, events, hook, jobstate, lease, privilege
+from stager.cli import doctor
+from stager.errors import StagerError
+from stager.jobstate import Activation, Job, State
+from stager.store import boot_id
+
+VARIABLES = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_JOB_UID": "20001",
+    "SLURM_JOB_GID": "20001",
+    "SLURM_JOB_COMMENT": "pyenv:x",
+    "SLURM_JOB_WORK_DIR": "/home/alice",
+    "SLURM_NODELIST": "n[2-4]",
+    "SLURMD_NODENAME": "n2",
+}
+ACTIVATION: dict[str, Any] = {
+    "python": "/store/1/envs/x/bin/python",
+    "prefix": "/store/1/envs/x",
+    "leave": ["/home/alice/x"],
+    "set": {"A": "b c"},
+    "unset": ["B"],
+    "prepend": {"PATH": ["/store/1/envs/x/bin", "/y"]},
+}
+
+
+# -- jobs
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("n[1-4]", "n1"),
+        ("n[03,07-09],m1", "n03"),
+        ("rack[2-3]n[01,05]-ib,x", "rack2n01-ib"),
+        ("a-b", "a-b"),
+    ],
+)
+def test_the_first_node_of_a_list(nodes: str, first: str) -> None:
+    assert jobstate.first_node(nodes) == first
+
+
+def test_a_job_as_the_prolog_has_it() -> None:
+    job = Job.of_prolog(VARIABLES)
+    assert (job.key, job.id, job.uid, job.first, job.restart) == ("7", "7", 20001, True, "0")
+    more = {"SLURM_HET_JOB_ID": "6", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_RESTART_COUNT": "2"}
+    job = Job.of_prolog({**VARIABLES, **more})
+    assert (job.key, job.id, job.first, job.restart) == ("6", "7", False, "2")
+
+
+@pytest.mark.parametrize("name", ["SLURM_JOB_ID", "SLURM_JOB_UID", "SLURM_HET_JOB_ID"])
+@pytest.mark.parametrize("value", ["../1", "1\n", "1 2", "-1", "x", "9" * 30])
+def test_numbers_that_are_none(name: str, value: str) -> None:
+    with pytest.raises(StagerError, match=name):
+        Job.of_prolog({**VARIABLES, name: value})
+
+
+# -- what the process of the user says
+
+
+def test_an_activation_as_tasks_read_it() -> None:
+    checked = Activation.checked(ACTIVATION, below="/store/1/envs")
+    assert checked.lines().splitlines() == [
+        "python /store/1/envs/x/bin/python",
+        "prefix /store/1/envs/x",
+        "leave /home/alice/x",
+        "env unset B",
+        "env export A=b c",
+        "prepend PATH /store/1/envs/x/bin:/y",
+    ]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"python": "/store/2/envs/x/bin/python"},
+        {"prefix": "/store/1/envs/../../../etc"},
+        {"prefix": "/store/1/envs"},
+        {"prefix": "x"},
+        {"prefix": 3},
+        {"leave": ["/a\nprefix /b"]},
+        {"leave": "/a"},
+        {"leave": ["/a"] * 201},
+        {"set": {"A\n": "x"}},
+        {"set": {"A B": "x"}},
+        {"set": {"A": "x\nexport B=1"}},
+        {"set": {"A": "x" * 5000}},
+        {"set": {"A": 1}},
+        {"set": []},
+        {"unset": ["$(id)"]},
+        {"prepend": {"PATH": ["/a:/b"]}},
+        {"prepend": {"x$(id)": ["/a"]}},
+        {"more": 1},
+    ],
+)
+def test_an_activation_that_is_none(change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError):
+        Activation.checked({**ACTIVATION, **change}, below="/store/1/envs")
+    for value in (None, [], "x", {}):
+        with pytest.raises(ValueError):
+            Activation.checked(value)
+
+
+# -- the state
+
+
+def test_a_state_is_made_joined_and_left(tmp_path: Path) -> None:
+    job = Job.of_prolog({**VARIABLES, "SLURM_HET_JOB_ID": "6"})
+    other = Job.of_prolog({**VARIABLES, "SLURM_HET_JOB_ID": "6", "SLURM_JOB_ID": "6"})
+    state = State(str(tmp_path), "6")
+    assert state.begin(job, {"store": "/s"})
+    assert state.read("status") == "pending 0\n"
+    assert state.record()["store"] == "/s"
+    assert not state.begin(other, {"store": "/s"})
+    assert sorted(state.holders()) == ["6", "7"]
+    assert not state.leave("7")
+    assert not state.leave("7")
+    assert state.leave("6")
+    state.remove()
+    state.remove()
+    assert os.listdir(tmp_path / "jobs") == []
+
+
+@pytest.mark.parametrize("change", [{"SLURM_JOB_RESTART_COUNT": "1"}, {}, {"SLURM_JOB_UID": "5"}])
+def test_a_state_of_an_earlier_run_is_replaced(tmp_path: Path, change: dict[str, str]) -> None:
+    state = State(str(tmp_path), "7")
+    assert state.begin(Job.of_prolog(VARIABLES), {})
+    state.finish(jobstate.READY)
+    assert state.begin(Job.of_prolog({**VARIABLES, **change}), {})
+    assert state.read("status") == "pending 0\n"
+
+
+def test_a_message_is_one_harmless_line(tmp_path: Path) -> None:
+    state = State(str(tmp_path), "7")
+    state.fail("a\nb\x1b[31m\udcff" + "c" * 5000)
+    text = (tmp_path / "jobs/7/message").read_text()
+    assert text.startswith("a\\nb\\x1b[31m\\udcff")
+    assert text.count("\n") == 1
+    assert len(text) < 1100
+
+
+def test_everybody_can_read_and_only_the_owner_write(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        State(str(tmp_path), "7").begin(Job.of_prolog(VARIABLES), {})
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "jobs").rglob("*"):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o755 if path.is_dir() else 0o644)
+
+
+# -- events
+
+
+def test_an_event_is_one_line_whatever_is_in_it() -> None:
+    fields = {"job": "1", "reason": 'a "b"\n\\ event=x\x1b', "ref": "x" * 500, "how": "", "y": "z"}
+    line = events.line("fail", fields)
+    assert line.startswith("event=fail job=1 ref=xxx")
+    assert line.endswith(r' reason="a \"b\"\\n\\ event=x\\x1b"')
+    assert "how=" not in line and "y=" not in line
+    assert len(line) < 400
+
+
+def test_a_file_for_events_and_one_for_prometheus(tmp_path: Path) -> None:
+    log, metrics = tmp_path / "log", tmp_path / "stager.prom"
+    more = {"log": str(log), "metrics": str(metrics), "lock": str(tmp_path / "lock")}
+    events.emit("stage", {"how": "hit", "seconds": "0.25", "bytes": 5}, **more)
+    events.emit("stage", {"how": "hit", "seconds": "0.5", "bytes": 0}, **more)
+    events.emit("fail", {"blame": "site"}, **more)
+    assert len(log.read_text().splitlines()) == 3
+    assert metrics.read_text().splitlines() == [
+        "# TYPE stager_fail_total counter",
+        'stager_fail_total{blame="site"} 1',
+        "# TYPE stager_stage_bytes_total counter",
+        "stager_stage_bytes_total 5",
+        "# TYPE stager_stage_seconds_total counter",
+        "stager_stage_seconds_total 0.75",
+        "# TYPE stager_stage_total counter",
+        'stager_stage_total{how="hit"} 2',
+    ]
+
+
+def test_a_log_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    for path in (tmp_path / "link", tmp_path / "no/such", tmp_path):
+        events.emit("fail", {}, log=str(path), metrics=str(path / "x"), lock=str(path / "y"))
+    assert not (tmp_path / "target").exists()
+
+
+# -- leases
+
+
+def test_a_job_holds_until_it_is_gone_or_the_node_boots() -> None:
+    holder = lease.of_job("slurm", "12")
+    assert holder == f"slurm-12-{boot_id()[:8]}"
+    asked: list[str] = []
+
+    def exists(job: str) -> bool | None:
+        asked.append(job)
+        return {"12": True, "13": False}.get(job)
+
+    assert lease.is_alive(holder)
+    assert lease.is_alive(holder, exists)
+    assert not lease.is_alive(lease.of_job("slurm", "13"), exists)
+    assert lease.is_alive(lease.of_job("slurm", "14"), exists)  # nobody could tell
+    assert lease.is_alive(lease.of_job("pbs", "13.server"), exists)
+    assert not lease.is_alive("slurm-12-00000000", exists)
+    assert asked == ["12", "13", "14"]
+
+
+# -- what root prepares
+
+
+def test_a_store_whose_parent_others_can_change_is_not_made_by_root(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    assert not privilege.private_directory(str(shared / "1"), os.getuid())
+    assert not (shared / "1").exists()
+
+
+def test_a_full_or_closed_directory_is_no_broken_disk(tmp_path: Path) -> None:
+    assert not privilege.is_broken(str(tmp_path))
+    assert not privilege.is_broken(str(tmp_path / "no"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_root_is_not_staged_for() -> None:
+    with pytest.raises(StagerError, match="root"):
+        privilege.become(0)
+
+
+# -- configuration
+
+
+def test_the_stores_template_is_filled_in_for_the_job(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("store: /var/lib/stager/{uid}\n")
+    loaded = config.load(environ={}, site_directory=str(tmp_path), uid=123)
+    assert loaded["store"] == "/var/lib/stager/123"
+    assert loaded.store_template == "/var/lib/stager/{uid}"
+
+
+@pytest.mark.parametrize(
+    ("conf", "containers", "seen"),
+    [
+        ("ClusterName=x\n", "", "visible"),
+        ("JobContainerType=job_container/tmpfs\n", "AutoBasePath=true\n", "prolog"),
+        ("  jobcontainertype = job_container/tmpfs\n", "AutoBasePath=true Shared=TRUE", "visible"),
+        ("NamespaceType=namespace/tmpfs\n", "", "prolog"),
+        ("#JobContainerType=job_container/tmpfs\n", "", "visible"),
+        ("include more.conf\n", "", "prolog"),
+        ("include missing.conf\n", "", "prolog"),
+    ],
+)
+def test_which_mounts_a_job_sees(tmp_path: Path, conf: str, containers: str, seen: str) -> None:
+    (tmp_path / "slurm.conf").write_text(conf)
+    (tmp_path / "more.conf").write_text("NamespaceType=namespace/tmpfs\n")
+    (tmp_path / "job_container.conf").write_text(containers)
+    assert hook._mounts({"SLURM_CONF": str(tmp_path / "slurm.conf")}) == seen
+    assert hook._mounts({}) == "prolog"
+
+
+# -- doctor
+
+SCONTROL = """\
+Configuration data as of 2026-11-21T00:09:14
+BatchStartTimeout       = 10 sec
+Epilog                  = {hooks}/epilog
+JobContainerType        = {container}
+MessageTimeout          = 10 sec
+Prolog[0]               = {hooks}/prolog
+PrologEpilogTimeout     = {limit}
+PrologFlags             = {flags}
+SLURM_CONF              = {conf}/slurm.conf
+SLURM_VERSION           = {version}
+TaskProlog              = {hooks}/task_prolog
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, "ok Slurm 24.11.5 runs the hooks"),
+        ({"version": "21.08.8"}, "bad Slurm 21.08.8 tells its Prolog no comment"),
+        (
+            {"hooks": "/nowhere"},
+            "bad Prolog=/nowhere/prolog is missing here, which drains the node",
+        ),
+        ({"hooks": ""}, "bad TaskProlog=/task_prolog is missing here, which fails every task"),
+        ({"flags": "(null)"}, "worse without PrologFlags=Alloc"),
+        ({"flags": "NoHold"}, "worse with PrologFlags=NoHold"),
+        ({"limit": "12"}, "bad Slurm ends a Prolog after 12 s"),
+        ({"limit": "65534"}, "ok Slurm 24.11.5"),
+        ({"store": "/tmp/stager-{uid}", "container": "job_container/tmpfs"}, "bad the store /tmp"),
+        ({"container": "job_container/tmpfs"}, "ok jobs have a private /tmp"),
+        ({"store": "/own/x/{uid}", "container": "job_container/tmpfs"}, "bad the store /own/x"),
+        ({"prolog_wait": "20s"}, "bad srun gives up after 20 s"),
+        ({"prolog_wait": "20s", "flags": "Alloc,DeferBatch"}, "ok Slurm 24.11.5"),
+    ],
+)
+def test_doctor_reads_slurms_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, str], said: str
+) -> None:
+    hooks = tmp_path / "stager"
+    hooks.mkdir()
+    for name in ("prolog", "epilog", "task_prolog"):
+        (hooks / name).touch()
+    if change.get("container"):
+        (tmp_path / "slurm.conf").write_text("")
+        (tmp_path / "job_container.conf").write_text("Dirs=/tmp,/own/x\n")
+    values = {
+        "hooks": str(hooks), "container": "(null)", "limit": "65534", "flags": "Alloc",
+        "conf": str(tmp_path), "version": "24.11.5", **change,
+    }  # fmt: skip
+    text = SCONTROL.format(**values)
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f"#!/bin/sh\ncat <<'END'\n{text}END\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    loaded = config.load(environ={}, site_directory=str(tmp_path / "none"))
+    loaded.set("store", change.get("store", "/var/lib/stager/{uid}"), "test")
+    loaded.set("hook.prolog_wait", change.get("prolog_wait", "10s"), "test")
+    found = [f"{verdict} {what}" for verdict, what, _ in doctor._slurm(loaded)]
+    assert any(line.startswith(said) for line in found), found
+
+
+# -- deploy/install
+
+
+def test_install_again_and_without_a_trace(tmp_path: Path) -> None:
+    """Below a directory, as for a node image; the whole of it on nodes: the slurm tier."""
+    packages = next(Path(path) for path in sys.path if path.endswith("site-packages"))
+
+    def install(*more: str) -> str:
+        return subprocess.run(
+            [REPO / "deploy/install", "--root", tmp_path, "--packages", packages]
+            + ["--python", os.path.realpath(sys.executable), *more],
+            check=True, capture_output=True, text=True,
+        ).stdout  # fmt: skip
+
+    def files() -> set[str]:
+        return {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+
+    said = install()
+    assert "Prolog=/usr/libexec/stager/slurm/prolog" in said
+    first = files()
+    (program,) = (tmp_path / "usr/lib/stager").iterdir()
+    text = (tmp_path / "usr/libexec/stager/slurm/prolog").read_text()
+    assert f"-I -S -B /usr/lib/stager/{program.name} hook prolog /run/stager" in text
+    assert not re.search(r"@[A-Z]+@", text)
+    python = os.path.realpath(sys.executable)
+    version = subprocess.run(
+        [python, "-I", "-S", "-B", program, "--version"], check=True, capture_output=True, text=True
+    )
+    assert version.stdout.startswith("stager ")
+    kept = tmp_path / "etc/stager/config.yaml"
+    assert kept.read_text().count("\nstore: /var/lib/stager/{uid}\n") == 1
+    kept.write_text("store: /mine/{uid}\n")
+    assert "(kept as it is)" in install()
+    assert files() == first
+    assert kept.read_text() == "store: /mine/{uid}\n"
+    # What is installed never writes bytecode, and finds its own for every module.
+    modules = [path for path in program.rglob("*.py") if "__pycache__" not in path.parts]
+    assert len(list(program.rglob("*.pyc"))) == len(modules)
+
+    assert "kept" in install("--uninstall")
+    assert kept.exists()
+    left = [name for name in files() if (tmp_path / name).is_file()]
+    assert left == ["etc/stager/config.yaml"]
+    install("--uninstall", "--purge")
+    assert not [name for name in files() if "stager" in name]
+
+
+def test_the_state_format_is_documented() -> None:
+    text = (REPO / "docs/formats/job-state.md").read_text()
+    for word in ("status", "message", "staged", "original", "record.json", "worker", "holders"):
+        assert f"`{word}" in text
+    assert all(f"`{name}`" in text for name in Job.__dataclass_fields__)

@@ -1,0 +1,627 @@
+"""The command line: what a user reads, what a script gets, and that neither is ever a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+import tiny
+from environments import VENV, clean_environ, strace_files
+from stager import cli, lookup
+from stager.store import Stamp, Store, boot_id
+
+pytestmark = pytest.mark.unit
+
+STAGER = VENV / "bin" / "stager"
+
+
+@dataclass
+class Result:
+    """What a command printed, and its status."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, object]:
+        value = json.loads(self.out)
+        assert value["schema"] == 1
+        return value  # type: ignore[no-any-return]
+
+    @property
+    def error(self) -> str:
+        """The message of an error: one line, then perhaps a hint."""
+        assert self.out == ""
+        lines = [line for line in self.err.splitlines() if not line.startswith("stager: packing")]
+        assert lines[0].startswith("stager: error: ")
+        assert len(lines) == 1 or (len(lines) == 2 and lines[1].startswith("hint: "))
+        assert "bug" not in lines[0]
+        return lines[0].removeprefix("stager: error: ")
+
+
+@dataclass
+class Machine:
+    """A user on a machine: an environment, a repository and a store."""
+
+    root: Path
+    monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str]
+    prefix: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.prefix = self.root / "environments" / "tiny"
+        for name, value in self.variables.items():
+            self.monkeypatch.setenv(name, value)
+        self.monkeypatch.chdir(self.root)
+
+    @property
+    def variables(self) -> dict[str, str]:
+        return {
+            "STAGER_STORE": f"{self.root}/store",
+            "STAGER_REPOSITORY": f"{self.root}/repository",
+            "STAGER_LOCAL_PREFIXES": f"{tiny.BASE_PREFIX}:/usr",
+            "STAGER_STAGE_HOW": "extract",
+            "STAGER_PACK_THREADS": "1",
+        }
+
+    @property
+    def environ(self) -> dict[str, str]:
+        return clean_environ(**self.variables)
+
+    def __call__(self, *argv: str) -> Result:
+        """Run a command in this process."""
+        self.capsys.readouterr()
+        try:
+            status = cli.main(argv)
+        except SystemExit as error:
+            assert isinstance(error.code, int)
+            status = error.code
+        return Result(status, *self.capsys.readouterr())
+
+    def run(self, *argv: str, **options: object) -> subprocess.CompletedProcess[str]:
+        """Run the installed program; tests say where its output goes."""
+        command = [STAGER, *argv]
+        return subprocess.run(
+            command, env=self.environ, cwd=self.root, text=True, check=False, **options
+        )  # type: ignore[call-overload,no-any-return]
+
+
+@pytest.fixture
+def bare(
+    public_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Machine:
+    """With nothing packed yet."""
+    machine = Machine(public_path, monkeypatch, capsys)
+    tiny.environment(machine.prefix)
+    return machine
+
+
+@pytest.fixture(scope="module")
+def packed_once() -> Iterator[Path]:
+    """A place where the environment is packed; a copy of it would name other paths."""
+    root = Path(tempfile.mkdtemp())
+    prefix = tiny.environment(root / "environments" / "tiny")
+    tiny.packed(prefix, tiny.configured(root))
+    yield root
+    shutil.rmtree(root)
+
+
+@pytest.fixture
+def machine(
+    packed_once: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Machine]:
+    """With an environment that is published as ``tiny``; the store is empty."""
+    yield Machine(packed_once, monkeypatch, capsys)
+    shutil.rmtree(packed_once / "store", ignore_errors=True)
+
+
+# What it usually does
+
+
+def test_packing_listing_and_removing(bare: Machine) -> None:
+    packed = bare("pack", "environments/tiny")
+    assert (packed.status, packed.out) == (0, "")
+    assert "published `tiny`" in packed.err
+    listed = bare("list")
+    assert listed.err == ""
+    heading, row = listed.out.splitlines()
+    assert heading.split() == ["NAME", "KIND", "PYTHON", "IMAGES", "PACKED", "ORIGIN"]
+    assert row.split()[0] == "tiny"
+    assert row.endswith(str(bare.prefix))
+    assert "unchanged since the last pack" in bare("pack", "environments/tiny").err
+    removed = bare("remove", "tiny")
+    assert (removed.status, removed.out) == (0, "")
+    assert bare("list").out == ""
+
+
+def test_packing_what_is_active_or_here(bare: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    (bare.root / ".venv").symlink_to(bare.prefix)
+    assert bare("pack", "--check").status == 0
+    monkeypatch.setenv("VIRTUAL_ENV", str(bare.prefix))
+    assert "published `tiny`" in bare("pack").err
+
+
+def test_a_check_writes_nothing(bare: Machine) -> None:
+    found = bare("pack", "--check", "environments/tiny")
+    assert (found.status, found.out) == (0, "")
+    assert "can be packed" in found.err
+    assert not (bare.root / "repository").exists()
+
+
+def test_a_check_of_what_would_be_refused_fails(bare: Machine) -> None:
+    (bare.root / "src").mkdir()
+    (bare.root / "src" / "mod.py").touch()
+    (bare.prefix / tiny.SITE / "e.pth").write_text(f"{bare.root}/src\n")
+    found = bare("pack", "--check", "--editables", "refuse", "environments/tiny")
+    assert found.status == 1
+    assert "would be refused" in found.err
+    refused = bare("pack", "--editables", "refuse", "environments/tiny", "--json")
+    assert refused.status == 1
+    assert "e.pth" in refused.err
+    assert not (bare.root / "repository").exists()
+    assert bare("pack", "environments/tiny").status == 0  # a copy is included
+
+
+def test_staging_prints_the_prefix_and_nothing_else(machine: Machine) -> None:
+    for _ in range(2):
+        found = machine("stage", "tiny")
+        assert (found.status, found.err) == (0, "")
+        prefix = found.out.removesuffix("\n")
+        assert os.path.dirname(prefix) == f"{machine.root}/store/envs"
+        assert os.path.exists(f"{prefix}/bin/tiny")
+
+
+def test_activating_prints_code_for_a_shell(machine: Machine) -> None:
+    prefix = machine("stage", "tiny").out.strip()
+    found = machine("activate", "tiny")
+    assert (found.status, found.err) == (0, "")
+    code = f"eval '{found.out}'; echo $VIRTUAL_ENV; echo $STAGER_ACTIVE; tiny"
+    said = subprocess.run(
+        ["sh", "-euc", code.replace("'" + found.out + "'", '"$CODE"')],
+        env={**clean_environ(), "CODE": found.out}, check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    assert said == f"{prefix}\ntiny\n{prefix}\n"
+    variables = json.loads(machine("activate", "tiny", "--shell", "json").out)
+    assert variables["VIRTUAL_ENV"] == prefix
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nope"],
+        [],
+        ["tiny", "--timeout", "abc"],
+        ["tiny", "--store", "/with space"],
+        ["tiny", "--how", "mount"],
+    ],
+)
+def test_activation_that_fails_fails_in_the_shell_too(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    """``eval "$(stager activate X)"`` of nothing would succeed."""
+    monkeypatch.setenv("STAGER_RUN_STRICT", "yes")
+    monkeypatch.setenv("PATH", "/nonexistent")  # nothing to mount with
+    found = machine("activate", *arguments)
+    assert found.status != 0
+    assert found.out == "false\n"
+    assert found.err.startswith("stager: error: ")
+
+
+def test_a_staged_environment_is_found_again_by_what_it_is_called(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variables = json.loads(machine("activate", "./environments/tiny", "--shell", "json").out)
+    assert variables["STAGER_ACTIVE"] == str(machine.prefix)  # good in every directory
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir("/")
+    assert machine("stage").out.strip() == variables["VIRTUAL_ENV"]
+    refused = machine("pack")
+    assert refused.status == 2
+    assert "staged copy" in refused.error
+    assert machine("list").out.count("tiny") == 2  # the name and the origin: nothing new
+
+
+def test_the_state_of_the_store(machine: Machine) -> None:
+    prefix = machine("stage", "tiny").out.strip()
+    shown = machine("status")
+    assert shown.err == ""
+    assert os.path.basename(prefix) in shown.out
+    assert machine("collect", "--all").status == 0
+    assert os.path.exists(prefix)  # this process claims it
+    assert "released 1 tree" in machine("release").err
+    assert "evicted 1 tree" in machine("collect", "--all").err
+    assert not os.path.exists(prefix)
+
+
+def test_collecting_keeps_to_the_given_bounds(machine: Machine) -> None:
+    node = Store(f"{machine.root}/store")
+    for name in ("a" * 16, "b" * 16):
+        node.lease(name, "x")
+        os.mkdir(node.tree(name))
+        node.set_ready(name, Stamp("i", "extracted", boot_id(), 1 << 20))
+        node.release("x")
+    assert machine("collect", "--max-size", "1MiB").err.startswith("stager: evicted 1 tree,")
+    assert machine("collect", "--max-size", "1MiB").err.startswith("stager: evicted 0 trees,")
+
+
+def test_verification(machine: Machine) -> None:
+    found = machine("verify", "tiny", "--import", "tiny")
+    assert (found.status, found.out) == (0, "")
+    assert "imported 1 module" in found.err
+    missing = machine("verify", "tiny", "--import", "tiny,no_such_module")
+    assert missing.status == 1
+    assert "no_such_module" in missing.err
+
+
+# JSON: one object, with a schema, and nothing else on standard output
+
+
+@pytest.mark.parametrize(
+    ("argv", "keys"),
+    [
+        (["list"], {"environments"}),
+        (["inspect", "tiny"], {"digest", "layers", "origin", "python", "findings"}),
+        (["stage", "tiny"], {"prefix", "how", "layers", "ref", "holder", "seconds"}),
+        (["collect"], {"trees", "freed", "leases"}),
+        (["status"], {"store", "free", "trees"}),
+        (
+            ["verify", "tiny", "--import", "tiny"],
+            {"prefix", "modules", "method", "origin", "failed"},
+        ),
+        (["doctor"], {"checks"}),
+        (["config", "show"], {"values"}),
+        (["pack", "--check", "environments/tiny"], {"environment", "kind", "findings"}),
+        (["pack", "environments/tiny"], {"name", "ref", "prefix", "layers", "findings"}),
+    ],
+)
+def test_json(machine: Machine, argv: list[str], keys: set[str]) -> None:
+    found = machine(*argv, "--json")
+    assert found.status == 0
+    assert found.err == ""
+    assert keys <= set(found.json)
+
+
+def test_json_holds_what_the_text_says(machine: Machine) -> None:
+    (environment,) = machine("list", "--json").json["environments"]  # type: ignore[misc]
+    assert environment["origin"] == str(machine.prefix)
+    manifest = machine("inspect", "tiny", "--json").json
+    assert manifest["digest"] == environment["digest"]
+    pinned = f"tiny@sha256:{manifest['digest']}"
+    staged = machine("stage", pinned, "--json").json
+    assert staged["ref"] == pinned
+    (tree,) = machine("status", "--json").json["trees"]  # type: ignore[misc]
+    assert tree["prefix"] == staged["prefix"]
+    assert tree["leases"] == {staged["holder"]: True}
+    values = machine("config", "show", "--json", "--store", "elsewhere").json["values"]
+    assert values["store"] == {"value": f"{machine.root}/elsewhere", "source": "command line"}  # type: ignore[index]
+    assert values["repository"]["source"] == "$STAGER_REPOSITORY"  # type: ignore[index]
+
+
+# Mistakes
+
+
+ERRORS: list[tuple[list[str], int, str]] = [
+    (["pack", "nowhere"], 10, "no environment at"),
+    (["pack", "environments"], 10, "not a Python environment"),
+    (["pack", "environments/tiny/pyvenv.cfg"], 10, "no environment at"),
+    (["pack"], 2, "no environment is given"),
+    (["pack", "--name", "../x", "environments/tiny"], 2, "'../x'"),
+    (["pack", "--name", "", "environments/tiny"], 2, "''"),
+    (["pack", "--name", "a/b", "environments/tiny"], 2, "'a/b'"),
+    (["pack", "--level", "99", "environments/tiny"], 2, "pack.level"),
+    (["pack", "--threads", "x", "environments/tiny"], 2, "pack.threads"),
+    (["pack", "--format", "zip"], 2, "zip"),
+    (["stage", "nope"], 10, "`nope` is not published"),
+    (["stage", "/no/where"], 10, "`/no/where` is not published"),
+    (["stage", ".."], 10, "not a Python environment"),
+    (["stage", "a/b"], 2, "'a/b'"),
+    (["stage", "a\nb"], 2, "control characters"),
+    (["stage", "\ud800"], 2, ""),
+    (["stage", "tiny@sha256:000000000000"], 10, "not published"),
+    (["stage", "tiny@sha256:xyz"], 2, ""),
+    (["stage"], 2, "no environment is named"),
+    (["stage", "tiny", "--timeout", "soon"], 2, "'soon'"),
+    (["stage", "tiny", "--store", "/with space"], 2, "/with space"),
+    (["stage", "tiny", "--store", "/" + "x" * 100], 2, "xxx"),
+    (["inspect", "nope"], 10, "nope"),
+    (["inspect"], 2, "REF"),
+    (["remove", "nope"], 10, "nope"),
+    (["remove", "/no/where"], 10, "/no/where"),
+    (["remove", ".."], 10, ""),
+    (["verify", "nope"], 10, "nope"),
+    (["release", "--holder", "../../x"], 2, "'../../x'"),
+    (["collect", "--max-size", "-5"], 2, "'-5'"),
+    (["config", "hide"], 2, "hide"),
+    (["no-such-verb"], 2, "no-such-verb"),
+    (["list", "--no-such-option"], 2, "--no-such-option"),
+    ([], 2, "VERB"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("argv", "status", "message"), ERRORS)
+def test_a_mistake_has_its_status_and_a_line_that_names_it(
+    machine: Machine, argv: list[str], status: int, message: str
+) -> None:
+    found = machine(*argv)
+    assert message in found.error
+    assert found.status == status
+
+
+def test_a_name_that_is_almost_right_is_suggested(machine: Machine) -> None:
+    assert "hint: did you mean `tiny`?" in machine("stage", "tini").err
+
+
+def test_an_environment_whose_python_is_gone(bare: Machine) -> None:
+    (bare.prefix / "bin" / "python").unlink()
+    (bare.prefix / "bin" / "python").symlink_to("/no/such/python3")
+    found = bare("pack", "environments/tiny")
+    assert found.status == 15
+    assert "/no/such/python3" in found.error
+
+
+def test_an_environment_that_may_not_be_read(
+    bare: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.scandir
+
+    def refuse(path: str) -> object:
+        if str(path).endswith("site-packages"):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    found = bare("pack", "environments/tiny")
+    assert found.status == 14
+    assert "site-packages" in found.error
+
+
+def test_a_damaged_manifest(machine: Machine) -> None:
+    path = machine.root / "repository" / "refs" / "tiny"
+    target = os.readlink(path)
+    path.unlink()
+    path.write_text("{")
+    try:
+        for verb in ("stage", "inspect"):
+            found = machine(verb, "tiny")
+            assert found.status == 12
+            assert "refs/tiny" in found.error
+        assert "damaged" in machine("list").out  # and the others would be listed
+    finally:
+        path.unlink()
+        path.symlink_to(target)
+
+
+def test_a_store_that_is_open_to_others(machine: Machine) -> None:
+    (machine.root / "store").mkdir()
+    (machine.root / "store").chmod(0o755)
+    for argv in (["stage", "tiny"], ["status"], ["collect"], ["release"]):
+        found = machine(*argv)
+        assert found.status == 14
+        assert "open to others" in found.error
+
+
+def test_the_doctor_fails_where_staging_cannot_work_at_all(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = machine("doctor", "--json")
+    assert good.status == 0
+    assert {one["verdict"] for one in good.json["checks"]} <= {"ok", "worse"}  # type: ignore[attr-defined]
+    monkeypatch.setenv("STAGER_STORE", "/proc/no-store-here/{uid}")
+    bad = machine("doctor", "--json")
+    assert bad.status == 1
+    assert "bad" in {one["verdict"] for one in bad.json["checks"]}  # type: ignore[attr-defined]
+
+
+def test_a_repository_that_cannot_be_made(bare: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    (bare.root / "file").touch()
+    monkeypatch.setenv("STAGER_REPOSITORY", f"{bare.root}/file/repository")
+    found = bare("pack", "environments/tiny")
+    assert found.status == 1
+    assert f"{bare.root}/file" in found.error
+    assert bare("list").status == 0
+
+
+def test_a_repository_on_a_full_disk(bare: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", "/repository/manifests/x")
+
+    monkeypatch.setattr("stager.fsutil.write_atomic", full)
+    found = bare("pack", "environments/tiny")
+    assert found.status == 13
+    assert "/repository/manifests/x" in found.error
+    assert os.listdir(bare.root / "repository" / "tmp") == []
+
+
+@pytest.mark.parametrize(
+    "text", ["pack: {fromat: x}", "[", "a", "store: relative", "pack: 7", "run: {strict: maybe}"]
+)
+def test_a_wrong_configuration_file_is_named(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str
+) -> None:
+    (tmp_path / "stager").mkdir()
+    (tmp_path / "stager" / "config.yaml").write_text(text)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    for argv in (["list"], ["stage", "tiny"], ["config", "show"]):
+        found = machine(*argv)
+        assert found.status == 2
+        assert str(tmp_path / "stager" / "config.yaml") in found.err
+        assert "bug" not in found.err
+
+
+# Never a traceback
+
+
+def test_a_bug_of_ours_is_said_to_be_one(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("surprise")
+
+    monkeypatch.setattr(lookup, "find", fail)
+    found = machine("inspect", "tiny")
+    assert found.status == 1
+    assert "this is a bug in stager: KeyError: 'surprise'" in found.err
+    assert "STAGER_DEBUG=1" in found.err
+    assert "Traceback" not in found.err
+    monkeypatch.setenv("STAGER_DEBUG", "1")
+    with pytest.raises(KeyError, match="surprise"):
+        machine("inspect", "tiny")
+
+
+def test_an_interrupt(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lookup, "find", interrupt)
+    found = machine("inspect", "tiny")
+    assert (found.status, found.out, found.err) == (130, "", "stager: interrupted\n")
+
+
+OUTPUTS = [["list"], ["inspect", "tiny"], ["config", "show"], ["--help"], ["--version"]]
+
+
+@pytest.mark.parametrize("argv", OUTPUTS)
+def test_a_reader_that_is_gone_is_nobodys_fault(machine: Machine, argv: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = machine.run(*argv, stdout=writing, stderr=subprocess.PIPE)
+    finally:
+        os.close(writing)
+    assert done.returncode == 1
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("argv", OUTPUTS)
+def test_output_that_cannot_be_written_is_an_error(machine: Machine, argv: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = machine.run(*argv, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 13
+    assert done.stderr.startswith("stager: error: ")
+    assert "No space left" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "bug" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("redirection", "expected"),
+    [("2>&-", True), (">&-", False), ("<&-", True), ("<&- >&- 2>&-", False)],
+)
+def test_closed_descriptors_lose_what_was_for_them_and_nothing_else(
+    machine: Machine, redirection: str, expected: bool
+) -> None:
+    for argv in ("stage tiny", "list", "pack environments/tiny"):
+        done = subprocess.run(
+            ["sh", "-c", f'exec "$0" {argv} {redirection}', STAGER],
+            env=machine.environ, cwd=machine.root, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0
+        assert (done.stdout != "") is (expected and not argv.startswith("pack"))
+        assert "stager:" not in done.stdout
+        assert done.stderr == "" or argv.startswith("pack")
+    # No file that was opened in place of a closed descriptor got the output.
+    assert stat.S_ISLNK(os.lstat(machine.root / "repository" / "refs" / "tiny").st_mode)
+    assert machine("inspect", "tiny").status == 0
+
+
+def test_names_that_are_no_text_come_out_as_they_are(bare: Machine) -> None:
+    path = os.fsencode(bare.root) + b"/caf\xe9"
+    os.mkdir(path)
+    bare.prefix.rename(os.fsdecode(path) + "/tiny")
+    done = subprocess.run(
+        [STAGER, "pack", path + b"/tiny"], env=bare.environ, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    listed = subprocess.run(
+        [STAGER, "list", "--json"], env=bare.environ, capture_output=True, check=True
+    )
+    origin = json.loads(listed.stdout)["environments"][0]["origin"]
+    assert os.fsencode(origin) == path + b"/tiny"
+
+
+def test_what_would_move_the_cursor_is_not_printed(bare: Machine) -> None:
+    done = bare("stage", "/tmp/\x1b[2Jgone")
+    assert "\x1b" not in done.err
+    (bare.prefix / "share").mkdir()
+    (bare.prefix / "share" / "\x1b[31mred\n").symlink_to("/no/such")
+    found = bare("pack", "environments/tiny")
+    assert found.status == 0
+    assert "\x1b" not in found.err
+    assert "red" in found.err
+
+
+# How much it does before it does anything
+
+
+def extra_paths(argv: list[str], machine: Machine) -> list[str]:
+    """Paths on a disk that a command asks for, beyond those that its Python does in any case."""
+    python = STAGER.read_text().partition("\n")[0].removeprefix("#!")
+    start = [python, "-c", "import argparse, importlib"]
+    before = set(strace_files(start, env=machine.environ, cwd=machine.root))
+    paths = strace_files([str(STAGER), *argv], env=machine.environ, cwd=machine.root)
+    return [path for path in paths if path not in before and not path.startswith("/proc/")]
+
+
+HEAVY = ("/yaml/", "/rich/", "/zstandard/", "/stager/pack.", "/stager/produce.", "/asyncio/")
+
+
+@pytest.mark.parametrize(
+    ("argv", "most"),
+    [
+        (["--help"], 170),
+        (["--version"], 170),
+        (["stage", "--help"], 170),
+        (["stage", "tiny"], 550),
+        (["list"], 400),
+    ],
+)
+def test_starting_asks_for_little(machine: Machine, argv: list[str], most: int) -> None:
+    """Where the file system is shared each of these is a question to a server.
+
+    The limits are half as much again as it was when they were set, on Python 3.11.
+    """
+    machine("stage", "tiny")
+    paths = extra_paths(argv, machine)
+    heavy = [path for path in paths if any(one in path for one in HEAVY)]
+    assert heavy == []
+    assert len(paths) <= most, paths
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        "pack",
+        "list",
+        "inspect",
+        "remove",
+        "stage",
+        "activate",
+        "run",
+        "release",
+        "collect",
+        "status",
+        "verify",
+        "doctor",
+        "config",
+    ],
+)
+def test_every_verb_explains_itself(machine: Machine, verb: str) -> None:
+    found = machine(verb, "--help")
+    assert (found.status, found.err) == (0, "")
+    assert "usage:" in found.out
+
+
+@pytest.mark.parametrize(
+    "call", [lambda machine: machine("--help"), lambda machine: machine("doctor")]
+)
+def test_lines_fit_a_terminal(machine: Machine, call: Callable[[Machine], Result]) -> None:
+    assert all(len(line) <= 100 for line in call(machine).out.splitlines())
