@@ -27,7 +27,7 @@ def explain(error: OSError, doing: str, *, blame: str | None = None) -> StagerEr
     known = not isinstance(error.filename, str) or error.filename in doing
     where = "" if known else f" ({error.filename})"
     message = f"cannot {doing}: {error.strerror or error}{where}"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return NoSpaceError(
             message,
             hint="free some space there (`stager collect` for the store, `stager remove` for the"
@@ -113,7 +113,8 @@ def own_directory(path: str, what: str) -> None:
         pass
     except FileNotFoundError:
         # A configured parent such as /local/stager: made like mkdir -p, private where we make it.
-        own_directory(os.path.dirname(path), what)
+        if not os.path.isdir(os.path.dirname(path)):
+            own_directory(os.path.dirname(path), what)
         with contextlib.suppress(FileExistsError):  # others may be making it too
             os.mkdir(path, 0o700)
     info = os.lstat(path)
@@ -130,7 +131,8 @@ def own_directory(path: str, what: str) -> None:
     if info.st_mode & 0o077:
         raise DeniedError(
             f"the {what} {path} is open to others (mode {stat.S_IMODE(info.st_mode):04o})",
-            hint=f"chmod 700 {path}, if nobody else could have changed what is in it",
+            hint="name a directory that is not there yet; or, if this was made for nothing else"
+            f" and nobody could have changed what is in it, chmod 700 {path}",
         )
 
 

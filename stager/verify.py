@@ -37,6 +37,7 @@ _SYSTEM = (
     "/var",
 )
 _CALL = re.compile(r'^(?:\[pid +\d+\] |\d+ +)?(\w+)\((?:[^"]*?)"((?:[^"\\]|\\.)*)"')
+_LANDMARK = re.compile(r"(.*)/lib(?:64)?/python[\d.]+t?(?:\.zip|/os\.pyc?|/lib-dynload)?\Z")
 _ESCAPE = re.compile(r"\\([0-7]{1,3}|x[0-9a-f]{2}|.)")
 
 _IMPORTS = """
@@ -179,7 +180,9 @@ def _sort(
             continue
         if _under(path, origins):
             origin.add(path)
-        elif not _under(path, local) and not _is_parent(path, (*local, *origins)):
+        elif not (
+            _under(path, local) or _is_parent(path, (*local, *origins)) or _is_landmark(path, store)
+        ):
             outside.add(path)
     return Verified(
         method, len(absolute), tuple(sorted(origin)), tuple(sorted(outside)), dict(failed)
@@ -188,6 +191,12 @@ def _sort(
 
 def _under(path: str, prefixes: Iterable[str]) -> bool:
     return any(path == prefix or path.startswith(f"{prefix}/") for prefix in prefixes)
+
+
+def _is_landmark(path: str, store: str) -> bool:
+    """A Python looks for its standard library in every directory above its own."""
+    match = _LANDMARK.match(path)
+    return match is not None and f"{store}/".startswith(f"{match[1]}/")
 
 
 def _is_parent(path: str, prefixes: Iterable[str]) -> bool:

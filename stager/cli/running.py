@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
+import shutil
 import sys
 from collections.abc import Mapping
 
@@ -103,8 +105,15 @@ def _is_active(environ: Mapping[str, str]) -> bool:
 
 def _exec(command: list[str], environ: Mapping[str, str]) -> int:
     try:
-        os.execvpe(command[0], command, environ)
-    except FileNotFoundError:
+        try:
+            os.execvpe(command[0], command, environ)
+        except OSError as error:
+            found = shutil.which(command[0], path=environ.get("PATH"))
+            if error.errno != errno.ENOEXEC or found is None:
+                raise
+            # A script without an interpreter's line: as execvp(3) does, and sh where it execs.
+            os.execve("/bin/sh", ["sh", found, *command[1:]], environ)
+    except (FileNotFoundError, ValueError):  # an empty name is a ValueError
         say(f"stage-run: {command[0]}: not found")
         return NOT_FOUND
     except OSError as error:

@@ -11,6 +11,7 @@ from stager import verify as verifier
 from stager.cli.common import count, load_config, print_json, say
 from stager.cli.staging import prepare
 from stager.errors import IntegrityError, StagerError
+from stager.store import Store
 
 _SHOWN = 20
 
@@ -23,7 +24,10 @@ def verify(arguments: argparse.Namespace) -> int:
     manifest = published.manifest
     modules = arguments.modules.split(",") if arguments.modules else list(manifest.modules)
     environ = activate.staged(result, config, os.environ, ref=manifest.name)
-    found = verifier.verify(result, config, environ, modules=modules or ["site"])
+    try:
+        found = verifier.verify(result, config, environ, modules=modules or ["site"])
+    finally:
+        Store(config["store"]).release(holder)
     if arguments.json:
         print_json({"prefix": result.prefix, "modules": modules, **asdict(found)})
     else:

@@ -4,7 +4,8 @@ Four mechanisms are in use:
 
 1. a path line in a ``.pth`` file (``easy-install.pth``, ``__editable__*.pth``, hatch, flit);
 2. an ``.egg-link`` beside such a line (``setup.py develop``);
-3. a finder module with a ``MAPPING`` of names to paths (setuptools, PEP 660);
+3. a finder module that maps names to paths: ``MAPPING`` (setuptools, PEP 660), or calls of
+   ``map_module`` (the library ``editables``, which hatch and pdm use);
 4. a loader that rebuilds on import (meson-python, scikit-build-core): it needs compilers and a
    build tree, so no copy of it can work.
 """
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 _REBUILDS = re.compile(r"_.+_editable(_loader)?\.py\Z")
+_CALLS = re.compile(r"_editable_impl_.+\.py\Z")
 _FINDER = re.compile(r"__editable___.+_finder\.py\Z")
 _SKIPPED = {"build", "dist", "node_modules", "__pycache__"}
 
@@ -65,6 +67,8 @@ def find(site: str, inside: tuple[str, ...]) -> tuple[list[Source], list[Rebuild
             found = _path_lines(path, site, link=name.endswith(".egg-link"))
         elif _FINDER.match(name):
             found = _mapping(path)
+        elif _CALLS.match(name):
+            found = _map_module_calls(path)
         elif _REBUILDS.match(name):
             rebuilding.append(Rebuilding(path))
             continue
@@ -157,6 +161,24 @@ def _mapping(path: str) -> Iterator[Source]:
             # Keys are dotted names; everything absolute is a path.
             if isinstance(literal, ast.Constant) and isinstance(literal.value, str):
                 yield from _mapped(literal.value, path)
+
+
+def _map_module_calls(path: str) -> Iterator[Source]:
+    """The paths that a finder made by the library ``editables`` maps modules to."""
+    with open(path, "rb") as file:
+        try:
+            tree = ast.parse(file.read())
+        except (SyntaxError, ValueError):
+            return
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+            continue
+        if node.func.attr != "map_module" or len(node.args) != 2:
+            continue
+        literal = node.args[1]
+        if isinstance(literal, ast.Constant) and isinstance(literal.value, str):
+            # A package is mapped by its first file, and is the directory that holds it.
+            yield from _mapped(literal.value.removesuffix("/__init__.py"), path)
 
 
 def _mapped(text: str, path: str) -> Iterator[Source]:

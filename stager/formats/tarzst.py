@@ -496,6 +496,7 @@ class _Sums:
         self._expected = sha256.lower() if sha256 is not None else None, crc32
         self._sha256 = hashlib.sha256() if sha256 is not None else None
         self.crc32 = 0 if crc32 is not None else None
+        self.wanted = self._expected != (None, None)
 
     @property
     def sha256(self) -> str | None:
@@ -536,7 +537,7 @@ def _unpack_all(
     free = list(range(2 * workers + 1))
     slot_size = max(compressed for compressed, _ in frames)
     memory = memoryview(mmap.mmap(-1, len(free) * slot_size))
-    hashed: dict[int, Future[None]] = {}
+    busy: dict[int, Future[None] | None] = {}
 
     def frame(number: int, slot: int) -> memoryview:
         return memory[slot * slot_size : slot * slot_size + frames[number][0]]
@@ -547,7 +548,9 @@ def _unpack_all(
     def collect() -> None:
         for number, slot, report in pool.results():
             done.add(number, report)
-            hashed.pop(slot).result()
+            hashing = busy.pop(slot)
+            if hashing is not None:
+                hashing.result()
             free.append(slot)
 
     with _Workers(workers, unpack) as pool, ThreadPoolExecutor(1, "sums") as hasher:
@@ -558,12 +561,12 @@ def _unpack_all(
             slot = free.pop()
             view = frame(number, slot)
             _read_into(fd, offset, view)
-            hashed[slot] = hasher.submit(sums.update, view)
+            busy[slot] = hasher.submit(sums.update, view) if sums.wanted else None
             pool.submit(number, slot)
             offset += len(view)
             if progress is not None:
                 progress(len(view))
-        while hashed:
+        while busy:
             collect()
 
 

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sysconfig
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,9 +31,11 @@ FOUND=self exec "$@"
 """
 WRITES = """
 echo "$STAGER_SESSION_OPTIONS" >>"$LOG"
-[ -z "$STAGER_SESSION" ] || {{ cat >"$STAGER_SESSION.new" && mv "$STAGER_SESSION.new" "$STAGER_SESSION"; }} <<'END'
+[ -n "$STAGER_SESSION" ] || exec "$@"
+cat >"$STAGER_SESSION.new" <<'END'
 {lines}
 END
+mv "$STAGER_SESSION.new" "$STAGER_SESSION"
 """
 
 
@@ -61,12 +64,16 @@ class Step:
         environ = clean_environ(**{**variables, **changes})
         command = ["sh", "-c", "echo found $FOUND"]
         argv = [*self.shell.split(), str(self.place / "stage-run"), *options, "--", *command]
-        started = [
-            subprocess.Popen(argv, env=environ, stdout=subprocess.PIPE, text=True)
-            for _ in range(ranks)
-        ]
-        outputs = [rank.communicate(timeout=60)[0] for rank in started]
-        return sorted((rank.returncode, out) for rank, out in zip(started, outputs))
+
+        def rank(_: int) -> tuple[int, str]:
+            done = subprocess.run(
+                argv, env=environ, stdout=subprocess.PIPE, text=True, timeout=60, check=False
+            )
+            return done.returncode, done.stdout
+
+        # Each is waited for at once, as slurmstepd does: a dead leader must not stay a zombie.
+        with ThreadPoolExecutor(ranks) as pool:
+            return sorted(pool.map(rank, range(ranks)))
 
     def calls(self) -> int:
         return (self.place / "log").read_text().split("\n").count("called")
@@ -77,7 +84,7 @@ def step(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Step]:
     script = Path(sysconfig.get_path("scripts")) / "stage-run"
     shutil.copy(script, tmp_path / "stage-run")
     # The place is fixed, so that sh can know it; the name of the user in it is a variable's.
-    own = Path(f"/tmp/stager-test{os.getpid()}")
+    own = Path(f"/tmp/stager-tests-sessions-{os.getpid()}")  # no leftover to another session
     try:
         yield Step(tmp_path, own / "sessions", str(request.param))
     finally:

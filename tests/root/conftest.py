@@ -12,6 +12,7 @@ import pytest
 from environments import Environment
 from workbench import KINDS, Bench, Staged
 
+
 def _directory() -> Path:
     """A short path that other users can reach; the session removes it."""
     public = Path(os.environ["TESTING_DIRECTORY"]) / "public"

@@ -34,7 +34,11 @@ every_shell = pytest.mark.parametrize("shell", SHELLS)
 
 
 def in_shell(
-    staged: Staged, shell: str, *lines: str, env: Mapping[str, str] | None = None, check: bool = True
+    staged: Staged,
+    shell: str,
+    *lines: str,
+    env: Mapping[str, str] | None = None,
+    check: bool = True,
 ) -> str:
     """Run a script of these lines with the original hidden, and return what it prints."""
     script = staged.bench.root / f"script.{shell}"
@@ -70,7 +74,7 @@ def test_own_script_activates_and_deactivates(
         "sample-console",
         "deactivate",
         "printenv PATH",
-        'sh -c \'echo "${VIRTUAL_ENV-unset}"\'',
+        "sh -c 'echo \"${VIRTUAL_ENV-unset}\"'",
     ).splitlines()
     before, after = said.pop(0), said.pop(-2)
     assert said == [str(one.prefix), str(one.prefix), f"hello {one.prefix}", "unset"]
@@ -102,9 +106,7 @@ def test_eval_activates(staged: Callable[[str, str], Staged], kind: str, shell: 
     assert after["PYTHONNOUSERSITE"] == "1"
 
 
-def activated(
-    one: Staged, shell: str, ref: str, env: Mapping[str, str]
-) -> dict[str, str]:
+def activated(one: Staged, shell: str, ref: str, env: Mapping[str, str]) -> dict[str, str]:
     """The variables after ``stager activate``, as the Python that is found then sees them."""
     said = in_shell(
         one,
@@ -201,7 +203,9 @@ def test_stage_run(staged: Callable[[str, str], Staged]) -> None:
     assert said.stdout.split()[0] == str(one.prefix)
     for status in (0, 3):
         command = ["--env", "venv", "sh", "-c", f"exit {status}"]
-        assert one.run(stage_run, *command, env=one.bench.environ(), check=False).returncode == status
+        assert (
+            one.run(stage_run, *command, env=one.bench.environ(), check=False).returncode == status
+        )
 
 
 def test_stage_run_falls_back_to_the_original(staged: Callable[[str, str], Staged]) -> None:

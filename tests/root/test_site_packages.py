@@ -12,7 +12,7 @@ import pytest
 import environments
 import workbench
 from environments import Environment, run, strace_files
-from workbench import Bench, Staged
+from workbench import Bench
 
 SOURCE = "import pathlib\nWORD = (pathlib.Path(__file__).parent / 'word.txt').read_text()\n"
 
@@ -295,9 +295,15 @@ def test_bytecode_that_is_not_wanted(bench: Bench, environment: Environment) -> 
     tag = environment.eval("sys.implementation.cache_tag")
     (site / "mod.py.old").write_text("WORD = 'old'\n")
     os.utime(site / "mod.py.old", (1_000_000_000, 1_000_000_000))
-    run([environment.python, "-c",
-         "import py_compile, sys; py_compile.compile(sys.argv[1], cfile=sys.argv[2])",
-         site / "mod.py.old", cache / f"mod.{tag}.pyc"])
+    run(
+        [
+            environment.python,
+            "-c",
+            "import py_compile, sys; py_compile.compile(sys.argv[1], cfile=sys.argv[2])",
+            site / "mod.py.old",
+            cache / f"mod.{tag}.pyc",
+        ]
+    )
     for name in ("mod.cpython-27.pyc", f"gone.{tag}.pyc", f"mod.{tag}.opt-1.pyc"):
         (cache / name).write_bytes(b"rubbish")
     # What numba keeps there is no bytecode of Python's.
@@ -352,7 +358,9 @@ def test_every_spelling_of_the_prefix(bench: Bench) -> None:
     link = bench.root / "link"
     link.symlink_to(real)
     environment = environments.make_venv(link / "env")
-    (environment.bin / "script").write_text(f"#!{environment.python}\nimport sys; print(sys.prefix)")
+    (environment.bin / "script").write_text(
+        f"#!{environment.python}\nimport sys; print(sys.prefix)"
+    )
     (environment.bin / "script").chmod(0o755)
     (environment.prefix / "both.txt").write_text(f"{real}/env {link}/env")
     for path in (real / "env", link / "env"):
@@ -413,7 +421,9 @@ def test_system_site_packages_of_the_node(bench: Bench) -> None:
 def test_odd_configuration(bench: Bench, environment: Environment, home: str) -> None:
     """A relative or missing ``home``, and a command with more than one ``=``."""
     config = environment.prefix / "pyvenv.cfg"
-    lines = [line for line in config.read_text().splitlines() if not line.startswith(("home", "comm"))]
+    lines = [
+        line for line in config.read_text().splitlines() if not line.startswith(("home", "comm"))
+    ]
     if home == "relative":
         lines.insert(0, "home = ../../../../../../../../../../usr/bin")
     lines.append(f"command = /usr/bin/python3 -m venv --prompt=a=b {environment.prefix}")
@@ -428,7 +438,6 @@ def test_odd_configuration(bench: Bench, environment: Environment, home: str) ->
     assert "unknown-key = kept = as it is\n" in written
     assert ("home = /usr/bin\n" in written) == (home == "relative")
     assert workbench.traces(staged, [environment.prefix]) == {}
-
 
 
 def test_namespace_packages_and_empty_directories(bench: Bench, environment: Environment) -> None:

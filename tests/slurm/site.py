@@ -183,7 +183,8 @@ class Site:
             path = self.place(node, "/var/log/slurm/syslog")
             if path.exists():
                 text += path.read_bytes()[self._marks.get(node, 0) :].decode(errors="replace")
-        return text
+        # slurmd writes there as well.
+        return "".join(x for x in text.splitlines(keepends=True) if " slurmd[" not in x)
 
     def mark(self) -> None:
         """From here on :meth:`syslog` counts."""

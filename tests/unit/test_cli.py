@@ -334,6 +334,8 @@ ERRORS: list[tuple[list[str], int, str]] = [
     (["stage", "tiny", "--timeout", "soon"], 2, "'soon'"),
     (["stage", "tiny", "--store", "/with space"], 2, "/with space"),
     (["stage", "tiny", "--store", "/" + "x" * 100], 2, "xxx"),
+    (["stage", "tiny", "--store", "/proc/x"], 1, "/proc/x"),
+    (["stage", "tiny", "--store", "/"], 14, "the store / "),
     (["inspect", "nope"], 10, "nope"),
     (["inspect"], 2, "REF"),
     (["remove", "nope"], 10, "nope"),

@@ -178,6 +178,24 @@ def test_a_module_that_is_mapped_with_its_suffix(project: Project) -> None:
     assert project.sources() == [Source(str(module), path, module=str(module))]
 
 
+def test_the_calls_of_a_finder(project: Project) -> None:
+    (project.tmp / "src" / "proj" / "__init__.py").touch()
+    (project.tmp / "src" / "single.py").touch()
+    text = """from editables.redirector import RedirectingFinder as F
+F.install()
+F.map_module('proj', '{}/src/proj/__init__.py')
+F.map_module('single', '{}/src/single.py')
+F.map_module('builtin')
+raise SystemExit('a finder must not be run to be read')
+"""
+    path = project.write("_editable_impl_proj.py", text)
+    module = f"{project.tmp}/src/single.py"
+    assert project.sources() == [
+        Source(f"{project.tmp}/src/proj", path),
+        Source(module, path, module=module),
+    ]
+
+
 @pytest.mark.parametrize(
     "text",
     [

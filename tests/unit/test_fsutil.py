@@ -30,6 +30,7 @@ NOBODY = 65534
     [
         (errno.ENOSPC, NoSpaceError, 13),
         (errno.EDQUOT, NoSpaceError, 13),
+        (errno.EFBIG, NoSpaceError, 13),
         (errno.EACCES, DeniedError, 14),
         (errno.EPERM, DeniedError, 14),
         (errno.EROFS, DeniedError, 14),
@@ -185,6 +186,12 @@ def test_a_directory_that_others_may_enter_is_refused(tmp_path: Path, mode: int)
     with pytest.raises(DeniedError, match="open to others") as error:
         fsutil.own_directory(str(tmp_path / "store"), "store")
     assert "chmod 700" in str(error.value.hint)
+
+
+def test_where_nothing_can_be_made_the_place_itself_is_named() -> None:
+    with pytest.raises(FileNotFoundError) as error:
+        fsutil.own_directory("/proc/store", "store")
+    assert error.value.filename == "/proc/store"
 
 
 def test_a_link_is_refused_even_to_a_directory_of_our_own(tmp_path: Path) -> None:

@@ -338,7 +338,7 @@ def test_bytecode_that_knows_its_source_by_another_name(tree: Tree) -> None:
 
 
 def test_a_constant_in_bytecode_that_names_the_place_is_never_used(tree: Tree) -> None:
-    """Here the new path is as long as the old, and times are the same: size and time say nothing."""
+    """Here the new path is as long as the old: the source's size and time say nothing."""
     source = tree.write(f"{SITE}/mod.py", "PREFIX = '{}'\n")
     compiled(source)
     new = "/n".ljust(len(str(tree.root)), "n")

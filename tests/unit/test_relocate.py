@@ -40,7 +40,8 @@ def test_a_path_of_its_own_is_replaced(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "{}2", "{}2/bin", "{}-data", "{}_x", "{}.bak", "{}.d/x", "{}._x", "{}+x", "{}~", "{}é", "{}%20x",
+        "{}2", "{}2/bin", "{}-data", "{}_x", "{}.bak", "{}.d/x", "{}._x", "{}+x", "{}~",
+        "{}é", "{}%20x",
         "/mnt{}", "/mnt/lustre{}/bin", "x{}", "0{}", "_{}", ".{}", "..{}", "~{}", "é{}", "a-{}",
         "$HOME{}", "%2F{}", "{}@1", "HTTP{}",
     ],

@@ -270,6 +270,7 @@ def test_the_same_relative_name_elsewhere_is_another_environment(site: Site) -> 
         (["no-such-command"], 127),
         (["/dev/null"], 126),
         (["/"], 126),
+        ([""], 127),
         (["--", "sh", "-c", "exit 3"], 3),
     ],
 )
@@ -278,6 +279,15 @@ def test_the_status_is_the_commands_there_too(site: Site, command: list[str], st
     assert done.status == status
     assert "Traceback" not in done.err
     assert (done.err == "") is (status not in (126, 127))
+
+
+def test_a_script_without_an_interpreters_line_is_run_by_sh_in_every_rank(site: Site) -> None:
+    script = site.root / "script"
+    script.write_text("echo $0 $#; exit 5\n")
+    script.chmod(0o755)
+    for command in (["./script", "a b"], [str(STAGE_RUN), "./script", "a b"]):  # a leader, others
+        done = site.run("--env", "tiny", *command)
+        assert (done.status, done.out, done.err) == (5, "./script 1\n", "")
 
 
 def test_an_option_behind_the_command_is_the_commands(site: Site) -> None:
