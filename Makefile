@@ -17,6 +17,7 @@ WHEEL_SOURCES = $(shell find stager -name __pycache__ -prune -o -print) \
 	pyproject.toml $(wildcard README.md LICENSE)
 
 .PHONY: help setup tools lint test test-unit test-hook test-root test-environments test-slurm \
+	test-slurm-24.11 \
 	bench-main demo cluster cluster-down build clean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -75,6 +76,11 @@ test-environments: setup
 test-slurm: setup
 	tests/cluster/cluster setup
 	$(PYTEST_MAYBE) -m slurm
+
+# The same on Debian 13's Slurm, from a root directory that is made once.
+test-slurm-24.11: setup
+	tests/cluster/cluster setup
+	ROOTFS="$$(tests/cluster/rootfs trixie)" && export ROOTFS && $(PYTEST) -m slurm
 
 # ENV=/path/to/venv measures one of yours.
 bench-main: setup

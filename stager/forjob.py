@@ -82,7 +82,7 @@ def _send(talk: socket.socket, message: Mapping[str, Any]) -> None:
 def _work(
     job: Job, trusted: Config, talk: socket.socket, mounts: str, holder: str
 ) -> dict[str, Any]:
-    from stager import stage as staging
+    from stager import allocation
 
     directive = ref.find_directive(job.comment, cwd=job.work_dir)
     if directive is None:
@@ -102,7 +102,8 @@ def _work(
             _send(talk, {"original": _activation(published.manifest, config, "", str(wish))})
         if config["stage.how"] != "extract":
             config.values["stage.how"] = _how(published, node, config, talk, mounts, until)
-        result = staging.stage(published, node, config, holder=holder)
+        # Not on a mount that ends with another job's step.
+        result = allocation.stage_here(published, config, holder=holder)
         everything.append((published, result))
     return _described(directive, everything, config)
 
