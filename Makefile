@@ -50,7 +50,7 @@ FORCE:
 	PYTHON='$(PYTHON)' tests/setup.sh wheel
 	@touch $@
 
-lint: tools
+lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy --strict stager

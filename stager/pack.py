@@ -267,13 +267,9 @@ class _Layers:
             return outcome
         from stager.formats import tarzst
 
-        with open(path, "xb") as file:
-            archive = tarzst.Writer(
-                file, level=config["pack.level"], threads=config["pack.threads"]
-            )
-            outcome = self._produce(survey, place, archive, compile_all=config["pack.bytecode"])
-            archive.close()
-        return outcome
+        options = {"level": config["pack.level"], "threads": config["pack.threads"]}
+        with open(path, "xb") as file, tarzst.Writer(file, **options) as archive:
+            return self._produce(survey, place, archive, compile_all=config["pack.bytecode"])
 
     def _produce(
         self, survey: Survey, place: plan.Place, sink: Sink, *, compile_all: bool

@@ -39,6 +39,8 @@ mksquashfs squashfs-tools
 squashfuse squashfuse
 fusermount3 fuse3
 zstd zstd
+bsdtar libarchive-tools
+pgrep procps
 strace strace
 shellcheck shellcheck
 busybox busybox

@@ -1,14 +1,4 @@
-"""``tar.zst`` images: many independent zstd frames, so that all cores extract one image.
-
-:class:`Writer` makes one from members, :func:`extract` makes a tree of one. The bytes of the
-format and the reasons for it are in ``docs/formats/tar-zst.md``.
-
-Extraction trusts nothing that the image says. What keeps it safe is mostly order: worker processes
-create directories and files while no link exists in the tree at all, so that no path can lead
-through one; then the parent, alone, makes the links, and last sets the directories' modes. Every
-directory is opened below its parent without following links, every file is created exclusively,
-and whatever goes wrong, the whole tree is removed.
-"""
+"""Extracting an image on every processor, believing nothing that it says."""
 
 from __future__ import annotations
 
@@ -21,10 +11,8 @@ import select
 import signal
 import stat
 import struct
-import threading
 import warnings
 import zlib
-from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO, Callable, NamedTuple, NoReturn, Union
@@ -35,30 +23,18 @@ from stager import errors, fsutil
 from stager.errors import JOB, IntegrityError, NotFoundError, StagerError, UsageError
 from stager.formats import tarstream
 from stager.formats.tarstream import DIR, FILE, HARDLINK, TRAILER, Member
+from stager.formats.tarzst.index import (
+    FRAME_MAGIC,
+    MAX_FRAME,
+    Data,
+    Index,
+    Piece,
+    bad_index,
+    read_at,
+    read_into,
+)
 
-SUFFIX = "tar.zst"
-FRAME_SIZE = 2 << 20
-"""Bytes of tar stream in a frame. Measured: half of it compresses 3 % worse, twice as much (or
-more) extracts 4 % slower, because a decompressed frame no longer fits into a core's cache."""
-MIN_FRAME_SIZE = 16 << 10
-"""A frame that begins a member holds its whole header."""
-MAX_FRAME_SIZE = 64 << 20
-"""What the extractor is willing to hold in memory for each of its workers."""
-
-Data = Union[bytes, bytearray, memoryview]
 Source = Union[str, int, BinaryIO]
-
-_FRAME_MAGIC = b"\x28\xb5\x2f\xfd"
-_MAX_FRAME = MAX_FRAME_SIZE + tarstream.BLOCK  # padding is never cut off from its data
-_MAX_INDEX = 64 << 20
-
-_INDEX_MAGIC = b"stgindx1"
-_SKIPPABLE = 0x184D2A5E
-_SKIPPABLE_HEAD = struct.Struct("<II")  # magic, bytes that follow
-_FRAME = struct.Struct("<II")  # compressed size, size
-_PIECE = struct.Struct("<IQQH")  # frame number, offset in the member, size of the member, path
-_COUNTS = struct.Struct("<II")  # frames, pieces
-_FOOT = struct.Struct("<II8s")  # CRC-32 of the index, its size with this, magic
 
 _TASK = struct.Struct("<II")  # frame number, slot
 _MAX_WORKERS = 128  # so that all tasks there can be fit into the smallest pipe the kernel makes
@@ -84,290 +60,6 @@ class ExtractResult(NamedTuple):
 
 
 # Writing --------------------------------------------------------------------------------------
-
-
-class Writer:
-    """An image being written. The same members give the same bytes, whatever ``threads`` is.
-
-    Args:
-        fileobj: where the bytes go; it is neither flushed nor closed.
-        level: zstd level.
-        threads: how many frames are compressed at once; 0 is one for each processor. About twice
-            as many are in memory.
-        frame_size: bytes of tar stream in a frame; a member that is larger gets several.
-
-    Attributes:
-        files: members written so far, of any kind.
-        bytes: data written so far, without headers.
-    """
-
-    def __init__(
-        self, fileobj: BinaryIO, *, level: int = 3, threads: int = 0, frame_size: int = FRAME_SIZE
-    ) -> None:
-        if not MIN_FRAME_SIZE <= frame_size <= MAX_FRAME_SIZE:
-            raise ValueError(f"frame_size is not in {MIN_FRAME_SIZE}..{MAX_FRAME_SIZE}")
-        self.files = 0
-        self.bytes = 0
-        self._fileobj = fileobj
-        self._level = level
-        self._frame_size = frame_size
-        self._threads = threads or len(os.sched_getaffinity(0))
-        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="zstd")
-        self._local = threading.local()
-        self._pending: deque[tuple[int, Future[bytes]]] = deque()
-        self._buffer = bytearray()
-        self._begun = 0
-        self._frames: list[tuple[int, int]] = []
-        self._pieces: list[_Piece] = []
-
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.abort()
-
-    def write_member(self, member: Member, data: Data | Iterable[Data] = b"") -> None:
-        """Append one member.
-
-        Args:
-            member: what it is.
-            data: exactly ``member.size`` bytes, whole or in pieces; copied before this returns.
-
-        Raises:
-            UsageError: the member cannot be in an image.
-            IntegrityError: there is more or less data than ``member.size``.
-            NoSpaceError: the file system is full.
-        """
-        head = tarstream.header(member)
-        if self._buffer and len(self._buffer) + len(head) + member.size > self._frame_size:
-            self._flush()
-        self._buffer += head
-        first, done = self._begun, 0
-        for piece in (data,) if isinstance(data, (bytes, bytearray, memoryview)) else data:
-            view = memoryview(piece)
-            done += len(view)
-            if done > member.size:
-                raise _changed(member)
-            while view:
-                if len(self._buffer) >= self._frame_size:
-                    self._flush()
-                    at = done - len(view)
-                    path = os.fsencode(member.path)
-                    self._pieces.append(_Piece(self._begun, at, member.size, path))
-                room = self._frame_size - len(self._buffer)
-                self._buffer += view[:room]
-                view = view[room:]
-        if done != member.size:
-            raise _changed(member)
-        self._buffer += tarstream.padding(member.size)
-        if self._begun > first:
-            self._flush()  # the next member begins a frame
-        self.files += 1
-        self.bytes += member.size
-
-    def close(self) -> None:
-        """Write what is left, the end of the archive and the index.
-
-        Raises:
-            NoSpaceError: the file system is full.
-        """
-        try:
-            self._flush()
-            self._buffer += TRAILER
-            self._flush()
-            self._write_frames(0)
-            self._write(_Index(self._frames, self._pieces).to_bytes())
-        finally:
-            self.abort()
-
-    def abort(self) -> None:
-        """Give up the image; what is written of it cannot be extracted."""
-        self._pending.clear()
-        self._pool.shutdown(cancel_futures=True)
-
-    def _flush(self) -> None:
-        if self._buffer:
-            self._pending.append(
-                (len(self._buffer), self._pool.submit(self._compress, self._buffer))
-            )
-            self._buffer = bytearray()
-            self._begun += 1
-            self._write_frames(self._threads)
-
-    def _compress(self, data: bytearray) -> bytes:
-        # A compressor must not be used by two threads, and is too large to make for each frame.
-        compressor: zstandard.ZstdCompressor | None = getattr(self._local, "compressor", None)
-        if compressor is None:
-            compressor = self._local.compressor = zstandard.ZstdCompressor(
-                level=self._level, write_checksum=True, write_content_size=True
-            )
-        return compressor.compress(data)
-
-    def _write_frames(self, leave: int) -> None:
-        while len(self._pending) > leave:
-            size, future = self._pending.popleft()
-            frame = future.result()
-            self._frames.append((len(frame), size))
-            self._write(frame)
-
-    def _write(self, data: bytes) -> None:
-        try:
-            self._fileobj.write(data)
-        except OSError as error:
-            raise fsutil.explain(error, "write the image") from error
-
-
-def _changed(member: Member) -> IntegrityError:
-    return IntegrityError(
-        f"{member.path!r} changed while it was read",
-        hint="pack again when nothing writes to the environment",
-    )
-
-
-# The index ------------------------------------------------------------------------------------
-
-
-class _Piece(NamedTuple):
-    """A frame that holds nothing but data of a member which began in an earlier one."""
-
-    frame: int
-    offset: int
-    size: int
-    path: bytes
-
-
-class _Index:
-    """Where the frames are, and whose data those are that do not begin with a header."""
-
-    def __init__(self, frames: list[tuple[int, int]], pieces: list[_Piece]) -> None:
-        self.frames = frames
-        self.pieces = pieces
-
-    def to_bytes(self) -> bytes:
-        """The skippable frame that ends an image."""
-        body = b"".join(
-            (
-                *(_FRAME.pack(*sizes) for sizes in self.frames),
-                *(_PIECE.pack(*piece[:3], len(piece.path)) + piece.path for piece in self.pieces),
-                _COUNTS.pack(len(self.frames), len(self.pieces)),
-            )
-        )
-        size = len(body) + _FOOT.size
-        foot = _FOOT.pack(zlib.crc32(body), size, _INDEX_MAGIC)
-        return _SKIPPABLE_HEAD.pack(_SKIPPABLE, size) + body + foot
-
-    @classmethod
-    def load(cls, fd: int, image_size: int) -> tuple[_Index, bytes]:
-        """Read the index of an image: two small reads at its end.
-
-        Returns:
-            the index, and the bytes of the image that it was read from.
-
-        Raises:
-            IntegrityError: there is none, or it does not describe this file.
-        """
-        foot = _read(fd, image_size - _FOOT.size, _FOOT.size) if image_size > _FOOT.size else b""
-        if foot[-len(_INDEX_MAGIC) :] != _INDEX_MAGIC:
-            raise IntegrityError(
-                "the image does not end in an index of frames",
-                hint="it is truncated, or not a tar.zst image of stager: copy or pack it again",
-            )
-        checksum, size, _ = _FOOT.unpack(foot)
-        start = image_size - size - _SKIPPABLE_HEAD.size
-        if not _COUNTS.size + _FOOT.size <= size <= _MAX_INDEX or start < 0:
-            raise _bad_index("its size is impossible")
-        raw = _read(fd, start, image_size - start - _FOOT.size) + foot
-        body = raw[_SKIPPABLE_HEAD.size : -_FOOT.size]
-        if raw[: _SKIPPABLE_HEAD.size] != _SKIPPABLE_HEAD.pack(_SKIPPABLE, size):
-            raise _bad_index("it does not begin where it says")
-        if zlib.crc32(body) != checksum:
-            raise _bad_index("its checksum is wrong")
-        index = cls._parse(body)
-        if sum(compressed for compressed, _ in index.frames) != start:
-            raise _bad_index("the sizes of the frames do not add up to the image's")
-        index._check()
-        return index, raw
-
-    @classmethod
-    def _parse(cls, body: bytes) -> _Index:
-        end = len(body) - _COUNTS.size
-        frame_count, piece_count = _COUNTS.unpack_from(body, end)
-        pos = frame_count * _FRAME.size
-        if pos > end:
-            raise _bad_index("it is too short for its frames")
-        frames = list(_FRAME.iter_unpack(body[:pos]))
-        pieces = []
-        for _ in range(piece_count):
-            if pos + _PIECE.size > end:
-                raise _bad_index("it is too short for its pieces")
-            frame, offset, size, length = _PIECE.unpack_from(body, pos)
-            pos += _PIECE.size + length
-            pieces.append(_Piece(frame, offset, size, body[pos - length : pos]))
-        if pos != end:
-            raise _bad_index("it does not end where it should")
-        return cls(frames, pieces)
-
-    def _check(self) -> None:
-        for compressed, size in self.frames:
-            # Incompressible data grows by less than this (ZSTD_compressBound).
-            if not (0 < size <= _MAX_FRAME and 0 < compressed <= size + (size >> 7) + 1024):
-                raise _bad_index("a frame's size is impossible")
-        if not self.frames or self.frames[-1][1] != len(TRAILER):
-            raise _bad_index("the last frame is not the end of the archive")
-        seen = set()
-        going_on: tuple[int, int, int, bytes] | None = None  # what the next piece has to be
-        for piece in self.pieces:
-            if going_on is None:
-                if piece.path in seen or not 0 < piece.frame < len(self.frames):
-                    raise _bad_index("a piece belongs to no member")
-                if tarstream.path_problem(piece.path, FILE):
-                    raise _bad_index("a piece has an impossible path")
-                seen.add(piece.path)
-            elif piece != going_on:
-                raise _bad_index("a piece is out of place")
-            size = self.frames[piece.frame][1]
-            left = piece.size - piece.offset
-            last = size == left + len(tarstream.padding(piece.size))
-            if left <= 0 or (size >= left and not last):
-                raise _bad_index("a piece is not within its member")
-            going_on = None
-            if not last:
-                going_on = (piece.frame + 1, piece.offset + size, piece.size, piece.path)
-        if going_on is not None:
-            raise _bad_index("a member has no end")
-        numbers = [piece.frame for piece in self.pieces]
-        if numbers != sorted(set(numbers)) or numbers[-1:] == [len(self.frames) - 1]:
-            raise _bad_index("a piece is out of order")
-
-
-def _bad_index(what: str) -> IntegrityError:
-    return IntegrityError(
-        f"the image's index of frames is damaged: {what}", hint="copy or pack the image again"
-    )
-
-
-def _read(fd: int, offset: int, size: int) -> bytes:
-    buffer = bytearray(size)
-    _read_into(fd, offset, memoryview(buffer))
-    return bytes(buffer)
-
-
-def _read_into(fd: int, offset: int, view: memoryview) -> None:
-    while view:
-        try:
-            count = os.preadv(fd, [view], offset)
-        except OSError as error:
-            raise fsutil.explain(error, "read the image") from error
-        if not count:
-            raise IntegrityError("the image became shorter while it was read")
-        offset += count
-        view = view[count:]
-
-
-# Extracting -----------------------------------------------------------------------------------
 
 
 def extract(
@@ -425,7 +117,7 @@ def extract(
     destination = os.path.abspath(destination)
     with _opened(source) as fd:
         image_size = os.fstat(fd).st_size
-        index, raw_index = _Index.load(fd, image_size)
+        index, raw_index = Index.load(fd, image_size)
         overhead = tarstream.MAX_HEADER + tarstream.BLOCK
         if sum(size for _, size in index.frames) > max_bytes + max_files * overhead + len(TRAILER):
             raise _too_large()
@@ -560,7 +252,7 @@ def _unpack_all(
                 collect()
             slot = free.pop()
             view = frame(number, slot)
-            _read_into(fd, offset, view)
+            read_into(fd, offset, view)
             busy[slot] = hasher.submit(sums.update, view) if sums.wanted else None
             pool.submit(number, slot)
             offset += len(view)
@@ -573,7 +265,7 @@ def _unpack_all(
 class _Report:
     """What the workers have done, and whether it is within what is allowed."""
 
-    def __init__(self, index: _Index, max_files: int, max_bytes: int) -> None:
+    def __init__(self, index: Index, max_files: int, max_bytes: int) -> None:
         self.files = 0
         self.bytes = 0
         self.directories: dict[str, tuple[int, int]] = {}
@@ -614,7 +306,7 @@ class _Report:
         for piece in self._index.pieces:
             first.setdefault(piece.path, piece)
         if set(first.values()) != self._begun.keys():
-            raise _bad_index("it does not know the members that go on in further frames")
+            raise bad_index("it does not know the members that go on in further frames")
         self.spans = list(self._begun.values())
 
     def seams(self, member: Member) -> list[int]:
@@ -689,7 +381,7 @@ class _Unpacker:
 
     def __init__(
         self,
-        index: _Index,
+        index: Index,
         root: int,
         destination: str,
         rewrite: Callable[[str, bytes], bytes] | None,
@@ -702,7 +394,7 @@ class _Unpacker:
         self._pieces = {piece.frame: piece for piece in index.pieces}
         self._root = root
         self._tree = _Tree(root)
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_FRAME)
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_FRAME)
 
     def prepare(self) -> None:
         """Create the files that several workers will write to."""
@@ -713,7 +405,7 @@ class _Unpacker:
                 try:
                     os.close(os.open(name, _NEW_FILE, 0o600, dir_fd=parent))
                 except FileExistsError:
-                    raise _bad_index(f"{path!r} is a file and a directory") from None
+                    raise bad_index(f"{path!r} is a file and a directory") from None
 
     def unpack(self, number: int, frame: memoryview) -> dict[str, Any]:
         """Write what is in a frame, and tell what the parent has to know of it."""
@@ -729,10 +421,10 @@ class _Unpacker:
     def _decompress(self, number: int, frame: memoryview) -> bytes:
         size = self.index.frames[number][1]
         try:
-            if frame[:4] != _FRAME_MAGIC:
+            if frame[:4] != FRAME_MAGIC:
                 raise IntegrityError(f"frame {number} of the image is not a zstd frame")
             told = zstandard.get_frame_parameters(frame)
-            if told.content_size != size or told.window_size > _MAX_FRAME:
+            if told.content_size != size or told.window_size > MAX_FRAME:
                 raise IntegrityError(f"frame {number} of the image is not what the index says")
             if not told.has_checksum:
                 raise IntegrityError(f"frame {number} of the image has no checksum")
@@ -800,7 +492,7 @@ class _Unpacker:
         finally:
             os.close(fd)
 
-    def _continue(self, piece: _Piece, data: bytes) -> dict[str, Any]:
+    def _continue(self, piece: Piece, data: bytes) -> dict[str, Any]:
         path = os.fsdecode(piece.path)
         view = memoryview(data)[: piece.size - piece.offset]
         if data[len(view) :].strip(b"\0"):
@@ -816,7 +508,7 @@ class _Unpacker:
         try:
             fd = self._tree.file(path)
         except FileNotFoundError:
-            raise _bad_index(f"it does not know that {path!r} goes on in further frames") from None
+            raise bad_index(f"it does not know that {path!r} goes on in further frames") from None
         try:
             os.lseek(fd, offset, os.SEEK_SET)
             _write_all(fd, view)
@@ -906,7 +598,7 @@ def _rewrite_span(fd: int, member: Member, done: _Report, unpacker: _Unpacker) -
                 break
         else:
             return
-    content = rewrite(member.path, _read(fd, 0, member.size))
+    content = rewrite(member.path, read_at(fd, 0, member.size))
     os.lseek(fd, 0, os.SEEK_SET)
     os.ftruncate(fd, 0)
     _write_all(fd, content)
