@@ -122,6 +122,9 @@ class Bench:
     def environ(self, **changes: str | None) -> dict[str, str]:
         """Variables with which ``stager`` uses this repository and store."""
         ours = {"STAGER_REPOSITORY": str(self.repository), "STAGER_STORE": str(self.store)}
+        home = self.root / "home"  # shells write there
+        home.mkdir(exist_ok=True)
+        ours["HOME"] = str(home)
         return clean_environ(**{**ours, **self.settings, **changes})
 
     def stager(
