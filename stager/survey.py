@@ -117,7 +117,6 @@ def _settle_links(survey: Survey) -> None:
     """
     own = f"{survey.tree.root}/"
     known = {entry.path for entry in survey.entries}
-    python = tuple(f"{one}/" for one in (*survey.tree.python_directories, SNAPSHOTS))
     settled: list[Entry] = []
     for entry in survey.entries:
         if entry.kind != LINK:
@@ -128,7 +127,7 @@ def _settle_links(survey: Survey) -> None:
         copies = [_copy_of(path, survey) for path in (target, real)]
         copy = next((path for path in copies if path in known), None)
         inside = real.startswith(own) or copy is not None
-        if inside and entry.path.startswith(python) and _is_module(entry.path, real):
+        if inside and entry.path.endswith(".py") and os.path.isfile(real):
             settled.append(walk.entry(entry.path, real))
         elif entry.source.startswith(own):
             settled.append(entry)
@@ -142,10 +141,6 @@ def _settle_links(survey: Survey) -> None:
         else:
             settled.append(entry._replace(target=target))
     survey.entries = settled
-
-
-def _is_module(path: str, real: str) -> bool:
-    return path.endswith(".py") and os.path.isfile(real)
 
 
 def _copy_of(path: str, survey: Survey) -> str | None:

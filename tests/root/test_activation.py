@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from environments import VENV, run
+from environments import BASE_PYTHON, VENV, run
 from workbench import Staged
 
 SHELLS = {
@@ -79,6 +79,19 @@ def test_own_script_activates_and_deactivates(
     before, after = said.pop(0), said.pop(-2)
     assert said == [str(one.prefix), str(one.prefix), f"hello {one.prefix}", "unset"]
     assert after == before
+
+
+@pytest.mark.parametrize("kind", ["virtualenv", "uv"])
+def test_activate_this(staged: Callable[[str, str], Staged], kind: str) -> None:
+    """For a Python that is embedded, and for those who have another one already."""
+    one = staged(kind, "mounted")
+    code = (
+        "import os, runpy, sys; runpy.run_path(sys.argv[1]); import six;"
+        " print(os.environ['VIRTUAL_ENV'], sys.prefix, six.__file__, os.environ['PATH'])"
+    )
+    said = one.run(BASE_PYTHON, "-S", "-c", code, one.bin / "activate_this.py").stdout.split()
+    assert said[:3] == [str(one.prefix), str(one.prefix), f"{one.site_packages}/six.py"]
+    assert said[3].startswith(f"{one.bin}:")
 
 
 @pytest.mark.parametrize("kind", ["venv", "virtualenv", "uv"])

@@ -236,11 +236,9 @@ def test_every_way_to_marshal_a_string(type_byte: int, flag: int) -> None:
     st.text(min_size=1, max_size=400).filter(lambda text: "\0" not in text),
 )
 def test_any_name_becomes_any_other(old: str, new: str) -> None:
-    # A name that is a word of the source is the same marshalled string as that word.
+    # Absolute paths, as sources have: a name of one letter may stand between other bytes as well.
+    old, new = f"/origin/{old}.py", f"/{new}"
     plain = "X = 1\ndef f(): return [2 for x in 'abc']\n"
-    assume(
-        old not in {"X", "f", "x", "abc", "<module>", "<listcomp>", ".0", "f.<locals>.<listcomp>"}
-    )
     before = compile(plain, old, "exec", dont_inherit=True)
     data = bytecode.move(pyc_of(before), old, new)
     result = marshal.loads(data[HEADER:])

@@ -33,6 +33,7 @@ from stager.errors import (
     StagerError,
 )
 from stager.formats import squashfs, tarzst
+from stager.formats.tarzst import extracting
 from stager.manifest import Layer, Manifest
 from stager.repository import Published
 from stager.stage import EXTRACTED, HIT, Staged
@@ -252,7 +253,7 @@ POINTS: dict[str, tuple[str, Callable[[], object]]] = {
     "before the stamp": ("squashfs", lambda: dying(Store, "set_ready", after=False)),
     "in the stamp": ("squashfs", lambda: dying(os, "rename", after=False, turn=3)),
     "before extracting": ("tar.zst", lambda: dying(tarzst, "extract", after=False)),
-    "while extracting": ("tar.zst", lambda: dying(tarzst, "_finish", after=False)),
+    "while extracting": ("tar.zst", lambda: dying(extracting, "_finish", after=False)),
     "after extracting": ("tar.zst", lambda: dying(tarzst, "extract", after=True)),
     "with an extracted tree": ("tar.zst", lambda: dying(os, "rename", after=True)),
 }
