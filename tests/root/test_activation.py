@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from environments import BASE_PYTHON, VENV, run
+from environments import BASE_PYTHON, VENV, run, strace_files
 from workbench import Staged
 
 SHELLS = {
@@ -207,6 +207,10 @@ def test_user_site_stays_out(staged: Callable[[str, str], Staged], tmp_path: Pat
     code = f'eval "$({STAGER} activate venv)"; python -c "import six; print(six.__file__)"'
     environ = one.bench.environ(HOME=str(tmp_path), XDG_CONFIG_HOME="/nowhere")
     assert one.run("sh", "-euc", code, env=environ).stdout == f"{one.site_packages}/six.py\n"
+    asked = strace_files(["sh", "-euc", code], env=environ)
+    assert [path for path in asked if path.startswith(f"{tmp_path}/.local/lib")] == []
+    wanted = one.bench.environ(STAGER_RUN_USER_SITE="yes")
+    assert "PYTHONNOUSERSITE" not in activated(one, "bash", "venv", wanted)
 
 
 def test_stage_run(staged: Callable[[str, str], Staged]) -> None:

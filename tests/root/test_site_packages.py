@@ -11,7 +11,7 @@ import pytest
 
 import environments
 import workbench
-from environments import Environment, run, strace_files
+from environments import BASE_PYTHON, Environment, run, strace_files
 from workbench import Bench
 
 SOURCE = "import pathlib\nWORD = (pathlib.Path(__file__).parent / 'word.txt').read_text()\n"
@@ -415,6 +415,21 @@ def test_system_site_packages_of_the_node(bench: Bench) -> None:
     (told,) = staged.told("system-site").values()
     assert told["severity"] == "warning"
     assert "/usr" in told["reason"]
+
+
+def test_copied_interpreter_of_a_packed_base(bench: Bench) -> None:
+    """``--copies`` beside a base that moves: a copy would not find its library, a link does."""
+    base = environments.make_base(bench.root / "origin" / "base")
+    environment = environments.make_venv(
+        bench.root / "origin" / "env", "--copies", python=base.bin / "python3"
+    )
+    assert not environment.python.is_symlink()
+    staged = bench.packed_and_staged(environment, hide=[base.prefix])
+    for name in ("python", "python3", BASE_PYTHON.name):
+        link = os.readlink(staged.bin / name)
+        assert not link.startswith("/")
+        said = staged.run(staged.bin / name, "-c", "import sys, ssl; print(sys.base_prefix)")
+        assert said.stdout == f"{staged.trees[0]}\n"
 
 
 @pytest.mark.parametrize("home", ["relative", "missing"])
