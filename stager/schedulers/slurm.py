@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -159,6 +158,8 @@ def _load_with_pyslurm(job: str) -> dict[str, str]:
 
 
 def _load_with_squeue(job: str) -> dict[str, str]:
+    import subprocess  # a Prolog asks nothing, and does without
+
     # A comment may hold anything but NUL, new lines included: control characters part the fields.
     form = "\x1e%A\x1f%T\x1f%Z\x1f%k"
     try:
