@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import mmap
 import os
@@ -30,7 +29,6 @@ from stager.formats.tarzst.index import (
     Index,
     Piece,
     bad_index,
-    read_at,
     read_into,
 )
 
@@ -39,7 +37,7 @@ Source = Union[str, int, BinaryIO]
 _TASK = struct.Struct("<II")  # frame number, slot
 _MAX_WORKERS = 128  # so that all tasks there can be fit into the smallest pipe the kernel makes
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_OLD_FILE = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+_OLD_FILE = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -48,14 +46,12 @@ class ExtractResult(NamedTuple):
 
     Attributes:
         files: members of any kind, directories and links included.
-        bytes: data of all files as the image has it, before any rewriting.
-        sha256: digest of the whole image, in hexadecimal, if one was expected.
+        bytes: data of all files.
         crc32: CRC-32 of the whole image, if one was expected.
     """
 
     files: int
     bytes: int
-    sha256: str | None
     crc32: int | None
 
 
@@ -69,17 +65,14 @@ def extract(
     workers: int,
     max_files: int,
     max_bytes: int,
-    expected_sha256: str | None = None,
     expected_crc32: int | None = None,
-    rewrite: Callable[[str, bytes], bytes] | None = None,
-    rewrite_needle: bytes | None = None,
     allowed_links: Callable[[str, str], bool] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> ExtractResult:
     """Make a tree of an image, on several cores.
 
     The image is read once: first the index at its end, then the rest from beginning to end, which
-    is hashed at the same time if there is something to compare with. Damage is found without:
+    is summed up at the same time if there is something to compare with. Damage is found without:
     every frame has a checksum of its own, and so has the index.
 
     Args:
@@ -90,13 +83,8 @@ def extract(
         workers: how many processes decompress and write.
         max_files: most members, of any kind; from the manifest.
         max_bytes: most bytes of data in all files together; from the manifest.
-        expected_sha256: digest in hexadecimal that the image must have. On a processor without
-            instructions for it, this costs half as much as decompressing.
         expected_crc32: CRC-32 that the image must have: tells an image from another one, not from
             one that was made to look like it.
-        rewrite: called with path and content of every file that contains ``rewrite_needle``, in
-            some worker process; returns the content to be written instead.
-        rewrite_needle: what to look for; not empty. Without it nothing is rewritten.
         allowed_links: called with a symbolic link's path and target where the target may leave
             the tree (see :func:`stager.formats.tarstream.stays_inside`); such links are refused
             unless it returns true.
@@ -112,8 +100,6 @@ def extract(
 
     Whatever is raised, nothing is left of the destination.
     """
-    if (rewrite is None) != (not rewrite_needle):
-        raise ValueError("rewrite and rewrite_needle are of use only together")
     destination = os.path.abspath(destination)
     with _opened(source) as fd:
         image_size = os.fstat(fd).st_size
@@ -134,17 +120,17 @@ def extract(
                 root = os.open(destination, _DIRECTORY)
                 stack.callback(os.close, root)
                 os.fchmod(root, 0o700)  # a parent with a set-group-ID bit passes that on
-                unpacker = _Unpacker(index, root, destination, rewrite, rewrite_needle)
+                unpacker = _Unpacker(index, root, destination)
                 done = _Report(index, max_files, max_bytes)
                 unpacker.prepare()
-                sums = _Sums(expected_sha256, expected_crc32)
-                _unpack_all(fd, unpacker, done, sums, workers, progress)
-                sums.update(raw_index)
-                sums.check()
-                _finish(done, root, unpacker, allowed_links)
+                checksum = _Checksum(expected_crc32)
+                _unpack_all(fd, unpacker, done, checksum, workers, progress)
+                checksum.update(raw_index)
+                checksum.check()
+                _finish(done, root, allowed_links)
                 if progress is not None:
                     progress(len(raw_index))
-                return ExtractResult(done.files, done.bytes, sums.sha256, sums.crc32)
+                return ExtractResult(done.files, done.bytes, checksum.crc32)
         except BaseException as error:
             with contextlib.suppress(OSError):
                 fsutil.remove_tree(destination)
@@ -181,55 +167,45 @@ def _too_large() -> IntegrityError:
     )
 
 
-class _Sums:
-    """What the bytes of an image are compared by, as far as anything is expected of them."""
+class _Checksum:
+    """The CRC-32 of the bytes of an image, if anything is expected of it."""
 
-    def __init__(self, sha256: str | None, crc32: int | None) -> None:
-        self._expected = sha256.lower() if sha256 is not None else None, crc32
-        self._sha256 = hashlib.sha256() if sha256 is not None else None
-        self.crc32 = 0 if crc32 is not None else None
-        self.wanted = self._expected != (None, None)
-
-    @property
-    def sha256(self) -> str | None:
-        return self._sha256.hexdigest() if self._sha256 is not None else None
+    def __init__(self, expected: int | None) -> None:
+        self._expected = expected
+        self.crc32 = 0 if expected is not None else None
 
     def update(self, data: Data) -> None:
         """Take in the next bytes of the image."""
-        if self._sha256 is not None:
-            self._sha256.update(data)
         if self.crc32 is not None:
             self.crc32 = zlib.crc32(data, self.crc32)
 
     def check(self) -> None:
         """Compare, when all of the image was taken in."""
-        names = ("sha256 {}", "CRC-32 {:08x}")
-        for name, found, expected in zip(names, (self.sha256, self.crc32), self._expected):
-            if found != expected:
-                raise IntegrityError(
-                    f"the image has {name.format(found)}, expected was {name.format(expected)}",
-                    hint="it was damaged on the way or replaced: stage or pack it again",
-                )
+        if self.crc32 != self._expected:
+            raise IntegrityError(
+                f"the image has CRC-32 {self.crc32:08x}, expected was {self._expected:08x}",
+                hint="it was damaged on the way or replaced: stage or pack it again",
+            )
 
 
 def _unpack_all(
     fd: int,
     unpacker: _Unpacker,
     done: _Report,
-    sums: _Sums,
+    checksum: _Checksum,
     workers: int,
     progress: Callable[[int], None] | None,
 ) -> None:
-    """Read every frame into a free slot of shared memory, have it hashed and unpacked from there.
+    """Read every frame into a free slot of shared memory, have it summed and unpacked from there.
 
-    So what is hashed is what is extracted, whoever changes the file meanwhile.
+    So what is summed up is what is extracted, whoever changes the file meanwhile.
     """
     frames = unpacker.index.frames
     workers = max(1, min(workers, len(frames), _MAX_WORKERS))
     free = list(range(2 * workers + 1))
     slot_size = max(compressed for compressed, _ in frames)
     memory = memoryview(mmap.mmap(-1, len(free) * slot_size))
-    busy: dict[int, Future[None] | None] = {}
+    busy: dict[int, Future[None]] = {}
 
     def frame(number: int, slot: int) -> memoryview:
         return memory[slot * slot_size : slot * slot_size + frames[number][0]]
@@ -240,12 +216,10 @@ def _unpack_all(
     def collect() -> None:
         for number, slot, report in pool.results():
             done.add(number, report)
-            hashing = busy.pop(slot)
-            if hashing is not None:
-                hashing.result()
+            busy.pop(slot).result()
             free.append(slot)
 
-    with _Workers(workers, unpack) as pool, ThreadPoolExecutor(1, "sums") as hasher:
+    with _Workers(workers, unpack) as pool, ThreadPoolExecutor(1, "checksum") as thread:
         offset = 0
         for number in range(len(frames)):
             while not free:
@@ -253,7 +227,7 @@ def _unpack_all(
             slot = free.pop()
             view = frame(number, slot)
             read_into(fd, offset, view)
-            busy[slot] = hasher.submit(sums.update, view) if sums.wanted else None
+            busy[slot] = thread.submit(checksum.update, view)
             pool.submit(number, slot)
             offset += len(view)
             if progress is not None:
@@ -270,7 +244,6 @@ class _Report:
         self.bytes = 0
         self.directories: dict[str, tuple[int, int]] = {}
         self.spans: list[Member] = []
-        self.rewritable: set[str] = set()
         self._index = index
         self._max_files = max_files
         self._max_bytes = max_bytes
@@ -294,8 +267,6 @@ class _Report:
             *fields, offset = report["span"]
             member = Member(*fields)
             self._begun[number + 1, offset, member.size, os.fsencode(member.path)] = member
-        if report["found"]:
-            self.rewritable.add(report["found"])
 
     def check(self) -> None:
         """Compare the reports on all frames with each other and with the index."""
@@ -308,11 +279,6 @@ class _Report:
         if set(first.values()) != self._begun.keys():
             raise bad_index("it does not know the members that go on in further frames")
         self.spans = list(self._begun.values())
-
-    def seams(self, member: Member) -> list[int]:
-        """Offsets in a member of several frames at which a frame ends and the next begins."""
-        path = os.fsencode(member.path)
-        return [piece.offset for piece in self._index.pieces if piece.path == path]
 
     def links(self) -> Iterator[Member]:
         """All links, in the order of the archive."""
@@ -365,7 +331,7 @@ class _Tree:
             raise IntegrityError(f"refused tar stream: {path!r} is no directory") from None
 
     def file(self, path: str) -> int:
-        """Open a file that exists, for reading and writing."""
+        """Open a file that exists, for writing."""
         directory, _, name = path.rpartition("/")
         return os.open(name, _OLD_FILE, dir_fd=self.directory(directory))
 
@@ -379,17 +345,8 @@ class _Tree:
 class _Unpacker:
     """Makes files of frames. Used by the workers; the parent only prepares for them."""
 
-    def __init__(
-        self,
-        index: Index,
-        root: int,
-        destination: str,
-        rewrite: Callable[[str, bytes], bytes] | None,
-        needle: bytes | None,
-    ) -> None:
+    def __init__(self, index: Index, root: int, destination: str) -> None:
         self.index = index
-        self.rewrite = rewrite
-        self.needle = needle or b""
         self._destination = destination
         self._pieces = {piece.frame: piece for piece in index.pieces}
         self._root = root
@@ -439,9 +396,8 @@ class _Unpacker:
 
     def _members(self, data: bytes, *, last: bool) -> dict[str, Any]:
         files = size = 0
-        directories, links, span, found = [], [], None, None
+        directories, links, span = [], [], None
         parents = set()
-        rewritable = bool(self.needle) and self.needle in data
         reader = tarstream.Reader()
         for member, piece in reader.feed(data):
             files += 1
@@ -452,11 +408,10 @@ class _Unpacker:
             if member.kind == FILE:
                 if reader.missing:
                     span = [path, FILE, member.mode, member.mtime, member.size, "", len(piece)]
-                    found = path if rewritable else None
                     self._write_piece(path, 0, piece)
                 else:
                     parent = self._tree.directory(directory, create=True)
-                    self._create(member, parent, name, piece, rewritable)
+                    self._create(member, parent, name, piece)
             elif member.kind == DIR:
                 if path != ".":
                     self._tree.directory(path, create=True)
@@ -472,16 +427,9 @@ class _Unpacker:
             "links": links,
             "parents": sorted(parents),
             "span": span,
-            "found": found,
         }
 
-    def _create(
-        self, member: Member, parent: int, name: str, content: Data, rewritable: bool
-    ) -> None:
-        if rewritable:
-            content = bytes(content)
-            if self.needle in content and self.rewrite is not None:
-                content = self.rewrite(member.path, content)
+    def _create(self, member: Member, parent: int, name: str, content: Data) -> None:
         try:
             fd = os.open(name, _NEW_FILE, member.mode & 0o777, dir_fd=parent)
         except FileExistsError:
@@ -498,10 +446,8 @@ class _Unpacker:
         if data[len(view) :].strip(b"\0"):
             raise IntegrityError("malformed tar stream: padding is not zeros")
         self._write_piece(path, piece.offset, view)
-        found = path if self.needle and self.needle in data else None
         return {
             "files": 0, "bytes": 0, "directories": [], "links": [], "parents": [], "span": None,
-            "found": found,
         }  # fmt: skip
 
     def _write_piece(self, path: str, offset: int, view: memoryview) -> None:
@@ -524,19 +470,13 @@ def _write_all(fd: int, data: Data) -> None:
         data = memoryview(data)[count:]
 
 
-def _finish(
-    done: _Report,
-    root: int,
-    unpacker: _Unpacker,
-    allowed_links: Callable[[str, str], bool] | None,
-) -> None:
+def _finish(done: _Report, root: int, allowed_links: Callable[[str, str], bool] | None) -> None:
     """All that must not happen while workers create files: links, and what they may not change."""
     done.check()
     with _Tree(root) as tree, _Tree(root) as targets:
         for member in done.spans:
             fd = tree.file(member.path)
             try:
-                _rewrite_span(fd, member, done, unpacker)
                 os.fchmod(fd, member.mode & 0o777)
                 os.utime(fd, (member.mtime, member.mtime))
             finally:
@@ -583,25 +523,6 @@ def _hard_link(member: Member, targets: _Tree, parent: int, name: str) -> None:
             f"refused hard link {member.path!r}: {member.target!r} is no file of the tree"
         ) from None
     os.link(target, name, src_dir_fd=source, dst_dir_fd=parent, follow_symlinks=False)
-
-
-def _rewrite_span(fd: int, member: Member, done: _Report, unpacker: _Unpacker) -> None:
-    """Rewrite a file of several frames if the needle is in it, perhaps across two of them."""
-    needle, rewrite = unpacker.needle, unpacker.rewrite
-    if rewrite is None:
-        return
-    if member.path not in done.rewritable:
-        around = len(needle) - 1
-        for start in done.seams(member):
-            window = os.pread(fd, 2 * around, max(0, start - around))
-            if needle in window:
-                break
-        else:
-            return
-    content = rewrite(member.path, read_at(fd, 0, member.size))
-    os.lseek(fd, 0, os.SEEK_SET)
-    os.ftruncate(fd, 0)
-    _write_all(fd, content)
 
 
 # Workers --------------------------------------------------------------------------------------
