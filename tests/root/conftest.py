@@ -14,11 +14,16 @@ from workbench import KINDS, Bench, Staged
 
 
 def _directory() -> Path:
-    """A short path that other users can reach; the session removes it."""
     public = Path(os.environ["TESTING_DIRECTORY"]) / "public"
     directory = Path(tempfile.mkdtemp(dir=public, prefix=""))
     directory.chmod(0o755)
     return directory
+
+
+@pytest.fixture(scope="session")
+def new_directory() -> Callable[[], Path]:
+    """Makes directories with short paths that other users can reach; the session removes them."""
+    return _directory
 
 
 @pytest.fixture

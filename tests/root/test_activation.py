@@ -226,6 +226,17 @@ def test_stage_run(staged: Callable[[str, str], Staged]) -> None:
         )
 
 
+def test_stage_run_with_the_variables_of_another_python(
+    staged: Callable[[str, str], Staged],
+) -> None:
+    """``PYTHONHOME`` would keep stager's own Python from starting, and then the job."""
+    one = staged("venv", "mounted")
+    environ = one.bench.environ(PYTHONHOME=str(one.hide[0]), PYTHONPATH="/nowhere")
+    code = "import os, sys; print(sys.prefix, os.environ.get('PYTHONHOME'))"
+    command = [VENV / "bin" / "stage-run", "--strict", "--env", "venv", "python", "-c", code]
+    assert one.run(*command, env=environ).stdout == f"{one.prefix} None\n"
+
+
 def test_stage_run_falls_back_to_the_original(staged: Callable[[str, str], Staged]) -> None:
     """Without the option the job runs, on the original and with one line that says so."""
     one = staged("venv", "mounted")

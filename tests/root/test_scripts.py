@@ -123,7 +123,7 @@ def test_zip_with_an_interpreter_line(bench: Bench, environment: Environment) ->
 
 def test_binary_with_the_prefix_is_told(bench: Bench, environment: Environment) -> None:
     """Compiled programs in ``bin`` cannot be rewritten; the report names them."""
-    content = b"\x7fELF\x01\0\0" + bytes(environment.bin) + b"/helper\0rest"
+    content = b"\x7fELF\x01\0\0" + bytes(environment.bin) + b"/program\0rest"
     (environment.bin / "compiled").write_bytes(content)
     said = bench.pack(environment)
     findings = [one for one in said["findings"] if one["path"] == "bin/compiled"]

@@ -142,9 +142,9 @@ def test_killed_maker_is_replaced(bench: Bench, packed: Environment, opens: Open
     """Of ten at once the one that works is killed in the middle: all others succeed."""
     tool = SlowTool(bench)
     processes = [start(bench, PATH=tool.path) for _ in range(10)]
-    ((maker, helper),) = until("a maker is in the middle", tool.at_work)
+    ((maker, program),) = until("a maker is in the middle", tool.at_work)
     (killed,) = [one for one in processes if one.pid == maker]
-    os.kill(helper, signal.SIGKILL)
+    os.kill(program, signal.SIGKILL)
     killed.kill()
     tool.go.touch()
     results = {one.pid: ended(one) for one in processes}

@@ -1,4 +1,4 @@
-"""The example for a cluster with hooks, as it is."""
+"""The example for a cluster with hooks, as it is. Other tests count what alice has: it comes last."""
 
 from __future__ import annotations
 
