@@ -1,4 +1,4 @@
-"""The example for a cluster with hooks, as it is. Other tests count what alice has: it comes last."""
+"""The example for a cluster with hooks. It comes last: other tests count what alice has."""
 
 from __future__ import annotations
 
