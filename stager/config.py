@@ -7,14 +7,17 @@ Precedence: command line > ``STAGER_*`` > the user's file > ``/etc/stager/config
 
 from __future__ import annotations
 
+import contextlib
 import glob
+import json
 import os
 import re
 import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Callable
+from typing import Any, BinaryIO, Callable, TextIO
 
+from stager import fsutil
 from stager.errors import SITE, UsageError
 
 SITE_DIRECTORY = "/etc/stager"
@@ -258,6 +261,7 @@ def load(
     trusted_only: bool = False,
     site_directory: str = SITE_DIRECTORY,
     uid: int | None = None,
+    cache: str | None = None,
 ) -> Config:
     """Load every value with its provenance.
 
@@ -267,6 +271,7 @@ def load(
         trusted_only: read only the site's files, as root hooks must.
         site_directory: where the site's files are.
         uid: whose store it is; None is our own user.
+        cache: a file of root's in which root keeps what the files say.
 
     Raises:
         UsageError: a file or value is malformed; the message says where.
@@ -283,8 +288,13 @@ def load(
     if not trusted_only:
         home = environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
         files.append(os.path.join(home, "stager", "config.yaml"))
+    if cache:
+        _remember(cache)
+    before = dict(_parsed)
     for path in files:
         _merge_file(config, path, trusted=trusted_only)
+    if cache and _parsed != before:
+        _keep(cache)
     if not trusted_only:
         for key in KEYS:
             variable = "STAGER_" + key.upper().replace(".", "_")
@@ -298,6 +308,31 @@ def load(
 
 def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
+
+
+_parsed: dict[str, tuple[list[int], Any]] = {}
+"""What each file says, and what it was when it was read: one that is as it was is not read again.
+
+Reading YAML takes 50 ms of CPU, most of it for the import: too much for every job on every node.
+"""
+
+
+def _remember(cache: str) -> None:
+    """Read what an earlier process kept, if it was root's."""
+    with contextlib.suppress(OSError, ValueError, TypeError), open(cache, "rb") as file:
+        if _is_roots(file):
+            _parsed.update(json.load(file))
+
+
+def _is_roots(file: BinaryIO) -> bool:
+    return os.fstat(file.fileno()).st_uid == 0
+
+
+def _keep(cache: str) -> None:
+    # What is no JSON (a date) is no value of ours either, and will be refused.
+    with contextlib.suppress(OSError, TypeError, ValueError):
+        data = json.dumps(_parsed).encode()
+        fsutil.write_atomic(cache, data, mode=0o644, durable=False)
 
 
 def _merge_file(config: Config, path: str, *, trusted: bool) -> None:
@@ -318,18 +353,25 @@ def _merge_file(config: Config, path: str, *, trusted: bool) -> None:
                 hint=f"chown root:root {path}; chmod 644 {path}",
                 blame=SITE,
             )
-        import yaml
-
-        try:
-            document = yaml.safe_load(file)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UsageError(f"{path} is not YAML: {error}", blame=SITE) from error
+        identity = [info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns]
+        if path not in _parsed or _parsed[path][0] != identity:
+            _parsed[path] = (identity, _parse(path, file))
+        document = _parsed[path][1]
     if document is None:
         return
     if not isinstance(document, dict):
         raise UsageError(f"{path} is not a mapping of keys to values", blame=SITE)
     for key, value in _flatten(document):
         config.set(key, value, path)
+
+
+def _parse(path: str, file: TextIO) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(file)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not YAML: {error}", blame=SITE) from error
 
 
 def _flatten(document: Mapping[Any, Any], prefix: str = "") -> Iterable[tuple[str, object]]:

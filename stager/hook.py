@@ -72,7 +72,7 @@ def prolog(
         job = Job.of_prolog(environ)
         state = State(root, job.key)
         try:
-            config = _load(job.uid, site_directory)
+            config = _load(job.uid, root, site_directory)
             began = state.begin(job, {"store": config["store"]})
         except Exception:
             state.remove()  # of an earlier run
@@ -91,8 +91,11 @@ def prolog(
         return 0
 
 
-def _load(uid: int, site_directory: str) -> Config:
-    return configuration.load(trusted_only=True, uid=uid, site_directory=site_directory)
+def _load(uid: int, root: str, site_directory: str) -> Config:
+    cache = os.path.join(root, "config.json")
+    return configuration.load(
+        trusted_only=True, uid=uid, site_directory=site_directory, cache=cache
+    )
 
 
 def _explained(error: BaseException) -> tuple[str, str]:
@@ -440,7 +443,7 @@ def epilog(
         finally:
             state.remove()
         with contextlib.suppress(StagerError):
-            config = _load(job.uid, site_directory)
+            config = _load(job.uid, root, site_directory)
         _emit(events.RELEASE, {**fields, "how": str(dropped)}, config, root)
     except BaseException as error:
         reason, _ = _explained(error)

@@ -328,14 +328,16 @@ def test_a_warm_prolog_is_cheap(site: Site, prefix: str) -> None:
 
 def test_after_a_reboot_nothing_stale_is_trusted(site: Site, prefix: str) -> None:
     job = site.cluster.sbatch("#!/bin/sh\nsleep 600\n", args=["-w", "n4", "--comment=pyenv:demo"])
-    until(lambda: leases(site, "n4"))
     stamp = site.place("n4", f"{STORE}/20001/ready") / prefix.rpartition("/")[2]
-    before = stamp.read_text()
-    site.cluster.reboot("n4")
-    site._start_syslog("n4")
-    site.cluster.exec("ctl", "root", ["scancel", str(job)])
-    site.cluster.undrain()
-    site.settled()
+    try:
+        until(lambda: leases(site, "n4") and stamp.is_file())
+        before = stamp.read_text()
+        site.cluster.reboot("n4")
+        site._start_syslog("n4")
+    finally:  # others wait for an empty queue
+        site.cluster.exec("ctl", "root", ["scancel", str(job)])
+        site.cluster.undrain()
+        site.settled()
     assert mounts(site, "n4") == []
     assert site.job_states("n4") == []
     done = site.batch(SHOW, "-w", "n4", comment="pyenv:demo")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from pathlib import Path
@@ -264,3 +265,42 @@ def test_a_file_that_others_may_write_is_not_trusted(site: Path, mode: int) -> N
         load(site, trusted_only=True)
     assert f"chmod 644 {path}" in str(error.value.hint)
     assert stat.S_IMODE(path.stat().st_mode) == mode
+
+
+def test_a_cache_saves_reading_yaml_until_a_file_changes(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "config.json"
+    (site / "config.yaml").write_text("pack: {level: 4}")
+    reads: list[str] = []
+    parse = config._parse
+    monkeypatch.setattr(
+        config, "_parse", lambda path, file: reads.append(path) or parse(path, file)
+    )
+
+    def level() -> int:
+        monkeypatch.setattr(config, "_parsed", {})  # as in another process
+        return load(site, cache=str(cache))["pack.level"]
+
+    assert (level(), level(), len(reads)) == (4, 4, 1)
+    (site / "config.yaml").write_text("pack: {level:  5}")
+    assert (level(), level(), len(reads)) == (5, 5, 2)
+    cache.write_text("[")
+    assert (level(), len(reads)) == (5, 3)
+    (site / "config.d" / "date.yaml").write_text("x: 2026-01-01")
+    with pytest.raises(UsageError, match="x"):
+        level()
+
+
+def test_a_cache_of_others_is_not_believed(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (site / "config.yaml").write_text("pack: {level: 4}")
+    cache = tmp_path / "config.json"
+    info = (site / "config.yaml").stat()
+    identity = [info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns]
+    cache.write_text(json.dumps({str(site / "config.yaml"): [identity, {"pack.level": 9}]}))
+    for owner, expected in ((0, 9), (1, 4)):
+        monkeypatch.setattr(config, "_parsed", {})
+        monkeypatch.setattr(config, "_is_roots", lambda file, owner=owner: owner == 0)
+        assert load(site, cache=str(cache))["pack.level"] == expected
