@@ -6,6 +6,7 @@ Every cause is made on the real cluster; none may drain a node but the one a sit
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -140,7 +141,9 @@ def no_yaml(site: Site) -> AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def damaged_image(site: Site) -> Iterator[None]:
-    (image,) = (site.home("alice") / ".local/share/stager/images").iterdir()
+    shown = site.cluster.exec("ctl", "alice", [f"{BIN}/stager", "inspect", "--json", "demo"]).stdout
+    (layer,) = json.loads(shown)["layers"]
+    (image,) = (site.home("alice") / ".local/share/stager/images").glob(f"{layer['id']}-*")
     data = image.read_bytes()
     image.write_bytes(data[:-5000] + bytes(5000))
     try:
