@@ -11,7 +11,6 @@ import contextlib
 import struct
 import subprocess
 import threading
-from collections.abc import Iterator
 from queue import SimpleQueue
 
 HEADER = 16
@@ -70,29 +69,32 @@ def move(pyc: bytes, old: str, new: str) -> bytes:
     Only whole marshalled strings equal to ``old`` are replaced: their type and length bytes stand
     before them.
     """
-    for types, header, text in _spelled(old):
-        at = pyc.find(header + text, HEADER)
-        while at >= 0:
-            kind = pyc[at - 1]
-            if kind & ~_REFERENCED in types:
-                replacement = _marshalled(new, kind)
-                end = at + len(header) + len(text)
-                pyc = pyc[: at - 1] + replacement + pyc[end:]
-                at = pyc.find(header + text, at - 1 + len(replacement))
-            else:
-                at = pyc.find(header + text, at + 1)
+    data = old.encode("utf-8", "surrogatepass")
+    # One pass for all ways of marshal to write it, told apart by what stands before the text.
+    at = pyc.find(data, HEADER)
+    while at >= 0:
+        end = at + len(data)
+        start = _start_of_string(pyc, at, data)
+        if start:
+            replacement = _marshalled(new, pyc[start])
+            pyc = pyc[:start] + replacement + pyc[end:]
+            end = start + len(replacement)
+        at = pyc.find(data, end)
     return pyc
 
 
-def _spelled(text: str) -> Iterator[tuple[bytes, bytes, bytes]]:
-    """Yield (type bytes, length bytes, content) of the ways marshal may write a string."""
-    data = text.encode("utf-8", "surrogatepass")
-    length = struct.pack("<I", len(data))
-    if data.isascii():
-        if len(data) < 256:
-            yield _SHORT, bytes([len(data)]), data
-        yield _LONG, length, data
-    yield _UNICODE, length, data
+def _start_of_string(pyc: bytes, at: int, data: bytes) -> int:
+    """Where the marshalled string begins whose content is the ``data`` at ``at``; 0 if none does.
+
+    Its type and its length, in one byte or in four, stand before the content.
+    """
+    if pyc[at - 1] == len(data) and pyc[at - 2] & ~_REFERENCED in _SHORT:
+        return at - 2
+    if pyc[at - 4 : at] == struct.pack("<I", len(data)):
+        types = _LONG + _UNICODE if data.isascii() else _UNICODE
+        if pyc[at - 5] & ~_REFERENCED in types:
+            return at - 5
+    return 0
 
 
 def _marshalled(text: str, kind: int) -> bytes:

@@ -66,12 +66,12 @@ def write_atomic(path: str, data: bytes, *, mode: int = 0o666, durable: bool = T
             os.unlink(temporary)
         raise
     if durable:
-        sync_directory(os.path.dirname(path))
+        sync(os.path.dirname(path))
 
 
-def sync_directory(path: str) -> None:
-    """Make a rename in the directory durable; file systems that cannot are left alone."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def sync(path: str) -> None:
+    """Make a file's content or a directory's entries durable, where the file system can."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     except OSError as error:

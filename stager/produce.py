@@ -158,11 +158,13 @@ class Producer:
         new_name = f"{self._place.destination}/{item.path}"
         pyc = read(item.pyc) if item.pyc is not None and not rewritten else b""
         if bytecode.is_valid(pyc, self._magic, item.mtime, len(source)):
-            if self._place.relocation.touches(pyc):
-                for old_name in self._old_names(item.path, entry.source):
-                    pyc = bytecode.move(pyc, old_name, new_name)
-                    if not self._place.relocation.touches(pyc):
-                        break
+            names = self._old_names(item.path, entry.source)
+            while left := self._place.relocation.touches(pyc):
+                old_name = next(names, None)
+                if old_name is None:
+                    break
+                pyc = bytecode.move(pyc, old_name, new_name)
+            if left:
                 self._leftover(path, pyc, "a constant in bytecode names the original place")
         else:
             compiled = self._compiler.compile(source, new_name)
@@ -340,12 +342,11 @@ def _file(item: Item, content: bytes) -> Member:
     return Member(item.path, "file", item.mode, item.mtime, len(content), "")
 
 
-@contextlib.contextmanager
-def _opened(entry: Entry) -> Iterator[int]:
+def _open(entry: Entry) -> int:
     """Open an entry's file; one that changed since the walk is an error."""
     try:
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-        fd = os.open(entry.source, flags)
+        return os.open(entry.source, flags)
     except PermissionError as error:
         raise DeniedError(
             f"cannot read {entry.source}: {error.strerror}",
@@ -355,6 +356,11 @@ def _opened(entry: Entry) -> Iterator[int]:
         raise _changed(entry) from error
     except OSError as error:
         raise explain(error, f"read {entry.source}") from error
+
+
+@contextlib.contextmanager
+def _opened(entry: Entry) -> Iterator[int]:
+    fd = _open(entry)
     try:
         _check(entry, os.fstat(fd))
         yield fd
@@ -369,11 +375,14 @@ def read(entry: Entry) -> bytes:
         IntegrityError: it changed.
         DeniedError: it cannot be read.
     """
-    with _opened(entry) as fd:
-        data = os.read(fd, entry.size + 1) if entry.size < _CHUNK else _read_all(fd)
+    fd = _open(entry)
+    try:
+        data = os.read(fd, entry.size + 1)
         if len(data) != entry.size:
             data += _read_all(fd)
         _check(entry, os.fstat(fd))
+    finally:
+        os.close(fd)
     if len(data) != entry.size:
         raise _changed(entry)
     return data

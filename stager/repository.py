@@ -192,19 +192,14 @@ class Repository:
         """Move a finished image into place.
 
         Args:
-            path: the file, in this repository's :meth:`workspace`.
+            path: the file, in this repository's :meth:`workspace`, already on disk.
             layer: what it is the image of.
         """
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(path, 0o666 & ~umask)
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
         os.rename(path, self.image(layer))
-        fsutil.sync_directory(self._path("images"))
+        fsutil.sync(self._path("images"))
 
     def add_layer(self, layer_id: str, image_format: str, record: dict[str, Any]) -> None:
         """Remember what packing a layer gave."""
@@ -237,7 +232,7 @@ class Repository:
             self._mark_replaced(self._path("refs", value.name), target)
             fsutil.replace_link(target, self._path("origins", _origin_key(value.origin)))
             fsutil.replace_link(target, self._path("refs", value.name))
-            fsutil.sync_directory(self._path("refs"))
+            fsutil.sync(self._path("refs"))
         return Published(value, data, self)
 
     def _mark_replaced(self, link: str, target: str) -> None:

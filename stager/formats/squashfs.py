@@ -31,6 +31,7 @@ MOUNT_TIMEOUT = 30.0
 """Seconds a mount may take to appear; measured: 4 to 14 ms."""
 
 _BUFFER = 1 << 20
+_PIECES = 512  # IOV_MAX is 1024
 _F_SETPIPE_SZ = 1031
 _HELPERS = ("squashfuse_ll", "squashfuse")
 
@@ -56,7 +57,8 @@ class Writer:
 
         self._path = path
         self._messages = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the image
-        self._buffer = bytearray()
+        self._waiting: list[bytes] = []
+        self._size = 0
         arguments = [
             program("mksquashfs"), "-", path, "-tar", "-noappend", "-quiet", "-no-progress",
             "-comp", "zstd", "-Xcompression-level", str(level), "-b", "128K",
@@ -86,20 +88,14 @@ class Writer:
 
         if member.path == ".":
             return  # the root's mode and time are given on the command line
-        self._buffer += tarstream.header(member)
+        self._put(tarstream.header(member))
         if isinstance(data, bytes):
-            if len(data) > _BUFFER:
-                self._flush()
-                self._write(data)
-            else:
-                self._buffer += data
+            self._put(data)
         else:
             self._flush()
             for piece in data:
-                self._write(piece)
-        self._buffer += tarstream.padding(member.size)
-        if len(self._buffer) >= _BUFFER:
-            self._flush()
+                self._write([memoryview(piece)])
+        self._put(tarstream.padding(member.size))
 
     def close(self) -> None:
         """Finish the image.
@@ -110,7 +106,7 @@ class Writer:
         """
         from stager.formats import tarstream
 
-        self._buffer += tarstream.TRAILER
+        self._put(tarstream.TRAILER)
         self._flush()
         with contextlib.suppress(BrokenPipeError):
             self._pipe.close()
@@ -125,16 +121,28 @@ class Writer:
             self._process.wait()
         self._messages.close()
 
-    def _flush(self) -> None:
-        if self._buffer:
-            self._write(self._buffer)
-            self._buffer = bytearray()
+    def _put(self, data: bytes) -> None:
+        """Write soon: many small pieces go with one call, none of them is copied."""
+        if data:
+            self._waiting.append(data)
+            self._size += len(data)
+            if self._size >= _BUFFER or len(self._waiting) >= _PIECES:
+                self._flush()
 
-    def _write(self, data: bytes | bytearray | memoryview) -> None:
-        view, fd = memoryview(data), self._pipe.fileno()
+    def _flush(self) -> None:
+        self._write([memoryview(one) for one in self._waiting])
+        self._waiting, self._size = [], 0
+
+    def _write(self, views: list[memoryview]) -> None:
+        fd, at = self._pipe.fileno(), 0
         try:
-            while view:
-                view = view[os.write(fd, view) :]
+            while at < len(views):
+                written = os.writev(fd, views[at:])
+                while at < len(views) and written >= len(views[at]):
+                    written -= len(views[at])
+                    at += 1
+                if written:
+                    views[at] = views[at][written:]
         except BrokenPipeError as error:
             self._process.wait()
             raise self._failure() from error

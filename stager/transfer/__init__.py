@@ -117,16 +117,24 @@ def _pump(
 
 
 def identify(path: str, image_format: str) -> Image:
-    """Read a new image once and tell what it is.
+    """Read a new image once and tell what it is; meanwhile it goes to disk.
 
     Args:
         path: the file.
         image_format: ``squashfs`` or ``tar.zst``.
+
+    Raises:
+        OSError: it could not be written to disk.
     """
-    total, size = 0, 0
-    for piece in _pieces(path):
-        total = zlib.crc32(piece, total)
-        size += len(piece)
+    from concurrent.futures import ThreadPoolExecutor  # nodes do without
+
+    with ThreadPoolExecutor(1) as pool:
+        synced = pool.submit(fsutil.sync, path)
+        total, size = 0, 0
+        for piece in _pieces(path):
+            total = zlib.crc32(piece, total)
+            size += len(piece)
+        synced.result()
     return Image(image_format, size, total)
 
 

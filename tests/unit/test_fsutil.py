@@ -159,10 +159,10 @@ def test_a_directory_on_a_file_system_that_cannot_be_synced(
         return fsync
 
     monkeypatch.setattr(os, "fsync", fail(errno.EINVAL))
-    fsutil.sync_directory(str(tmp_path))
+    fsutil.sync(str(tmp_path))
     monkeypatch.setattr(os, "fsync", fail(errno.EIO))
     with pytest.raises(OSError, match="Input/output"):
-        fsutil.sync_directory(str(tmp_path))
+        fsutil.sync(str(tmp_path))
 
 
 # A directory of our own

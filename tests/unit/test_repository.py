@@ -478,7 +478,7 @@ def test_readers_see_a_whole_manifest_while_two_publish_the_same_name(
         assert len(os.listdir(os.path.join(repository.root, room))) == 1
 
 
-@pytest.mark.parametrize("step", ["write_atomic", "replace_link", "sync_directory"])
+@pytest.mark.parametrize("step", ["write_atomic", "replace_link", "sync"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_publishing_that_is_killed_leaves_the_old_or_the_new(
     repository: Repository, monkeypatch: pytest.MonkeyPatch, step: str, when: str

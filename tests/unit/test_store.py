@@ -397,8 +397,9 @@ def test_collectors_and_claims_at_once_never_lose_a_claimed_tree(node: Store) ->
                         node.clear(A)
                         os.makedirs(os.path.join(node.tree(A), "bin"))
                         node.set_ready(A, Stamp("image", EXTRACTED, boot_id(), 1))
-            if not os.path.isdir(os.path.join(node.tree(A), "bin")) or not is_ready(node, A):
-                lost.append(holder)
+            with node.lock(A, timeout=60):  # a collector that sees the claim puts the stamp back
+                if not os.path.isdir(os.path.join(node.tree(A), "bin")) or not is_ready(node, A):
+                    lost.append(holder)
             node.release(holder, A)
             turns += 1
         return turns
