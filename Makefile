@@ -18,7 +18,7 @@ WHEEL_SOURCES = $(shell find stager -name __pycache__ -prune -o -print) \
 
 .PHONY: help setup tools lint test test-unit test-hook test-root test-environments test-slurm \
 	test-slurm-24.11 \
-	bench-main demo cluster cluster-down build clean FORCE
+	bench-main comparison demo cluster cluster-down build clean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -84,8 +84,11 @@ test-slurm-24.11: setup
 
 # ENV=/path/to/venv measures one of yours.
 bench-main: setup
-	$(VENV)/bin/pip install -q --group bench
 	$(VENV)/bin/python tests/benchmarks/main_job.py $(ENV)
+
+# Writes docs/comparison.md from what comes out.
+comparison: setup
+	WRITE_COMPARISON=1 $(PYTEST) tests/peers
 
 demo: setup
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" examples/demo.sh
