@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import platform
@@ -19,7 +20,7 @@ from stager.errors import JOB, IntegrityError, StagerError, UsageError
 from stager.fsutil import explain
 from stager.manifest import Finding, Image, Layer, Manifest, Platform, Python
 from stager.produce import Outcome, Producer, Sink
-from stager.ref import is_name
+from stager.ref import Ref, is_name
 from stager.repository import Published, Repository, stripe
 from stager.survey import Survey, look_through, place_of
 from stager.walk import DIRECTORY, LINK
@@ -123,9 +124,18 @@ def pack(
         written = layers.write(repository, directory)
         findings += [Finding(**one) for record in written for one in record["findings"]]
         manifest = _manifest(environment, surveys, written, findings, config, name)
+        if progress is not None and name is not None:
+            _note_replaced(repository, manifest, progress)
         published = repository.publish(manifest, replace=name is not None)
     repository.collect(keep=config["keep_replaced"])
     return _packed(published, environment, findings, layers.reused, layers.outcomes, started)
+
+
+def _note_replaced(repository: Repository, manifest: Manifest, progress: Progress) -> None:
+    with contextlib.suppress(StagerError):  # a damaged one is replaced, too
+        known = repository.find(Ref(name=manifest.name))
+        if known is not None and known.manifest.origin != manifest.origin:
+            progress.note(f"`{manifest.name}` stood for {known.manifest.origin} until now")
 
 
 def _packed(

@@ -158,9 +158,9 @@ class Writer:
         line = said.splitlines()[-1] if said else f"status {self._process.returncode}"
         if "File too large" in said:
             return NoSpaceError(f"mksquashfs failed: {line}", hint="a file size limit is in force")
-        return StagerError(
-            f"mksquashfs failed: {line}", hint="squashfs-tools 4.5 or newer is needed"
-        )
+        old = "nvalid option" in said  # -tar is one since 4.5
+        hint = "squashfs-tools 4.5 or newer is needed" if old else "`--format tar.zst` does without"
+        return StagerError(f"mksquashfs failed: {line}", hint=hint)
 
 
 def program(name: str) -> str:

@@ -65,6 +65,15 @@ def test_packing_again_writes_nothing(bench: Bench, venv_on_base: Environment) -
     assert {path: path.stat().st_mtime_ns for path in bench.repository.glob("images/*")} == before
 
 
+def test_a_name_that_is_taken_over_is_told(
+    bench: Bench, venv_uv: Environment, venv_uv_relocatable: Environment
+) -> None:
+    bench.pack(venv_uv)
+    assert "until now" not in bench.stager("pack", venv_uv.prefix, "--name", "it").stderr
+    said = bench.stager("pack", venv_uv_relocatable.prefix, "--name", "it").stderr
+    assert f"stager: `it` stood for {venv_uv.prefix} until now\n" in said
+
+
 def test_base_is_packed_once_for_all(bench: Bench, venv_on_base: Environment) -> None:
     base = venv_on_base.base_prefix
     other = environments.make_venv(bench.root / "other", python=base / "bin" / "python3")
