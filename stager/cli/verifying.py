@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict
 
 from stager import activate, lease
 from stager import verify as verifier
 from stager.cli.common import count, load_config, print_json, say
 from stager.cli.staging import prepare
+from stager.config import Config
 from stager.errors import IntegrityError, StagerError
 from stager.store import Store
 
@@ -19,6 +23,25 @@ _SHOWN = 20
 def verify(arguments: argparse.Namespace) -> int:
     """Import from the staged tree; exit 12 where the original is touched."""
     config = load_config(arguments)
+    with contextlib.ExitStack() as stack:
+        if not _can_be_made(config["store"]):
+            config.values["store"] = stack.enter_context(_temporary_store(config["store"]))
+        return _verify(arguments, config)
+
+
+def _can_be_made(store: str) -> bool:
+    return os.path.lexists(store) or os.access(os.path.dirname(store), os.W_OK)
+
+
+@contextlib.contextmanager
+def _temporary_store(instead: str) -> Iterator[str]:
+    """A store for a machine that has none for us: a login node, where jobs and hooks never run."""
+    with tempfile.TemporaryDirectory(prefix="stager-store-") as directory:
+        say(f"stager: the store {instead} cannot be made here: unpacking into {directory}")
+        yield directory
+
+
+def _verify(arguments: argparse.Namespace, config: Config) -> int:
     holder = lease.of_process(os.getpid())
     published, result = prepare(arguments.ref, config, holder=holder, quiet=arguments.json)
     manifest = published.manifest

@@ -74,6 +74,7 @@ class Node:
 @pytest.fixture(params=SHELLS)
 def node(tmp_path: Path, request: pytest.FixtureRequest) -> Node:
     words = {"PYTHON": tmp_path / "python", "LIBDIR": "/lib/x", "STATEDIR": tmp_path / "run"}
+    words["STORES"] = tmp_path / "stores"
     for hook in ("prolog", "epilog", "task_prolog"):
         text = (REPO / "hooks/slurm" / hook).read_text()
         for word, value in words.items():
@@ -111,6 +112,31 @@ def test_a_job_without_the_directive_starts_nothing(node: Node, comment: str | N
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not (node.root / "started").exists()
     assert not (node.root / "run").exists()
+
+
+def test_a_job_without_the_directive_finds_a_store(node: Node) -> None:
+    uid = os.getuid()
+    store = node.root / "stores" / str(uid)
+    env = {**JOB, "SLURM_JOB_UID": str(uid)}
+    assert node.run("prolog", env).returncode == 0
+    assert not store.parent.exists()  # the site has another place for stores: nothing of ours
+    store.parent.mkdir()
+    for _ in range(2):
+        done = node.run("prolog", env)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        assert (store.stat().st_uid, store.stat().st_mode & 0o7777) == (uid, 0o700)
+    for wrong in ("", "20001; touch x", "../../x"):
+        assert node.run("prolog", {**env, "SLURM_JOB_UID": wrong}).returncode == 0
+    assert [path.name for path in store.parent.iterdir()] == [str(uid)]
+    assert not (node.root / "x").exists()
+
+
+def test_a_store_that_users_make_themselves_is_left_to_them(node: Node) -> None:
+    stores = node.root / "stores"
+    stores.mkdir()
+    stores.chmod(0o1777)
+    assert node.run("prolog", JOB).returncode == 0
+    assert list(stores.iterdir()) == []
 
 
 def test_what_the_prolog_starts(node: Node) -> None:
@@ -380,6 +406,8 @@ def calls(node: Node, hook: str, env: Mapping[str, str], tmp_path: Path) -> int:
 
 def test_a_job_without_the_directive_pays_next_to_nothing(node: Node, tmp_path: Path) -> None:
     env = {**JOB, "SLURM_JOB_COMMENT": "something else"}
+    assert calls(node, "prolog", env, tmp_path) <= 3
+    (node.root / "stores" / JOB["SLURM_JOB_UID"]).mkdir(parents=True)
     assert calls(node, "prolog", env, tmp_path) <= 3
     assert calls(node, "epilog", env, tmp_path) <= 5
     assert calls(node, "task_prolog", env, tmp_path) <= 5

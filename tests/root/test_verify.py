@@ -9,7 +9,7 @@ import pytest
 
 import environments
 from environments import VENV, Environment, run
-from workbench import Bench, Staged
+from workbench import NOBODY, Bench, Staged
 
 METHODS = ("strace", "audit hooks")
 
@@ -46,6 +46,21 @@ def test_good_environment_passes(
     text = bench.stager("verify", "it", "--import", "six", env=environ).stderr
     assert f"seen by {method}" in text
     assert list(bench.store.glob("leases/*/pid-*")) == []
+
+
+def test_where_the_store_cannot_be_made(bench: Bench, venv_uv: Environment) -> None:
+    """On a login node: root makes the stores, and only on the nodes that jobs run on."""
+    bench.pack(venv_uv)
+    stores = bench.root / "stores"
+    stores.mkdir()
+    run(["chown", "-R", f"{NOBODY}:{NOBODY}", bench.repository, bench.root / "home"])
+    nobody = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+    environ = bench.environ(STAGER_STORE=str(stores / "theirs"))
+    done = bench.stager("verify", "it", env=environ, prefix=nobody)
+    assert f"the store {stores}/theirs cannot be made here: unpacking into /" in done.stderr
+    assert "stager: imported " in done.stderr
+    assert list(stores.iterdir()) == []
+    assert list(Path(environ["TMPDIR"]).glob("stager-store-*")) == []
 
 
 LEAKS = {
