@@ -25,7 +25,7 @@ from stager.repository import Published, Repository, stripe
 from stager.survey import Survey, look_through, place_of
 from stager.walk import DIRECTORY, LINK
 
-LAYOUT = 1
+LAYOUT = 2
 """Raised when the same environment would be packed into other bytes than before."""
 
 _NOT_CHECKED = {

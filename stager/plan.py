@@ -2,7 +2,7 @@
 
 A plan is a list of items in the order they are written: a directory's own files first, then its
 subdirectories, so that a module's new bytecode follows soon after its source. Files whose content
-depends on others (``RECORD``) come last.
+depends on others come last: ``RECORD``, and then conda's records, which have its checksum.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from stager import bytecode
+from stager import bytecode, condameta
+from stager.condameta import Recorded
 from stager.manifest import Finding
 from stager.relocate import Relocation
 from stager.walk import DIRECTORY, LINK, SPECIAL, Entry
 
 _RECORD = re.compile(r"[^/]+\.dist-info/RECORD\Z")
+_LAST = {"record": 1, "conda": 2}
 _PYTHON_NAME = re.compile(r"python(\d(\.\d+t?)?)?\Z")
 
 
@@ -28,7 +30,8 @@ class Item:
 
     Attributes:
         path: its place in the layer.
-        kind: ``file``, ``dir``, ``symlink``, or ``record`` for a file written last.
+        kind: ``file``, ``dir``, ``symlink``, or ``record`` for a file written last, ``conda`` for
+            one written after those.
         entry: what it is made from; None for a directory that is new.
         target: where a link will point.
         pyc: the existing bytecode of a source, or None.
@@ -60,6 +63,7 @@ class Place:
         local: prefixes on every node's own disk; links there stay.
         copies_of_python: paths of files that are the base interpreter, byte for byte: they become
             links, because a copy does not find its shared library.
+        recorded: what conda recorded of its paths.
     """
 
     root: str
@@ -71,6 +75,7 @@ class Place:
     base_executable: str
     local: tuple[str, ...]
     copies_of_python: frozenset[str] = field(default=frozenset())
+    recorded: Mapping[str, Recorded] = field(default_factory=dict)
 
 
 def make(
@@ -139,6 +144,7 @@ def _files(
         executable = 0o111 if entry.mode & 0o111 else 0
         mode = (entry.mode & 0o755) | 0o444 | executable
         kind = "record" if _RECORD.search(entry.path) else "file"
+        kind = "conda" if condameta.RECORD.match(entry.path) else kind
         pyc = caches.get(entry.path, {}).get(place.tag)
         wanted = entry.path.endswith(".py") and (
             pyc is not None or (compile_all and _is_importable(place, entry.path))
@@ -159,13 +165,13 @@ def seconds(entry: Entry) -> int:
     return min(max(entry.mtime_ns // 1_000_000_000, 0), 0xFFFFFFFF)
 
 
-def _order(item: Item) -> tuple[bool, tuple[str, ...], bool, str]:
+def _order(item: Item) -> tuple[int, tuple[str, ...], bool, str]:
     directory, _, name = item.path.rpartition("/")
     if item.kind == "dir":
         # A directory's record opens its own section.
-        return False, (() if item.path == "." else tuple(item.path.split("/"))), False, ""
+        return 0, (() if item.path == "." else tuple(item.path.split("/"))), False, ""
     section = tuple(directory.split("/")) if directory else ()
-    return item.kind == "record", section, True, name
+    return _LAST.get(item.kind, 0), section, True, name
 
 
 def _relative(place: Place, path: str, target: str) -> str:

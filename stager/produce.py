@@ -15,8 +15,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol, Union
 
-from stager import bytecode, elf, relocate
+from stager import bytecode, condameta, elf, prefix, relocate
 from stager.bytecode import Compiler
+from stager.condameta import Recorded
 from stager.errors import DeniedError, IntegrityError
 from stager.formats.tarstream import Member
 from stager.fsutil import explain
@@ -36,6 +37,16 @@ _READERS = 32
 Data = Union[bytes, Iterable[Union[bytes, memoryview]]]
 
 
+class Sum(Protocol):
+    """A checksum of :mod:`hashlib`."""
+
+    def digest(self) -> bytes:
+        """The sum."""
+
+    def hexdigest(self) -> str:
+        """The sum in hexadecimal digits."""
+
+
 class Sink(Protocol):
     """Where members go: one image being written."""
 
@@ -49,12 +60,14 @@ class Outcome:
 
     Attributes:
         rewritten: files whose content changed, with base64 sha256 (unpadded) and size.
+        altered: files that conda recorded otherwise than they were.
         findings: what the user should know.
         glibc: the highest version any binary asks for.
         compiled: modules that got new bytecode.
     """
 
     rewritten: dict[str, tuple[str, int]] = field(default_factory=dict)
+    altered: set[str] = field(default_factory=set)
     findings: list[Finding] = field(default_factory=list)
     glibc: tuple[int, int] | None = None
     compiled: int = 0
@@ -111,8 +124,10 @@ class Producer:
             held = 0
             try:
                 for item in items:
-                    # RECORD depends on every file before it; large files are streamed, not held.
-                    alone = item.kind == "record" or (item.entry and item.entry.size > SMALL)
+                    # A record depends on every file before it; large files are streamed, not held.
+                    alone = item.kind in ("record", "conda") or (
+                        item.entry and item.entry.size > SMALL
+                    )
                     threaded = not alone and (slow or (item.tag and item.pyc is None))
                     ahead.append((item, pool.submit(self._members, item) if threaded else None))
                     held += _held(item)
@@ -173,6 +188,8 @@ class Producer:
             pyc = compiled
             with self._lock:
                 self.outcome.compiled += 1
+        if item.pyc is not None and path in self._place.recorded:
+            self._note(path, read(item.pyc), pyc)
         mode = item.mode & 0o644
         yield Member(path, "file", mode, item.mtime, len(pyc), ""), pyc
 
@@ -185,7 +202,18 @@ class Producer:
     # -- contents ---------------------------------------------------------------------------
 
     def _content(self, item: Item, data: bytes) -> bytes:
-        path = item.path
+        content = self._by_name(item, data)
+        if content is None:
+            content = self._by_content(item.path, data)
+        if content == data:
+            return data
+        self._note(item.path, data, content)
+        return content
+
+    def _by_name(self, item: Item, data: bytes) -> bytes | None:
+        """Rewrite a file whose name or record tells what is in it; None for any other."""
+        path, relocation = item.path, self._place.relocation
+        recorded = self._place.recorded.get(path)
         if path == "pyvenv.cfg":
             interpreter = self._place.interpreter
             values = {"home": os.path.dirname(interpreter), "executable": interpreter}
@@ -194,34 +222,67 @@ class Producer:
             if command is not None:
                 start, end = command.span(1)
                 data = data[:start] + os.fsencode(interpreter) + data[end:]
-            content = self._place.relocation.text(relocate.rewrite_config(data, values))
-        elif path.endswith((".pth", ".egg-link")) and self._in_python_directory(path):
-            content = relocate.rewrite_paths(
-                data, os.path.dirname(self._original(path)), self._place.relocation
-            )
-        elif item.kind == "record":
-            content = self._record(path, self._place.relocation.text(data))
-        elif data[:4] == b"\x7fELF":
-            content = self._binary(path, data)
-        elif not self._place.relocation.touches(data):
+            return relocation.text(relocate.rewrite_config(data, values))
+        if path.endswith((".pth", ".egg-link")) and self._in_python_directory(path):
+            directory = os.path.dirname(self._original(path))
+            return relocate.rewrite_paths(data, directory, relocation)
+        if item.kind == "record":
+            return self._record(path, relocation.text(data))
+        if item.kind == "conda":
+            updated = condameta.update(data, self.outcome.rewritten, self.outcome.altered)
+            return relocation.text(updated)
+        if recorded is not None and recorded.mode:
+            return self._declared(path, data, recorded)
+        return None
+
+    def _by_content(self, path: str, data: bytes) -> bytes:
+        relocation = self._place.relocation
+        if data[:4] == b"\x7fELF":
+            return self._binary(path, data)
+        if relocate.wide_encoding(data):
+            return relocation.wide_text(data)
+        if not relocation.touches(data):
             return data
-        elif path.endswith(".pyc"):
+        if path.endswith(".pyc"):
             # A module without source; its name is all that can be moved.
             content = data
             for old in self._old_names(path[: -len("c")], self._original(path[: -len("c")])):
                 content = bytecode.move(content, old, f"{self._place.destination}/{path[:-1]}")
-            self._leftover(path, content, "bytecode without source")
+            what = "bytecode without source"
         elif relocate.is_binary(data):
-            content = relocate.rewrite_archive(data, self._place.relocation)
-            self._leftover(path, content, "a binary file")
+            content = relocate.rewrite_archive(data, relocation)
+            what = "a binary file"
         else:
-            content = self._place.relocation.text(data)
-            self._leftover(path, content, "part of another path")
-        if content == data:
-            return data
-        checksum = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=")
+            content = relocation.text(data)
+            what = "part of another path"
+        self._leftover(path, content, what)
+        return content
+
+    def _note(self, path: str, data: bytes, content: bytes) -> None:
+        if content != data:
+            recorded = self._place.recorded.get(path)
+            before = hashlib.sha256(data) if recorded is not None else None
+            self._note_sums(path, before, hashlib.sha256(content), len(content))
+
+    def _note_sums(self, path: str, before: Sum | None, after: Sum, size: int) -> None:
+        checksum = base64.urlsafe_b64encode(after.digest()).rstrip(b"=").decode()
         with self._lock:
-            self.outcome.rewritten[path] = (checksum.decode(), len(content))
+            self.outcome.rewritten[path] = (checksum, size)
+            if before is not None and self._place.recorded[path].checksum != before.hexdigest():
+                self.outcome.altered.add(path)
+
+    def _declared(self, path: str, data: bytes, recorded: Recorded) -> bytes:
+        """Rewrite a file that an installer put the prefix into."""
+        relocation = self._place.relocation
+        if recorded.mode == condameta.BINARY:
+            self._inspect(path, lambda offset, length: data[offset : offset + length])
+            content, _ = relocation.strings(data, certain=True)
+            self._leftover(path, content, "a compiled file without room for the new path")
+        else:
+            # An edited one may name other paths that only begin as this one does.
+            certain = hashlib.sha256(data).hexdigest() == recorded.checksum
+            content = relocation.text(data, certain=certain)
+            self._leftover(path, content, "part of another path")
         return content
 
     def _original(self, path: str) -> str:
@@ -242,8 +303,8 @@ class Producer:
                     )
                 else:
                     data = replaced
-        if self._place.relocation.touches(data):
-            self._leftover(path, data, "a compiled file")
+        data, _ = self._place.relocation.strings(data)
+        self._leftover(path, data, "a compiled file")
         return data
 
     def _new_runpath(self, path: str, info: elf.Elf) -> str | None:
@@ -282,10 +343,10 @@ class Producer:
             target = os.path.normpath(os.path.join(site, name))
             new = self.outcome.rewritten.get(target)
             quoted = '"' + name.replace('"', '""') + '"' if set(name) & set(',"') else name
-            if new is not None and checksum:
-                lines.append(f"{quoted},sha256={new[0]},{new[1]}\n")
-            elif name.endswith(".pyc") and checksum:
+            if name.endswith(".pyc") and checksum:
                 lines.append(f"{quoted},,\n")  # may have been moved or compiled; empty is allowed
+            elif new is not None and checksum:
+                lines.append(f"{quoted},sha256={new[0]},{new[1]}\n")
             else:
                 lines.append(line)
         return "".join(lines).encode("utf-8", "surrogateescape")
@@ -293,38 +354,50 @@ class Producer:
     # -- large files ------------------------------------------------------------------------
 
     def _large(self, item: Item, entry: Entry) -> tuple[Member, Data]:
+        recorded = self._place.recorded.get(item.path)
         with _opened(entry) as fd:
             head = os.pread(fd, _CHUNK, 0)
             text = not relocate.is_binary(head) or head.startswith(b"#!")
             text = text and entry.size <= _LARGEST_TEXT
             info = self._inspect(item.path, elf.reader(fd))
+        member = Member(item.path, "file", item.mode, item.mtime, entry.size, "")
+        if recorded is not None and recorded.mode == condameta.BINARY:
+            return member, self._strings(item, entry)
         if text or (info is not None and self._new_runpath(item.path, info) is not None):
             content = self._content(item, read(entry))
             return _file(item, content), content
-        return Member(item.path, "file", item.mode, item.mtime, entry.size, ""), self._pieces(
-            item, entry
-        )
+        return member, self._pieces(item, entry)
+
+    def _strings(self, item: Item, entry: Entry) -> Iterator[bytes]:
+        """A large compiled file with the prefix in it, never held whole."""
+        relocation = self._place.relocation
+        before, after = hashlib.sha256(), hashlib.sha256()
+        left = 0
+        for piece in prefix.whole_strings(_read_pieces(entry), relocation.needles):
+            before.update(piece)
+            content, kept = relocation.strings(piece, certain=True)
+            after.update(content)
+            left += kept
+            yield content
+        if after.digest() != before.digest():
+            self._note_sums(item.path, before, after, entry.size)
+        if left:
+            reason = "a large compiled file without room for the new path: the original is left"
+            self._find(item.path, "leftover", reason, "note")
 
     def _pieces(self, item: Item, entry: Entry) -> Iterator[memoryview]:
         needles = self._place.relocation.needles
         overlap = max(map(len, needles), default=1) + 1
         tail, left = b"", False
-        # One buffer that stays in the processor's cache, instead of fresh memory for each piece.
-        buffer = bytearray(min(_PIECE, entry.size))
-        with _opened(entry) as fd:
-            remaining = entry.size
-            while remaining:
-                count = os.readv(fd, [memoryview(buffer)[: min(len(buffer), remaining)]])
-                if not count:
-                    raise _changed(entry)
-                remaining -= count
-                if not left:
-                    left = any(buffer.find(needle, 0, count) >= 0 for needle in needles) or any(
-                        needle in tail + buffer[:overlap] for needle in needles
-                    )
-                    tail = bytes(buffer[max(0, count - overlap) : count])
-                yield memoryview(buffer)[:count]
-            _check(entry, os.fstat(fd))
+        for piece in _read_pieces(entry):
+            if not left:
+                buffer, count = piece.obj, len(piece)
+                assert isinstance(buffer, bytearray)  # a view of one has no find
+                left = any(buffer.find(needle, 0, count) >= 0 for needle in needles) or any(
+                    needle in tail + buffer[:overlap] for needle in needles
+                )
+                tail = bytes(buffer[max(0, count - overlap) : count])
+            yield piece
         if left:
             self._find(
                 item.path,
@@ -386,6 +459,21 @@ def read(entry: Entry) -> bytes:
     if len(data) != entry.size:
         raise _changed(entry)
     return data
+
+
+def _read_pieces(entry: Entry) -> Iterator[memoryview]:
+    """Read a large file piece by piece, into the same buffer."""
+    # One buffer that stays in the processor's cache, instead of fresh memory for each piece.
+    buffer = bytearray(min(_PIECE, entry.size))
+    with _opened(entry) as fd:
+        remaining = entry.size
+        while remaining:
+            count = os.readv(fd, [memoryview(buffer)[: min(len(buffer), remaining)]])
+            if not count:
+                raise _changed(entry)
+            remaining -= count
+            yield memoryview(buffer)[:count]
+        _check(entry, os.fstat(fd))
 
 
 def _read_all(fd: int) -> bytes:

@@ -7,6 +7,7 @@ or ``/mnt/x/env``.
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import Callable
 from urllib.parse import quote
 
+from stager import prefix
 from stager.errors import UsageError
 
 # What may follow a prefix for it to be the whole of a path component: anything that cannot go on
@@ -73,6 +75,8 @@ class Relocation:
         ]
         alternatives = b"|".join(re.escape(old) for old in ordered)
         self._pattern = re.compile(_BEFORE + b"(?:" + alternatives + b")" + _AFTER)
+        plain = [os.fsencode(move.old) for move in self.moves]
+        self._plain = re.compile(b"|".join(re.escape(old) for old in plain))
 
     def touches(self, data: bytes) -> bool:
         """Tell quickly whether any old prefix may be in ``data``; False is certain."""
@@ -83,11 +87,46 @@ class Relocation:
         # The needles first: a plain search is ten times as fast as the pattern.
         return self.touches(data) and self._pattern.search(data) is not None
 
-    def text(self, data: bytes) -> bytes:
-        """Replace every old prefix in a text."""
+    def text(self, data: bytes, *, certain: bool = False) -> bytes:
+        """Replace every old prefix in a text.
+
+        Args:
+            data: the text, in any encoding that has ASCII in it.
+            certain: an installer put the prefix wherever it stands, whatever is beside it.
+        """
         if not self.touches(data):
             return data
-        return self._pattern.sub(lambda match: self._table[match.group()], data)
+        if certain:
+            data = self._plain.sub(self._new, data)
+        return self._pattern.sub(self._new, data)
+
+    def wide_text(self, data: bytes) -> bytes:
+        """Replace every old prefix in a text of UTF-16 or UTF-32 that begins with its mark."""
+        encoding = wide_encoding(data)
+        try:
+            text = data.decode(encoding).encode()
+            new = self.text(text)
+            return data if new == text else new.decode().encode(encoding)
+        except UnicodeError:
+            return data
+
+    def strings(self, data: bytes, *, certain: bool = False) -> tuple[bytes, int]:
+        """Replace every old prefix in the C strings of a compiled file; its length stays.
+
+        Args:
+            data: the file, or a part of it that begins and ends between strings.
+            certain: an installer put the prefix there and left padding behind it.
+
+        Returns:
+            The new content, and how many strings have no room for the new prefix.
+        """
+        if not self.touches(data):
+            return data, 0
+        find = self._plain if certain else self._pattern
+        return prefix.replace(data, find, self._new, grow=certain)
+
+    def _new(self, match: re.Match[bytes]) -> bytes:
+        return self._table[match.group()]
 
     def path(self, path: str) -> str | None:
         """The new place of an absolute path, or None where it does not move."""
@@ -113,6 +152,23 @@ def _quoting(escape: str) -> Callable[[str], bytes]:
 
 # How activation scripts write an apostrophe: shlex.quote, other POSIX shells and csh, fish.
 _QUOTED = (_quoting("'\"'\"'"), _quoting("'\\''"), _quoting("\\'"))
+
+
+def wide_encoding(data: bytes) -> str:
+    """The encoding of a text that begins with the mark of UTF-16 or UTF-32, or empty."""
+    for mark, encoding in _MARKS:
+        if data.startswith(mark):
+            return encoding
+    return ""
+
+
+# Longest first: that of UTF-16 is the beginning of another. The codecs named do not eat the mark.
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
 
 
 def is_binary(data: bytes) -> bool:

@@ -10,9 +10,10 @@ import contextlib
 import os
 from collections.abc import Iterable
 
-from stager import plan, walk
+from stager import condameta, plan, walk
 from stager.bytecode import Compiler
 from stager.environments import ask
+from stager.errors import IncompatibleError
 from stager.formats.tarstream import Member
 from stager.manifest import Layer, Manifest
 from stager.produce import Producer
@@ -31,11 +32,19 @@ def rewrite(directory: str, manifest: Manifest, layer: Layer, node: Store) -> No
         node: the store it will be in.
 
     Raises:
-        IncompatibleError: the base interpreter does not start here.
+        IncompatibleError: the base interpreter does not start here, or a compiled file has no room
+            for so long a path.
     """
+    recorded = condameta.read(directory)
+    for path, one in condameta.too_long(recorded, len(os.fsencode(node.tree(layer.id)))):
+        raise IncompatibleError(
+            f"{path} of the package {one.package} has room for a path of {one.room} bytes,"
+            f" which {node.tree(layer.id)} has not",
+            hint="stage into a store with a shorter path (--store, STAGER_STORE)",
+        )
     relocation = Relocation(Move(one.destination, node.tree(one.id)) for one in manifest.layers)
     python = relocation.path(manifest.python.base) or manifest.python.base
-    if layer.role == "base":
+    if manifest.python.base.startswith(f"{layer.destination}/"):  # not in the store yet
         python = os.path.join(directory, os.path.relpath(manifest.python.base, layer.destination))
     interpreter = ask(python)
     library = f"lib/{os.path.basename(interpreter.library)}"
@@ -48,6 +57,7 @@ def rewrite(directory: str, manifest: Manifest, layer: Layer, node: Store) -> No
         interpreter=relocation.path(manifest.python.base) or manifest.python.base,
         base_executable=interpreter.base_executable,
         local=(),
+        recorded=recorded,
     )
     entries = [entry for entry in walk.walk(directory, Excluder(())) if entry.kind == FILE]
     items, _ = plan.make(place, entries, compile_all=False)
@@ -67,15 +77,40 @@ class _InPlace:
         self, member: Member, data: bytes | Iterable[bytes | memoryview] = b""
     ) -> None:
         """Replace the member's file where ``data`` differs from it."""
-        if member.kind != "file" or not isinstance(data, bytes):
-            return  # only files with a prefix in them change, and those are held whole
+        if member.kind != "file":
+            return
         path = os.path.join(self._directory, member.path)
-        with contextlib.suppress(FileNotFoundError):
-            with open(path, "rb") as file:
-                if file.read() == data:
-                    return
-            os.unlink(path)
-        with open(path, "xb") as file:
-            file.write(data)
+        if not isinstance(data, bytes):
+            if not self._write_pieces(path, data):
+                return
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                with open(path, "rb") as file:
+                    if file.read() == data:
+                        return
+                os.unlink(path)
+            with open(path, "xb") as file:
+                file.write(data)
         os.chmod(path, member.mode)
         os.utime(path, (member.mtime, member.mtime))
+
+    def _write_pieces(self, path: str, pieces: Iterable[bytes | memoryview]) -> bool:
+        """Replace a large file, which is read while it is written; tells whether it changed."""
+        new, done = f"{path}.new", 0
+        with contextlib.ExitStack() as stack:
+            old = stack.enter_context(open(path, "rb"))
+            file = None
+            for piece in pieces:
+                if file is None and old.read(len(piece)) != piece:
+                    file = stack.enter_context(open(new, "xb"))
+                    old.seek(0)
+                    while done and (chunk := old.read(min(done, 1 << 20))):
+                        file.write(chunk)
+                        done -= len(chunk)
+                if file is not None:
+                    file.write(piece)
+                else:
+                    done += len(piece)
+        if file is not None:
+            os.replace(new, path)
+        return file is not None

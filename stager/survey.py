@@ -9,13 +9,15 @@ from __future__ import annotations
 import contextlib
 import csv
 import filecmp
+import itertools
 import os
 import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from stager import plan, walk
+from stager import condameta, plan, walk
+from stager.condameta import Recorded
 from stager.config import Config
 from stager.environments import Environment, Tree, editables
 from stager.manifest import Finding
@@ -37,6 +39,7 @@ class Survey:
         copies: directories outside the tree, and where in it a link was replaced by their copy.
         slow: the files lie on a network file system.
         watched: source trees whose changes make the environment stale.
+        recorded: what conda recorded of its files.
     """
 
     tree: Tree
@@ -46,6 +49,7 @@ class Survey:
     slow: bool = False
     watched: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+    recorded: dict[str, Recorded] = field(default_factory=dict)
 
 
 def look_through(tree: Tree, environment: Environment, config: Config) -> Survey:
@@ -58,12 +62,27 @@ def look_through(tree: Tree, environment: Environment, config: Config) -> Survey
     exclude = Excluder((*tree.exclude, *config["pack.exclude"]))
     entries = walk.walk(tree.root, exclude)
     found = Survey(tree, entries, slow=walk.is_slow(len(entries), time.monotonic() - started))
+    found.recorded = condameta.read(tree.root)
+    found.findings += _too_long(found.recorded, config)
     _take_in_links(found, environment, config)
     if tree.role == "env":
         _take_in_editables(found, environment, config)
     _settle_links(found)
     found.entries.sort(key=lambda entry: entry.path)
     return found
+
+
+def _too_long(recorded: dict[str, Recorded], config: Config) -> Iterator[Finding]:
+    """An error where a compiled file has no room for the new prefix, before any is written."""
+    below = len("/envs/") + 16  # and the layer's id
+    length = len(os.fsencode(config["store"])) + below
+    for path, one in itertools.islice(condameta.too_long(recorded, length), 1):
+        reason = (
+            f"a compiled file of the package {one.package} has room for a path of {one.room} bytes,"
+            f" and the staged prefix has {length}: choose a store whose path has at most"
+            f" {one.room - below} bytes (--store, STAGER_STORE)"
+        )
+        yield Finding(path, "room", reason, "error")
 
 
 def _take_in_links(survey: Survey, environment: Environment, config: Config) -> None:
@@ -279,10 +298,14 @@ def place_of(
         base_executable=base,
         local=config["local_prefixes"],
         copies_of_python=copies,
+        recorded=survey.recorded,
     )
 
 
 def _is_copy_of_python(entry: Entry, base: str) -> bool:
-    if not re.fullmatch(r"bin/python[\d.]*t?", entry.path) or entry.source == base:
+    if (
+        not re.fullmatch(r"bin/python[\d.]*t?", entry.path)
+        or os.path.realpath(entry.source) == base
+    ):
         return False
     return os.path.getsize(base) == entry.size and filecmp.cmp(entry.source, base, shallow=False)

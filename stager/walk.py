@@ -42,7 +42,11 @@ class Entry(NamedTuple):
 
 
 class Excluder:
-    """Decides which paths are left out, by fnmatch patterns on the path or the last name."""
+    """Decides which paths are left out.
+
+    The patterns are those of fnmatch, for the path or, without ``/`` in it, for the last name; one
+    that begins with ``/`` is for the path from the top of the tree.
+    """
 
     def __init__(self, patterns: Iterable[str]) -> None:
         self._patterns = tuple(patterns)
@@ -51,7 +55,7 @@ class Excluder:
         """Tell whether ``path`` (relative to the tree) is left out."""
         name = path.rpartition("/")[2]
         return any(
-            fnmatch.fnmatchcase(path, pattern)
+            fnmatch.fnmatchcase(f"/{path}" if pattern.startswith("/") else path, pattern)
             or ("/" not in pattern and fnmatch.fnmatchcase(name, pattern))
             for pattern in self._patterns
         )

@@ -169,6 +169,8 @@ def base_tree(interpreter: Interpreter, *, with_packages: bool) -> Tree:
         interpreter: the Python of an environment above it.
         with_packages: the environment imports the base's own site-packages.
     """
+    from stager.environments import conda
+
     library = interpreter.library
     major_minor = ".".join(interpreter.version.split(".")[:2])
     exclude = [
@@ -177,9 +179,6 @@ def base_tree(interpreter: Interpreter, *, with_packages: bool) -> Tree:
         "lib/libpython*.a",
         "share/man",
         "share/doc",
-        "pkgs",
-        "envs",
-        "conda-bld",
     ]
     if not with_packages:
         exclude.append(f"{library}/site-packages/*")
@@ -187,12 +186,14 @@ def base_tree(interpreter: Interpreter, *, with_packages: bool) -> Tree:
     for name in _listdir(os.path.join(interpreter.base_prefix, library_parent)):
         if re.fullmatch(r"python\d+\.\d+t?", name) and name != f"python{major_minor}":
             exclude.append(f"{library_parent}/{name}")
+    names = [interpreter.base_prefix, os.path.dirname(os.path.dirname(interpreter.base_executable))]
+    if conda.is_prefix(interpreter.base_prefix):
+        exclude += conda.excluded(interpreter.base_prefix)
+        names += conda.called(interpreter.base_prefix, library)[0]
     return Tree(
         role="base",
         root=interpreter.base_prefix,
-        spellings=spellings(
-            [interpreter.base_prefix, os.path.dirname(os.path.dirname(interpreter.base_executable))]
-        ),
+        spellings=spellings(names),
         exclude=tuple(exclude),
         python_directories=(library,),
     )
@@ -218,9 +219,9 @@ Detector = Callable[[str, Config], Optional[Environment]]
 
 
 def _kinds() -> tuple[Detector, ...]:
-    from stager.environments import venv
+    from stager.environments import conda, venv
 
-    return (venv.detect,)
+    return (venv.detect, conda.detect)
 
 
 def describe(path: str, config: Config) -> Environment:
@@ -234,13 +235,13 @@ def describe(path: str, config: Config) -> Environment:
     if not os.path.isdir(prefix):
         raise NotFoundError(
             f"there is no environment at {prefix}",
-            hint="give the directory of a virtual environment",
+            hint="give the directory of a virtual or conda environment",
         )
     for detect in _kinds():
         environment = detect(prefix, config)
         if environment is not None:
             return environment
     raise NotFoundError(
-        f"{prefix} is not a Python environment: it has no pyvenv.cfg",
-        hint="give the directory that was named to `python -m venv`, `virtualenv` or `uv venv`",
+        f"{prefix} is not a Python environment: it has no pyvenv.cfg and no conda-meta",
+        hint="give the directory that was named to `python -m venv` or `conda create -p`",
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import re
 import shlex
+from collections.abc import Iterator
 
-from stager import relocate
 from stager.config import Config
 from stager.environments import (
     Environment,
@@ -15,6 +17,7 @@ from stager.environments import (
     base_tree,
     default_name,
     is_local,
+    names,
     spellings,
 )
 from stager.envpatch import EnvPatch
@@ -48,11 +51,12 @@ def detect(path: str, config: Config) -> Environment | None:
     library = f"lib/{os.path.basename(interpreter.library)}"
     if not os.path.isdir(os.path.join(path, library)):
         library = f"lib/python{major_minor}"
-    names, findings = _names(path)
+    candidates = itertools.chain(_in_activate(path), names.in_scripts(path))
+    found, findings = names.judge(path, candidates, marker=CONFIG)
     own = Tree(
         role="env",
         root=path,
-        spellings=spellings([path, *names]),
+        spellings=spellings([path, *found]),
         exclude=(),
         python_directories=(library,),
     )
@@ -101,51 +105,12 @@ def read_config(path: str) -> dict[str, str] | None:
     return {key.strip().lower(): value.strip() for key, _, value in pairs}
 
 
-def _names(path: str) -> tuple[list[str], list[Finding]]:
-    """Every path that the environment's own scripts call it by.
-
-    An environment that was made through a link, moved or copied, has another path in its scripts
-    than where it lies; a packer that does not look there leaves them pointing at the old place.
-    """
-    candidates: dict[str, None] = {}
-    directory = os.path.join(path, "bin")
-    for name in sorted(os.listdir(directory)):
-        script = os.path.join(directory, name)
-        if os.path.islink(script) or not os.path.isfile(script):
-            continue
-        with open(script, "rb") as file:
-            head = file.read(4096)
-        if name == "activate":
-            with open(script, "rb") as file:
-                code = file.read()
-            for match in _ACTIVATE.finditer(code):
-                word = _shell_word(os.fsdecode(match[1]))
-                if word.startswith("/"):
-                    candidates[os.path.normpath(word.rstrip())] = None
-        interpreter = relocate.shebang(head)
-        if re.fullmatch(r"/.*/bin/python[\d.]*", interpreter):
-            candidates[os.path.normpath(os.path.dirname(os.path.dirname(interpreter)))] = None
-    names, findings = [], []
-    real = os.path.realpath(path)
-    for candidate in candidates:
-        if os.path.realpath(candidate) == real:
-            names.append(candidate)
-        elif not os.path.exists(os.path.join(candidate, CONFIG)) and os.path.exists(
-            os.path.join(candidate, "bin")
-        ):
-            continue  # a plain interpreter such as /usr/bin/python: not an environment's name
-        elif len([part for part in candidate.split("/") if part]) >= relocate.MIN_COMPONENTS:
-            names.append(candidate)
-            findings.append(
-                Finding(
-                    candidate,
-                    "copied",
-                    "scripts name this path: the environment was moved or copied from there;"
-                    " they are rewritten too",
-                    "warning",
-                )
-            )
-    return names, findings
+def _in_activate(path: str) -> Iterator[str]:
+    with contextlib.suppress(OSError), open(os.path.join(path, "bin", "activate"), "rb") as file:
+        for match in _ACTIVATE.finditer(file.read()):
+            word = _shell_word(os.fsdecode(match[1]))
+            if word.startswith("/"):
+                yield os.path.normpath(word.rstrip())
 
 
 def _shell_word(text: str) -> str:

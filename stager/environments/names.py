@@ -1,0 +1,58 @@
+"""By which paths an environment is called in its own files.
+
+An environment that was made through a link, moved or copied, has another path in its scripts than
+where it lies; a packer that does not look there leaves them pointing at the old place.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+
+from stager import relocate
+from stager.manifest import Finding
+
+
+def in_scripts(path: str) -> Iterator[str]:
+    """The prefixes of the Pythons that the scripts of an environment are run by."""
+    directory = os.path.join(path, "bin")
+    for name in sorted(os.listdir(directory)):
+        script = os.path.join(directory, name)
+        if os.path.islink(script) or not os.path.isfile(script):
+            continue
+        with open(script, "rb") as file:
+            interpreter = relocate.shebang(file.read(4096))
+        if re.fullmatch(r"/.*/bin/python[\d.]*", interpreter):
+            yield os.path.normpath(os.path.dirname(os.path.dirname(interpreter)))
+
+
+def judge(path: str, candidates: Iterable[str], *, marker: str) -> tuple[list[str], list[Finding]]:
+    """Tell which of the paths found are names of an environment.
+
+    Args:
+        path: where it lies.
+        candidates: absolute paths.
+        marker: what lies in the prefix of each environment of the kind.
+    """
+    names, findings = [], []
+    real = os.path.realpath(path)
+    for candidate in dict.fromkeys(candidates):
+        if os.path.realpath(candidate) == real:
+            names.append(candidate)
+        elif not os.path.exists(os.path.join(candidate, marker)) and os.path.exists(
+            os.path.join(candidate, "bin")
+        ):
+            continue  # a plain interpreter such as /usr/bin/python: not an environment's name
+        elif len([part for part in candidate.split("/") if part]) >= relocate.MIN_COMPONENTS:
+            names.append(candidate)
+            findings.append(
+                Finding(
+                    candidate,
+                    "copied",
+                    "scripts name this path: the environment was moved or copied from there;"
+                    " they are rewritten too",
+                    "warning",
+                )
+            )
+    return names, findings
