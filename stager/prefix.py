@@ -16,6 +16,7 @@ LONGEST = 1 << 20
 """A longer string is not collected from its pieces, and so not replaced."""
 
 _NULS = re.compile(rb"\0*")
+_PATHS = re.compile(rb"[^\0-\x20\x7f]{1,4096}")
 
 Piece = Union[bytes, memoryview]
 
@@ -29,7 +30,9 @@ def replace(
         data: the file, or a part of it that begins and ends between strings.
         find: what to replace, wherever in a string, as often as it is there.
         new: gives the replacement of a match.
-        grow: the NULs behind a string are padding, all but one.
+        grow: an installer put the paths there; the NULs behind a string are padding, all but one.
+            Otherwise only strings that look like nothing but paths change: compilers of languages
+            whose strings know their length put one behind the other, without a NUL.
 
     Returns:
         As many bytes as there were, and how many strings do not fit and were left as they are.
@@ -44,7 +47,8 @@ def replace(
         string = data[start:end]
         changed = find.sub(new, string)
         room = _nuls_end(data, end) - 1 if grow else end
-        if len(changed) > room - start:
+        alone = grow or (data[start - 1 : start] in (b"", b"\0") and _PATHS.fullmatch(string))
+        if len(changed) > room - start or not (alone or len(changed) == len(string)):
             left += 1
         else:
             if result is None:
