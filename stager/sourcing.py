@@ -77,7 +77,8 @@ def known_beforehand(patch: EnvPatch, prefix: str, user: Mapping[str, str]) -> E
     before = {**user, **dict.fromkeys(_LISTS, _INHERITED), "PATH": f"{_INHERITED}:{_SYSTEM}"}
     activated = patch.apply(before)
     after = enter(activated, prefix)
-    new, prepend = dict(patch.set), dict(patch.prepend)
+    new = {name: value for name, value in patch.set.items() if name in after}
+    prepend = dict(patch.prepend)
     unset = [*patch.unset, *(name for name in activated if name not in after)]
     for name, value in after.items():
         if value == activated.get(name):
