@@ -12,6 +12,9 @@ from stager.errors import StagerError
 from stager.manifest import Manifest
 from stager.stage import Staged
 
+CONDA = "conda"
+"""The kind of environments whose packages bring scripts."""
+
 ACTIVE, PREFIX, ORIGIN = "STAGER_ACTIVE", "STAGER_PREFIX", "STAGER_ORIGIN"
 
 
@@ -25,13 +28,21 @@ def staged(
         config: ``run.user_site`` decides whether ``~/.local`` is imported from.
         environ: the environment before.
         ref: what the user called it; ``stage-run`` compares it to stay in ``sh``.
+
+    Raises:
+        StagerError: an activation script of it does not come to an end.
     """
     manifest = result.manifest
     origins = dict.fromkeys((manifest.origin, *manifest.spellings), result.prefix)
     # A cache on shared storage would be looked into for every module, and valid for none.
-    after = patch(manifest, result.prefix, config, ref=ref).apply(environ, origins)
+    own = patch(manifest, result.prefix, config, ref=ref)
+    if manifest.kind == CONDA or environ.get("CONDA_PREFIX"):
+        from stager import sourcing  # a warm start of other kinds does without
+
+        environ = sourcing.leave(environ)
+    after = own.apply(environ, origins)
     after.pop("PYTHONPYCACHEPREFIX", None)
-    return after
+    return sourcing.enter(after, result.prefix) if manifest.kind == CONDA else after
 
 
 def patch(manifest: Manifest, prefix: str, config: Config, *, ref: str) -> EnvPatch:
@@ -63,10 +74,22 @@ def original(text: str | None, config: Config, environ: Mapping[str, str]) -> di
     """
     from stager import lookup
 
-    path, own = "", EnvPatch({"VIRTUAL_ENV": "{prefix}"}, (), {"PATH": ("{prefix}/bin",)})
+    path, own = "", None
     with contextlib.suppress(StagerError):
         wish = lookup.wanted(text, environ)
         path = wish.path
         manifest = lookup.find(wish, config).manifest
         path, own = manifest.origin, EnvPatch.from_json(manifest.activation)
-    return own.at(path).apply(environ) if path and os.path.isdir(f"{path}/bin") else None
+    if not path or not os.path.isdir(f"{path}/bin"):
+        return None
+    is_conda = os.path.isdir(f"{path}/conda-meta")
+    if own is None:
+        variable = "CONDA_PREFIX" if is_conda else "VIRTUAL_ENV"
+        own = EnvPatch({variable: "{prefix}"}, (), {"PATH": ("{prefix}/bin",)})
+    after = own.at(path).apply(environ)
+    if is_conda:
+        from stager import sourcing
+
+        with contextlib.suppress(StagerError):  # better without than not at all
+            after = sourcing.enter(after, path)
+    return after

@@ -12,12 +12,13 @@ import glob
 import json
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 DIRECTORY = "conda-meta"
 RECORD = re.compile(r"conda-meta/[^/]+\.json\Z")
+_CHECKSUM = "sha256_in_prefix"
 TEXT, BINARY = "text", "binary"
 
 
@@ -53,7 +54,7 @@ def read(prefix: str) -> dict[str, Recorded]:
                 mode = BINARY if one.get("file_mode") == BINARY else TEXT
                 found[str(one["_path"])] = Recorded(
                     str(record["name"]),
-                    str(one.get("sha256_in_prefix") or one.get("sha256") or ""),
+                    str(one.get(_CHECKSUM) or one.get("sha256") or ""),
                     mode if placeholder else "",
                     len(os.fsencode(placeholder)),
                 )
@@ -73,14 +74,14 @@ def too_long(recorded: Mapping[str, Recorded], length: int) -> Iterator[tuple[st
 
 
 def update(
-    data: bytes, rewritten: Mapping[str, tuple[str, int]], altered: Collection[str]
+    data: bytes, rewritten: Mapping[str, tuple[str, int]], installed: Mapping[str, int]
 ) -> bytes:
     """Bring the record of a package up to date.
 
     Args:
         data: the record, ``conda-meta/NAME.json``.
         rewritten: base64 sha256 (unpadded) and size of the files whose content changed.
-        altered: files that were not as recorded to begin with: they stay so.
+        installed: sizes that those had which were as recorded; others stay as they are recorded.
 
     Returns:
         The record with the checksums of what was rewritten, and without the paths of the package
@@ -88,10 +89,24 @@ def update(
     """
     try:
         record = json.loads(data)
+        changed: dict[str, str] = {}
         for one in _paths(record):
             new = rewritten.get(one["_path"])
-            if new is not None and one["_path"] not in altered and "sha256_in_prefix" in one:
-                one["sha256_in_prefix"] = base64.urlsafe_b64decode(f"{new[0]}=").hex()
+            size = installed.get(one["_path"])
+            if new is None or size is None:
+                continue
+            checksum = base64.urlsafe_b64decode(f"{new[0]}=").hex()
+            if one.get(_CHECKSUM):
+                changed[one[_CHECKSUM]] = checksum
+                one[_CHECKSUM] = checksum
+            if str(one.get("path_type")).endswith("_entry_point"):  # made here: in no package
+                one["sha256"] = checksum
+            if one.get("size_in_bytes") == size:  # conda leaves that of the file in the package
+                one["size_in_bytes"] = new[1]
+        for one in _paths(record):
+            # The checksum of a link is that of what it leads to.
+            if one.get("path_type") == "softlink" and one.get(_CHECKSUM) in changed:
+                one[_CHECKSUM] = changed[one[_CHECKSUM]]
         for key in ("extracted_package_dir", "package_tarball_full_path"):
             if record.get(key):
                 record[key] = ""

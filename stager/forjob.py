@@ -34,11 +34,13 @@ from stager.ref import Directive, Ref
 from stager.repository import Published
 from stager.store import Store
 
+_OF_THE_USER = ("HOME", "USER", "LOGNAME", "SHELL", "LANG")
 VISIBLE, PROLOG, NEVER = "visible", "prolog", "never"
 _OPTIONS = ("strict", "verbose", "format", "timeout")
 _INHERITED = (
     "VIRTUAL_ENV", "VIRTUAL_ENV_PROMPT", "PYTHONHOME", "PYTHONPYCACHEPREFIX",
-    "__PYVENV_LAUNCHER__", "_CE_CONDA", "_CE_M", "CONDA_PREFIX", "CONDA_PREFIX_1",
+    "__PYVENV_LAUNCHER__", "_CE_CONDA", "_CE_M", "CONDA_PREFIX",
+    *(f"CONDA_PREFIX_{level}" for level in range(1, 10)),
     "CONDA_DEFAULT_ENV", "CONDA_PROMPT_MODIFIER", "CONDA_SHLVL", "CONDA_EXE", "CONDA_PYTHON_EXE",
 )  # fmt: skip
 """Traces of an activation that a job may have inherited from where it was submitted."""
@@ -255,12 +257,15 @@ def _fetch(published: Published, node: Store, layer_id: str, config: Config, unt
 
 def _activation(manifest: Manifest, config: Config, prefix: str, name: str) -> dict[str, Any]:
     """The activation of a staged tree, or of the original where ``prefix`` is empty."""
-    from stager import activate
+    from stager import activate, sourcing
 
     if not prefix:
         patch = EnvPatch.from_json(manifest.activation).at(manifest.origin)
         return _value(patch, manifest.origin, manifest.python.executable, ())
     patch = activate.patch(manifest, prefix, config, ref=name)
+    if manifest.kind == activate.CONDA:
+        user = {name: os.environ[name] for name in _OF_THE_USER if name in os.environ}
+        patch = sourcing.known_beforehand(patch, prefix, user)
     leave = tuple(dict.fromkeys((manifest.origin, *manifest.spellings)))
     return _value(patch, prefix, manifest.python.executable, leave)
 

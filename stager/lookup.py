@@ -31,7 +31,7 @@ def wanted(text: str | None, environ: Mapping[str, str]) -> Ref:
         return ref.parse(text)
     if environ.get("STAGER_ENV"):
         return ref.parse(environ["STAGER_ENV"])
-    active = environ.get("VIRTUAL_ENV")
+    active = environ.get("VIRTUAL_ENV") or environ.get("CONDA_PREFIX")
     if active and active == environ.get("STAGER_PREFIX") and environ.get("STAGER_ACTIVE"):
         return ref.parse(environ["STAGER_ACTIVE"])  # a staged one, and this is what it is called
     if active:
@@ -40,7 +40,7 @@ def wanted(text: str | None, environ: Mapping[str, str]) -> Ref:
         return Ref(path=os.path.abspath(".venv"))
     raise UsageError(
         "no environment is named and none is active",
-        hint="name one (--env NAME), set STAGER_ENV, or activate a virtual environment",
+        hint="name one (--env NAME), set STAGER_ENV, or activate one",
     )
 
 

@@ -60,14 +60,14 @@ class Outcome:
 
     Attributes:
         rewritten: files whose content changed, with base64 sha256 (unpadded) and size.
-        altered: files that conda recorded otherwise than they were.
+        installed: sizes before, of those of them that were as conda recorded them.
         findings: what the user should know.
         glibc: the highest version any binary asks for.
         compiled: modules that got new bytecode.
     """
 
     rewritten: dict[str, tuple[str, int]] = field(default_factory=dict)
-    altered: set[str] = field(default_factory=set)
+    installed: dict[str, int] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     glibc: tuple[int, int] | None = None
     compiled: int = 0
@@ -229,7 +229,7 @@ class Producer:
         if item.kind == "record":
             return self._record(path, relocation.text(data))
         if item.kind == "conda":
-            updated = condameta.update(data, self.outcome.rewritten, self.outcome.altered)
+            updated = condameta.update(data, self.outcome.rewritten, self.outcome.installed)
             return relocation.text(updated)
         if recorded is not None and recorded.mode:
             return self._declared(path, data, recorded)
@@ -261,15 +261,13 @@ class Producer:
     def _note(self, path: str, data: bytes, content: bytes) -> None:
         if content != data:
             recorded = self._place.recorded.get(path)
-            before = hashlib.sha256(data) if recorded is not None else None
-            self._note_sums(path, before, hashlib.sha256(content), len(content))
+            if recorded is not None and recorded.checksum == hashlib.sha256(data).hexdigest():
+                self.outcome.installed[path] = len(data)
+            self._note_sum(path, hashlib.sha256(content), len(content))
 
-    def _note_sums(self, path: str, before: Sum | None, after: Sum, size: int) -> None:
+    def _note_sum(self, path: str, after: Sum, size: int) -> None:
         checksum = base64.urlsafe_b64encode(after.digest()).rstrip(b"=").decode()
-        with self._lock:
-            self.outcome.rewritten[path] = (checksum, size)
-            if before is not None and self._place.recorded[path].checksum != before.hexdigest():
-                self.outcome.altered.add(path)
+        self.outcome.rewritten[path] = (checksum, size)
 
     def _declared(self, path: str, data: bytes, recorded: Recorded) -> bytes:
         """Rewrite a file that an installer put the prefix into."""
@@ -380,7 +378,9 @@ class Producer:
             left += kept
             yield content
         if after.digest() != before.digest():
-            self._note_sums(item.path, before, after, entry.size)
+            if self._place.recorded[item.path].checksum == before.hexdigest():
+                self.outcome.installed[item.path] = entry.size
+            self._note_sum(item.path, after, entry.size)
         if left:
             reason = "a large compiled file without room for the new path: the original is left"
             self._find(item.path, "leftover", reason, "note")

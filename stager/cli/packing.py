@@ -19,7 +19,7 @@ _SHOWN = 8
 def pack(arguments: argparse.Namespace) -> int:
     """Pack an environment; the exit status of a check is 1 where the pack would be refused."""
     config = load_config(arguments)
-    active = os.environ.get("VIRTUAL_ENV")
+    active = os.environ.get("VIRTUAL_ENV") or os.environ.get("CONDA_PREFIX")
     if not arguments.environment and active and active == os.environ.get("STAGER_PREFIX"):
         raise UsageError(
             "the environment that is active is a staged copy",

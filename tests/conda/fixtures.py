@@ -76,10 +76,7 @@ def conda_env(workshop: Workshop, conda_channel: Path) -> CondaEnvironment:
     """
 
     def make(prefix: Path, cache: Path) -> None:
-        _conda(prefix, cache, conda_channel)
-        wheel = sample_wheel(Path(os.environ["TMPDIR"]) / f"sample-{os.getpid()}")
-        pip = [prefix / "bin" / "pip", "--quiet", "--no-cache-dir", "install"]
-        run([*pip, "--no-index", "--no-deps", wheel])
+        install(prefix, cache, conda_channel)
 
     return _made(workshop, "miniforge/envs/everything", "miniforge/pkgs", make)
 
@@ -120,6 +117,14 @@ def pixi_like_env(workshop: Workshop, conda_channel: Path) -> CondaEnvironment:
         channel.environment(prefix, channel=conda_channel, cache=cache, pixi=True)
 
     return _made(workshop, "project/.pixi/envs/default", "rattler/cache/pkgs", make)
+
+
+def install(prefix: Path, cache: Path, conda_channel: Path) -> None:
+    """Make what :func:`conda_env` is at any place."""
+    _conda(prefix, cache, conda_channel)
+    wheel = sample_wheel(Path(os.environ["TMPDIR"]) / f"sample-{os.getpid()}")
+    pip = [prefix / "bin" / "pip", "--quiet", "--no-cache-dir", "install"]
+    run([*pip, "--no-index", "--no-deps", wheel])
 
 
 def _conda(prefix: Path, cache: Path, conda_channel: Path) -> None:
