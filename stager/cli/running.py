@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 
 from stager import activate as activation
-from stager import allocation, fsutil, lease, lookup
+from stager import allocation, containers, fsutil, lease, lookup
 from stager.cli import report
 from stager.cli.common import Bars, load_config, say
 from stager.cli.staging import ask_job, prepare
@@ -52,6 +52,9 @@ def run(arguments: argparse.Namespace) -> int:
             )
         name = lookup.called(arguments.env or os.environ.get("STAGER_ENV"), published)
         environ, prefix = activation.staged(result, config, os.environ, ref=name), result.prefix
+        warning = containers.warning(command, result.manifest)
+        if warning:
+            say(f"stage-run: {warning}")
         if everywhere is not None:
             environ = allocation.also_outside(environ, published.manifest, everywhere)
     except Exception as problem:
