@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Mapping
 
+from stager import containers
 from stager.config import Config
 from stager.envpatch import EnvPatch
 from stager.errors import StagerError
@@ -55,9 +56,11 @@ def patch(manifest: Manifest, prefix: str, config: Config, *, ref: str) -> EnvPa
         ref: as above.
     """
     own = EnvPatch.from_json(manifest.activation).at(prefix)
+    inside = {} if config["run.user_site"] else {"PYTHONNOUSERSITE": "1"}
+    store = os.path.dirname(prefix)
+    trees = [os.path.join(store, layer.id) for layer in manifest.layers]
+    own = containers.reached(EnvPatch({**own.set, **inside}, own.unset, own.prepend), trees)
     extra = {ACTIVE: ref, PREFIX: prefix, ORIGIN: manifest.origin}
-    if not config["run.user_site"]:
-        extra["PYTHONNOUSERSITE"] = "1"
     return EnvPatch({**own.set, **extra}, own.unset, own.prepend)
 
 

@@ -38,7 +38,7 @@ from stager.trees import Progress
 KEEPER = "STAGER_KEEPER"
 """The job at whose end, and not at a step's, what a process mounts goes away."""
 
-_LAUNCHERS = frozenset(("srun", "mpirun", "mpiexec", "orterun", "prterun", "prun"))
+LAUNCHERS = frozenset(("srun", "mpirun", "mpiexec", "orterun", "prterun", "prun"))
 _RANKS = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "PALS_RANKID")
 _OLD = 86400.0
 
@@ -255,7 +255,7 @@ def needs_every_node(where: Allocation | None, command: list[str]) -> bool:
     """
     if where is None:
         return False
-    launcher = bool(command) and os.path.basename(command[0]) in _LAUNCHERS
+    launcher = bool(command) and os.path.basename(command[0]) in LAUNCHERS
     rank = where.step or any(name in os.environ for name in _RANKS)
     return (launcher or not rank) and (where.nodes > 1 or not where.node)
 

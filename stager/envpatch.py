@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,10 +13,22 @@ SEARCH_PATHS = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "MANPATH", "PKG_CONFIG_
 """Variables that hold lists of directories and may name the original environment."""
 
 _FILES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "JUPYTER_PATH")
+CONTAINERS = ("APPTAINER", "SINGULARITY")
+"""How the variables of container programs begin: ``X_BIND``, and ``XENV_NAME`` for NAME inside.
+
+Apptainer reads the other's too, but only where its own is not there.
+"""
+
 _INHERITED = re.compile(
-    r"CONDA_(?!ENVS_|PKGS_)|__CONDA_|_CE_|VIRTUAL_ENV|PYTHONHOME\Z|__PYVENV_LAUNCHER__\Z"
+    r"(?:(?:APPTAINER|SINGULARITY)ENV_)?"
+    r"(?:CONDA_(?!ENVS_|PKGS_)|__CONDA_|_CE_|VIRTUAL_ENV|PYTHONHOME\Z|__PYVENV_LAUNCHER__\Z)"
 )
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+
+
+def separator(variable: str) -> str:
+    """What parts the items of a list variable."""
+    return "," if variable.endswith("_BIND") else ":"
 
 
 @dataclass(frozen=True)
@@ -25,7 +38,7 @@ class EnvPatch:
     Attributes:
         set: variables to set.
         unset: variables to remove.
-        prepend: directories to put first in list variables, in order.
+        prepend: directories to put first in list variables, in order; see :func:`separator`.
     """
 
     set: Mapping[str, str] = field(default_factory=dict)
@@ -70,6 +83,7 @@ class EnvPatch:
             else:
                 kept = [_follow(item, origins) for item in items]
             after[variable] = ":".join(kept)
+        _leave_containers(after, tuple(leaving))
         for variable in _FILES:
             if variable in after:
                 after[variable] = _follow(after[variable], origins)
@@ -77,10 +91,11 @@ class EnvPatch:
             after.pop(variable, None)
         after.update(self.set)
         for variable, first in self.prepend.items():
-            rest = [
-                item for item in after.get(variable, "").split(":") if item and item not in first
-            ]
-            after[variable] = ":".join([*first, *rest])
+            parting, old = separator(variable), after.get(variable)
+            if old is None and variable.startswith("APPTAINER"):
+                old = after.get(variable.replace(*CONTAINERS, 1))
+            rest = [item for item in (old or "").split(parting) if item and item not in first]
+            after[variable] = parting.join([*first, *rest])
         return after
 
     def to_json(self) -> dict[str, Any]:
@@ -108,6 +123,29 @@ class EnvPatch:
         if not all(isinstance(text, str) and "\0" not in text for text in texts):
             raise TypeError("a variable's value is no text")
         return patch
+
+
+def _leave_containers(environ: dict[str, str], leaving: tuple[str, ...]) -> None:
+    """Take back what an activation has set for containers."""
+    # A container does not start where what is to be bound has been evicted.
+    staged = environ.get("STAGER_PREFIX", "")
+    store = (os.path.dirname(staged) + "/",) if staged.startswith("/") else ()
+    for program in CONTAINERS:
+        _drop(environ, f"{program}_BIND", store)
+        _drop(environ, f"{program}ENV_PREPEND_PATH", leaving)
+
+
+def _drop(environ: dict[str, str], variable: str, prefixes: tuple[str, ...]) -> None:
+    """Take the items below these directories out of a list variable."""
+    if variable not in environ:
+        return
+    parting = separator(variable)
+    items = environ[variable].split(parting)
+    kept = [item for item in items if not (item + "/").startswith(prefixes)]
+    if kept:
+        environ[variable] = parting.join(kept)
+    else:
+        del environ[variable]
 
 
 def _follow(path: str, origins: Mapping[str, str]) -> str:

@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from typing import Any, Callable
 
 from stager import config as configuration
-from stager import fsutil, privilege, ref
+from stager import containers, fsutil, privilege, ref
 from stager.config import Config
 from stager.envpatch import EnvPatch
 from stager.errors import JOB, SITE, IncompatibleError, NotFoundError, StagerError, UsageError
@@ -42,6 +42,8 @@ _INHERITED = (
     "__PYVENV_LAUNCHER__", "_CE_CONDA", "_CE_M", "CONDA_PREFIX",
     *(f"CONDA_PREFIX_{level}" for level in range(1, 10)),
     "CONDA_DEFAULT_ENV", "CONDA_PROMPT_MODIFIER", "CONDA_SHLVL", "CONDA_EXE", "CONDA_PYTHON_EXE",
+    "APPTAINERENV_VIRTUAL_ENV", "APPTAINERENV_CONDA_PREFIX",
+    "SINGULARITYENV_VIRTUAL_ENV", "SINGULARITYENV_CONDA_PREFIX",
 )  # fmt: skip
 """Traces of an activation that a job may have inherited from where it was submitted."""
 
@@ -296,8 +298,11 @@ def _described(directive: Directive, everything: list[Any], config: Config) -> d
                 hint="environments that are used together need the same Python",
             )
         site = os.path.join(tree.prefix, "lib", "python" + ".".join(version), "site-packages")
-        value["prepend"].setdefault("PYTHONPATH", []).append(site)
-        value["prepend"].setdefault("PATH", []).append(os.path.join(tree.prefix, "bin"))
+        own = EnvPatch({}, (), {"PYTHONPATH": (site,), "PATH": (os.path.join(tree.prefix, "bin"),)})
+        trees = [os.path.join(os.path.dirname(tree.prefix), one) for one in tree.layers]
+        for variable, items in containers.reached(own, trees).prepend.items():
+            above = value["prepend"].setdefault(variable, [])
+            above += [item for item in items if item not in above]
         value["leave"] += [below.manifest.origin, *below.manifest.spellings]
     order: Callable[[str], int] = ("hit", "mounted", "extracted").index
     hows = [one.how for _, one in everything]

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from stager import events
+from stager.envpatch import separator
 from stager.errors import StagerError
 from stager.store import boot_id
 
@@ -139,8 +140,8 @@ class Activation:
                 for key, items in _few(value["prepend"], dict).items()
             },
         )
-        if any(":" in one for items in result.prepend.values() for one in items):
-            raise ValueError("a directory with a colon in a search path")
+        if any(separator(key) in one for key, items in result.prepend.items() for one in items):
+            raise ValueError("a directory with a separator in a search path")
         return result
 
     def lines(self) -> str:
@@ -149,7 +150,9 @@ class Activation:
         out += [f"leave {one}" for one in self.leave]
         out += [f"env unset {name}" for name in self.unset]
         out += [f"env export {name}={value}" for name, value in self.set.items()]
-        out += [f"prepend {name} {':'.join(items)}" for name, items in self.prepend.items()]
+        out += [
+            f"prepend {name} {separator(name).join(items)}" for name, items in self.prepend.items()
+        ]
         return "\n".join(out) + "\n"
 
 

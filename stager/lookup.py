@@ -11,6 +11,7 @@ from stager.config import Config
 from stager.errors import NotFoundError, UsageError
 from stager.ref import Ref
 from stager.repository import Published, Repository
+from stager.store import Store
 
 if TYPE_CHECKING:
     from stager import pack
@@ -97,6 +98,8 @@ def fresh(
             progress.note(f"packing {wish.path}, which was never packed")
         return _pack(wish.path, config, None, progress), []
     changes = [] if wish.digest else freshness.changed(published.manifest)
+    if changes and _is_covered(published, config):
+        changes = []
     own = published.repository.root == config["repository"]
     if not (changes and policy == "repack" and own):
         return published, changes
@@ -106,6 +109,15 @@ def fresh(
     if progress is not None:
         progress.note(f"packing `{manifest.name}` again: {changes[0]} changed")
     return _pack(manifest.origin, config, manifest.name, progress), []
+
+
+def _is_covered(published: Published, config: Config) -> bool:
+    """Whether the original cannot be seen from here: the staged tree is in its place."""
+    manifest = published.manifest
+    try:
+        return os.path.samefile(Store(config["store"]).tree(manifest.top.id), manifest.origin)
+    except OSError:
+        return False
 
 
 def _pack(path: str, config: Config, name: str | None, progress: pack.Progress | None) -> Published:

@@ -134,6 +134,11 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--timeout", metavar="DURATION")
     run.add_argument("--on-stale", choices=("repack", "warn", "fallback"))
     run.add_argument("--user-site", action="store_true", help="let ~/.local be imported from")
+    run.add_argument(
+        "--same-path",
+        action="store_true",
+        help="for the command, the staged tree is also at the path of the original",
+    )
     in_allocation(run)
     run.add_argument("command", nargs=argparse.REMAINDER, metavar="CMD")
 

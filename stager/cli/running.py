@@ -11,12 +11,13 @@ import sys
 from collections.abc import Mapping
 
 from stager import activate as activation
-from stager import allocation, fsutil, lease, lookup
+from stager import allocation, containers, fsutil, lease, lookup, samepath
 from stager.cli import report
 from stager.cli.common import Bars, load_config, say
 from stager.cli.staging import ask_job, prepare
 from stager.errors import StagerError, UsageError
 from stager.schedulers import slurm
+from stager.stage import Staged
 
 FAILED, NOT_EXECUTABLE, NOT_FOUND = 125, 126, 127
 """What env(1) exits with for itself, for a program that cannot start, and for a missing one."""
@@ -52,6 +53,11 @@ def run(arguments: argparse.Namespace) -> int:
             )
         name = lookup.called(arguments.env or os.environ.get("STAGER_ENV"), published)
         environ, prefix = activation.staged(result, config, os.environ, ref=name), result.prefix
+        warning = containers.warning(command, result.manifest)
+        if warning:
+            say(f"stage-run: {warning}")
+        if arguments.same_path:
+            _take_place(command, result, strict=strict, everywhere=everywhere is not None)
         if everywhere is not None:
             environ = allocation.also_outside(environ, published.manifest, everywhere)
     except Exception as problem:
@@ -64,6 +70,24 @@ def run(arguments: argparse.Namespace) -> int:
     if session:
         allocation.write_session(session, options, os.environ, environ, prefix=prefix)
     return FAILED if environ is None else _exec(command, environ)
+
+
+def _take_place(command: list[str], result: Staged, *, strict: bool, everywhere: bool) -> None:
+    """Put the staged tree in the place of the original, for the command; or say why not."""
+    launcher = os.path.basename(command[0])
+    try:
+        if launcher == "srun" or (everywhere and launcher in allocation.LAUNCHERS):
+            raise UsageError(
+                f"--same-path does not reach what {launcher} starts on the nodes",
+                hint=f"put it behind: {launcher} stage-run --same-path CMD",
+            )
+        samepath.enter(result.prefix, result.manifest)
+    except StagerError as error:
+        if strict:
+            raise
+        say(f"stage-run: running without --same-path: {error.message}")
+        if error.hint:
+            say(f"hint: {error.hint}")
 
 
 def _explained(problem: Exception) -> StagerError:

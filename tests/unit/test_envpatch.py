@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stager import envpatch
+from stager import containers, envpatch
 from stager.envpatch import RENDERERS, EnvPatch, changes
 
 pytestmark = pytest.mark.unit
@@ -43,6 +43,41 @@ def test_activation_of_a_plain_environment() -> None:
 
 def test_activation_without_a_path() -> None:
     assert VENV.at("/s/e").apply({})["PATH"] == "/s/e/bin"
+
+
+def test_containers_are_reached_and_keep_what_is_bound() -> None:
+    patch = containers.reached(VENV.at("/s/envs/e"), ["/s/envs/b", "/s/envs/e"])
+    after = patch.apply({"PATH": "/bin", "APPTAINER_BIND": "/a:/b:ro,/c", "SINGULARITY_BIND": "/d"})
+    assert after["APPTAINER_BIND"] == "/s/envs/b,/s/envs/e,/a:/b:ro,/c"
+    assert after["SINGULARITY_BIND"] == "/s/envs/b,/s/envs/e,/d"
+    for program in ("APPTAINER", "SINGULARITY"):
+        assert after[f"{program}ENV_PREPEND_PATH"] == "/s/envs/e/bin"
+        assert after[f"{program}ENV_VIRTUAL_ENV"] == "/s/envs/e"
+    assert patch.apply(after) == after
+
+
+def test_what_is_for_singularity_alone_is_for_apptainer_too() -> None:
+    """It reads the other's variable only where its own is not there, and now it is."""
+    patch = containers.reached(VENV.at("/s/envs/e"), ["/s/envs/e"])
+    after = patch.apply({"SINGULARITY_BIND": "/d", "SINGULARITYENV_PREPEND_PATH": "/x"})
+    assert after["APPTAINER_BIND"] == after["SINGULARITY_BIND"] == "/s/envs/e,/d"
+    assert after["APPTAINERENV_PREPEND_PATH"] == "/s/envs/e/bin:/x"
+
+
+def test_another_activation_takes_back_what_containers_had() -> None:
+    first = containers.reached(VENV.at("/s/envs/1"), ["/s/envs/0", "/s/envs/1"])
+    before = {"PATH": "/bin", "APPTAINER_BIND": "/data"}
+    during = first.apply({**before, "SINGULARITYENV_X": "x"}) | {"STAGER_PREFIX": "/s/envs/1"}
+    during["APPTAINERENV_CONDA_PREFIX"] = "/opt/conda"
+    second = containers.reached(VENV.at("/s/envs/2"), ["/s/envs/2"])
+    after = second.apply(during)
+    assert after["APPTAINER_BIND"] == "/s/envs/2,/data"
+    assert after["APPTAINERENV_PREPEND_PATH"] == "/s/envs/2/bin"
+    assert "APPTAINERENV_CONDA_PREFIX" not in after
+    without = EnvPatch().apply(during)
+    assert without["APPTAINER_BIND"] == "/data"
+    assert without["SINGULARITYENV_X"] == "x"
+    assert [name for name, value in without.items() if "/s/" in value] == ["STAGER_PREFIX"]
 
 
 def test_activating_twice_is_activating_once() -> None:

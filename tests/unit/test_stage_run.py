@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 import tiny
-from environments import VENV, clean_environ
+from environments import BASE_PYTHON, VENV, clean_environ
+from stager import containers
 
 pytestmark = pytest.mark.unit
 
@@ -125,6 +126,7 @@ def test_what_the_environment_says_counts_as_if_it_were_typed(copy: Copy) -> Non
         (["--how", "extract", "true"], {}),
         (["--store", "/x", "true"], {}),
         (["--no-such-option", "true"], {}),
+        (["--same-path", "true"], {}),
         (["--help"], {}),
         (["--env"], {}),
         (["--env", "torch"], {}),
@@ -187,6 +189,33 @@ def test_nothing_is_left_or_exported_by_the_fast_path(copy: Copy) -> None:
     for name in ("_", "PWD", "OLDPWD", "SHLVL"):  # a shell's own
         after.pop(name, None)
     assert after == before
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("program", ["apptainer", "singularity"])
+def test_a_container_may_lack_the_nodes_python(copy: Copy, shell: str, program: str) -> None:
+    """One line per node, without starting Python; what Python says where it starts."""
+    container = copy.prefix / "bin" / program
+    container.write_text("#!/bin/sh\necho $*\n")
+    container.chmod(0o755)
+    config = copy.prefix / "pyvenv.cfg"
+    variables = {"home": "as it was", "key": "too"}
+    for home, said in (
+        (copy.prefix.parent / "layer" / "bin", False),  # a layer of its own
+        (BASE_PYTHON.parent, True),
+    ):
+        config.write_text(f"home = {home}\ninclude-system-site-packages = false\n")
+        done = copy(program, "exec", "img.sif", shell=shell, **variables)
+        assert (done.status, done.out) == (0, "exec img.sif\n")
+        expected = containers.warning([program], tiny.described())
+        assert done.err == (f"stage-run: {expected}\n" if said else "")
+        assert copy("env", shell=shell, **variables).err == ""
+        assert copy(program, shell=shell, SLURM_LOCALID="1").err == ""
+    assert "/python" not in "".join(done.programs)
+    config.unlink()  # of a kind that brings its Python
+    assert copy(program, shell=shell).err == ""
+    container.write_text("#!/bin/sh\nprintenv home key\n")
+    assert copy(program, shell=shell, **variables).out == "as it was\ntoo\n"
 
 
 # With the real thing behind it
