@@ -168,6 +168,18 @@ def _needed_versions(
             break
 
 
+def search_paths(elf: Elf, directory: str) -> Iterator[str]:
+    """The absolute directories that the loader searches for a file in ``directory``.
+
+    Entries with tokens other than ``$ORIGIN``, and those relative to wherever a program is started,
+    are left out.
+    """
+    for entry in elf.runpath.split(":"):
+        path = entry.replace("${ORIGIN}", directory).replace("$ORIGIN", directory)
+        if path.startswith("/") and "$" not in path[len(directory) :]:
+            yield os.path.normpath(path)
+
+
 def move_runpath(
     elf: Elf, move: Callable[[str], str | None], directory: str, root: str
 ) -> str | None:

@@ -94,6 +94,7 @@ class Producer:
         self._magic = magic
         self._compiler = compiler
         self._lock = threading.Lock()
+        self._strays: dict[tuple[str, str], list[str]] = {}
 
     def write(self, items: Iterable[Item], sink: Sink, *, slow: bool) -> Iterator[Item]:
         """Write every item, yielding it when it is written.
@@ -113,6 +114,7 @@ class Producer:
                 self.outcome.files += 1
                 self.outcome.bytes += member.size
             yield item
+        self._tell_strays()
 
     def _produced(
         self, items: Iterable[Item], slow: bool
@@ -317,10 +319,34 @@ class Producer:
         except elf.MalformedError as error:
             self._find(path, "elf", f"a damaged ELF file: {error}", "note")
             return None
-        if info is not None and info.glibc is not None:
-            with self._lock:
-                self.outcome.glibc = max(self.outcome.glibc or info.glibc, info.glibc)
+        if info is not None:
+            if info.glibc is not None:
+                with self._lock:
+                    self.outcome.glibc = max(self.outcome.glibc or info.glibc, info.glibc)
+            self._look_outside(path, info)
         return info
+
+    def _look_outside(self, path: str, info: elf.Elf) -> None:
+        """Note what a compiled file is loaded by, or with, from neither a layer nor the node."""
+        asked = [("interpreter", info.interpreter)] if info.interpreter else []
+        directory = os.path.dirname(self._original(path))
+        asked += [("runpath", one) for one in elf.search_paths(info, directory)]
+        local = self._place.local
+        for code, target in asked:
+            known = any(f"{target}/".startswith(f"{one}/") for one in local)
+            if not known and self._place.relocation.path(target) is None:
+                with self._lock:
+                    self._strays.setdefault((code, target), []).append(path)
+
+    def _tell_strays(self) -> None:
+        """One line for each place: many files of one package may name the same."""
+        for (code, target), paths in sorted(self._strays.items()):
+            there = os.path.exists(target)
+            what = "is loaded by" if code == "interpreter" else "looks for libraries in"
+            others = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
+            reason = f"{what} {target}, which is not on the node" if there else ""
+            reason = reason or f"{what} {target}, which does not exist"
+            self._find(min(paths), code, reason + others, "warning" if there else "note")
 
     def _leftover(self, path: str, data: bytes, what: str) -> None:
         # Any trace of the bytes counts, also where they are part of another path: whoever looks for
