@@ -37,7 +37,7 @@ def warning(command: Sequence[str], manifest: Manifest) -> str:
         return ""
     return (
         f"the environment's Python is this node's own, in {os.path.dirname(base)}, and is not"
-        " staged: it works in a container whose image has the same one there; else pack it again"
-        " with that directory left out of the key `local_prefixes`, or use an environment that"
-        " brings its own Python"
+        " staged: it works in a container whose image has the same one there; else use an"
+        " environment whose Python is packed with it: of conda, uv or a module, in no directory of"
+        " the key `local_prefixes`"
     )

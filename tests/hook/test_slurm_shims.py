@@ -279,6 +279,39 @@ def test_other_search_paths_are_prepended_to(node: Node) -> None:
     assert "export PYTHONPATH=/store/below:/store/lower:/mine" in told
 
 
+def test_containers_are_reached(node: Node) -> None:
+    """What is bound stays, of an environment that was active nothing does, nor twice."""
+    program = "APPTAINER"
+    more = [
+        f"prepend {program}_BIND {PREFIX},/store/envs/base",
+        f"prepend {program}ENV_PREPEND_PATH {PREFIX}/bin",
+    ]
+    node.leave("ready", staged=activation(PREFIX, "/bin/sh", *more))
+    bind, path = f"export {program}_BIND=", f"export {program}ENV_PREPEND_PATH="
+
+    def told(**variables: str) -> list[str]:
+        return [line for line in node.tasks(**variables) if "APPTAINER" in line]
+
+    ours = [f"{bind}{PREFIX},/store/envs/base", f"{path}{PREFIX}/bin"]
+    assert told() == ours
+    # Slurm gives a step what its batch script had.
+    first, second = (line.partition("=")[2] for line in ours)
+    again = {"APPTAINER_BIND": f"{first},/a:/b:ro", "APPTAINERENV_PREPEND_PATH": second}
+    assert told(**again, STAGER_PREFIX=PREFIX) == [f"{ours[0]},/a:/b:ro", ours[1]]
+    other = {
+        "STAGER_PREFIX": "/old/envs/1",
+        "APPTAINER_BIND": "/old/envs/0,/old/envs/1,/a:/b:ro",
+        "APPTAINERENV_PREPEND_PATH": "/old/envs/1/bin:/x",
+    }
+    assert told(**other) == [f"{ours[0]},/a:/b:ro", f"{ours[1]}:/x"]
+    assert told(SINGULARITY_BIND="/d") == [f"{ours[0]},/d", ours[1]]
+    node.leave("failed", message="why\n")
+    (node.state / "staged").unlink()
+    assert told(**other) == [f"{bind}/a:/b:ro", f"{path}/x"]
+    other["APPTAINER_BIND"] = "/old/envs/1"
+    assert told(**other) == ["unset APPTAINER_BIND", f"{path}/x"]
+
+
 def test_a_note_for_whoever_asked_for_it(node: Node) -> None:
     node.leave("ready", staged=activation(PREFIX), message="staged demo (hit, 0.01 s)\n")
     told = node.tasks()
