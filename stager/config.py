@@ -167,6 +167,11 @@ KEYS: dict[str, Key] = {
         "copy",
         "links out of its Python directories: copy what they name, refuse, or keep",
     ),
+    "pack.module_paths": Key(
+        _choice("report", "include"),
+        "report",
+        "directories in PYTHONPATH and LD_LIBRARY_PATH that are not on the node",
+    ),
     "pack.bytecode": Key(_boolean, True, "compile modules that have no valid bytecode"),
     "stage.how": Key(
         _choice("auto", "mount", "extract"), "auto", "how a tree is made usable on a node"

@@ -23,6 +23,7 @@ _INHERITED = re.compile(
     r"(?:(?:APPTAINER|SINGULARITY)ENV_)?"
     r"(?:CONDA_(?!ENVS_|PKGS_)|__CONDA_|_CE_|VIRTUAL_ENV|PYTHONHOME\Z|__PYVENV_LAUNCHER__\Z)"
 )
+_WORD = re.compile(r"\{(?:prefix|layer\d+)\}")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 
@@ -45,15 +46,18 @@ class EnvPatch:
     unset: tuple[str, ...] = ()
     prepend: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def at(self, prefix: str) -> EnvPatch:
-        """Fill in ``{prefix}``."""
+    def at(self, *trees: str) -> EnvPatch:
+        """Fill in ``{layer0}``, ... by the trees, from the bottom up; the last is ``{prefix}``."""
+        words = {f"{{layer{number}}}": tree for number, tree in enumerate(trees)}
+        words["{prefix}"] = trees[-1]
+
+        def fill(text: str) -> str:
+            return _WORD.sub(lambda match: words.get(match[0], match[0]), text)
+
         return EnvPatch(
-            {key: value.replace("{prefix}", prefix) for key, value in self.set.items()},
+            {key: fill(value) for key, value in self.set.items()},
             self.unset,
-            {
-                key: tuple(item.replace("{prefix}", prefix) for item in items)
-                for key, items in self.prepend.items()
-            },
+            {key: tuple(map(fill, items)) for key, items in self.prepend.items()},
         )
 
     def apply(

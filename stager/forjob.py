@@ -24,10 +24,10 @@ from collections.abc import Mapping
 from typing import Any, Callable
 
 from stager import config as configuration
-from stager import containers, fsutil, privilege, ref
+from stager import fsutil, privilege, ref
 from stager.config import Config
 from stager.envpatch import EnvPatch
-from stager.errors import JOB, SITE, IncompatibleError, NotFoundError, StagerError, UsageError
+from stager.errors import JOB, SITE, NotFoundError, StagerError, UsageError
 from stager.jobstate import MAX_MESSAGE, Job
 from stager.manifest import Manifest
 from stager.ref import Directive, Ref
@@ -103,7 +103,7 @@ def _work(
     for wish in directive.refs:
         published = _published(wish, config, job, until)
         if len(directive.refs) == 1:
-            _send(talk, {"original": _activation(published.manifest, config, "", str(wish))})
+            _send(talk, {"original": _original(published.manifest)})
         if config["stage.how"] != "extract":
             config.values["stage.how"] = _how(published, node, config, talk, mounts, until)
         # Not on a mount that ends with another job's step.
@@ -136,7 +136,7 @@ def _overrides(directive: Directive, trusted: Config) -> dict[str, object]:
 
 def _send_original(talk: socket.socket, directive: Directive, job: Job) -> None:
     """Before anything that may hang: a path is its own original."""
-    path = directive.refs[-1].path
+    path = directive.refs[0].path
     if path:
         patch = EnvPatch({"VIRTUAL_ENV": path}, (), {"PATH": (os.path.join(path, "bin"),)})
         _send(talk, {"original": _value(patch, path, "bin/python", ())})
@@ -156,6 +156,10 @@ def _published(wish: Ref, config: Config, job: Job, until: float) -> Published:
         try:
             published = lookup.find(wish, config)
         except NotFoundError as error:
+            path = lookup.located(wish, os.environ, cwd=job.work_dir)
+            if path != wish:
+                wish = path
+                continue
             missing = error
             if not (wish.path and policy == "repack" and os.path.isdir(wish.path)):
                 raise
@@ -257,19 +261,12 @@ def _fetch(published: Published, node: Store, layer_id: str, config: Config, unt
             fsutil.remove_tree(workspace)
 
 
-def _activation(manifest: Manifest, config: Config, prefix: str, name: str) -> dict[str, Any]:
-    """The activation of a staged tree, or of the original where ``prefix`` is empty."""
-    from stager import activate, sourcing
+def _original(manifest: Manifest) -> dict[str, Any]:
+    """The activation of an original."""
+    from stager import activate
 
-    if not prefix:
-        patch = EnvPatch.from_json(manifest.activation).at(manifest.origin)
-        return _value(patch, manifest.origin, manifest.python.executable, ())
-    patch = activate.patch(manifest, prefix, config, ref=name)
-    if manifest.kind == activate.CONDA:
-        user = {name: os.environ[name] for name in _OF_THE_USER if name in os.environ}
-        patch = sourcing.known_beforehand(patch, prefix, user)
-    leave = tuple(dict.fromkeys((manifest.origin, *manifest.spellings)))
-    return _value(patch, prefix, manifest.python.executable, leave)
+    patch = activate.together([activate.Part.original(manifest)])
+    return _value(patch, manifest.origin, manifest.original_python, ())
 
 
 def _value(patch: EnvPatch, prefix: str, executable: str, leave: tuple[str, ...]) -> dict[str, Any]:
@@ -285,25 +282,27 @@ def _value(patch: EnvPatch, prefix: str, executable: str, leave: tuple[str, ...]
 
 
 def _described(directive: Directive, everything: list[Any], config: Config) -> dict[str, Any]:
-    """Put several environments together: the last one is active, modules of all are found."""
-    published, result = everything[-1]
+    """Put several environments together, see :mod:`stager.activate`."""
+    from stager import activate, together
+
+    parts = [activate.Part.staged(result) for _, result in everything]
+    together.require([part.manifest for part in parts])
     name = "+".join(str(wish) for wish in directive.refs)
-    value = _activation(published.manifest, config, result.prefix, name)
-    version = published.manifest.python.version.split(".")[:2]
-    for below, tree in reversed(everything[:-1]):
-        if below.manifest.python.version.split(".")[:2] != version:
-            raise IncompatibleError(
-                f"`{below.manifest.name}` is for Python {below.manifest.python.version},"
-                f" `{published.manifest.name}` for {published.manifest.python.version}",
-                hint="environments that are used together need the same Python",
-            )
-        site = os.path.join(tree.prefix, "lib", "python" + ".".join(version), "site-packages")
-        own = EnvPatch({}, (), {"PYTHONPATH": (site,), "PATH": (os.path.join(tree.prefix, "bin"),)})
-        trees = [os.path.join(os.path.dirname(tree.prefix), one) for one in tree.layers]
-        for variable, items in containers.reached(own, trees).prepend.items():
-            above = value["prepend"].setdefault(variable, [])
-            above += [item for item in items if item not in above]
-        value["leave"] += [below.manifest.origin, *below.manifest.spellings]
+    patch = activate.patch(parts, config, ref=name)
+    if parts[0].manifest.kind == activate.CONDA:
+        from stager import sourcing
+
+        user = {name: os.environ[name] for name in _OF_THE_USER if name in os.environ}
+        patch = sourcing.known_beforehand(patch, parts[0].prefix, user)
+    # A task replaces all that it finds below these by the first one's prefix.
+    leave = [
+        old
+        for part in parts
+        for old, new in part.manifest.moved(part.trees).items()
+        if new == part.prefix
+    ]
+    executable = parts[0].manifest.python.executable
+    value = _value(patch, parts[0].prefix, executable, tuple(dict.fromkeys(leave)))
     order: Callable[[str], int] = ("hit", "mounted", "extracted").index
     hows = [one.how for _, one in everything]
     copied = sum(

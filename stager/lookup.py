@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from stager import freshness, ref
 from stager.config import Config
 from stager.errors import NotFoundError, UsageError
+from stager.manifest import Manifest
 from stager.ref import Ref
 from stager.repository import Published, Repository
 from stager.store import Store
@@ -22,32 +24,64 @@ def repositories(config: Config) -> list[Repository]:
     return [Repository(path) for path in (config["repository"], *config["repositories"])]
 
 
-def wanted(text: str | None, environ: Mapping[str, str]) -> Ref:
-    """The ref to use: what is given, else ``STAGER_ENV``, else the environment that is active.
+def wanted(text: str | None, environ: Mapping[str, str]) -> tuple[Ref, ...]:
+    """The refs to use: what is given, else ``STAGER_ENV``, else the environment that is active.
 
     Raises:
         UsageError: nothing says which.
     """
-    if text:
-        return ref.parse(text)
-    if environ.get("STAGER_ENV"):
-        return ref.parse(environ["STAGER_ENV"])
+    if text or environ.get("STAGER_ENV"):
+        return parse(text or environ["STAGER_ENV"])
     active = environ.get("VIRTUAL_ENV") or environ.get("CONDA_PREFIX")
-    if active and active == environ.get("STAGER_PREFIX") and environ.get("STAGER_ACTIVE"):
-        return ref.parse(environ["STAGER_ACTIVE"])  # a staged one, and this is what it is called
+    prefix = environ.get("STAGER_PREFIX")
+    first = f"{prefix}/bin" in environ.get("PATH", "").split(":") and active in (None, prefix)
+    if first and environ.get("STAGER_ACTIVE"):
+        return parse(environ["STAGER_ACTIVE"])  # a staged one, and this is what it is called
     if active:
-        return Ref(path=os.path.abspath(active))
+        return (Ref(path=os.path.abspath(active)),)
     if os.path.exists("./.venv/pyvenv.cfg"):
-        return Ref(path=os.path.abspath(".venv"))
+        return (Ref(path=os.path.abspath(".venv")),)
     raise UsageError(
         "no environment is named and none is active",
         hint="name one (--env NAME), set STAGER_ENV, or activate one",
     )
 
 
-def called(text: str | None, published: Published) -> str:
-    """What an active environment is called: as the user typed it, but from any directory."""
-    return str(ref.parse(text)) if text else published.manifest.name
+def parse(text: str) -> tuple[Ref, ...]:
+    """Parse ``REF[+REF...]``; a directory with ``+`` in its name is itself.
+
+    Raises:
+        UsageError: a part is no ref.
+    """
+    if "+" in text and not (ref.is_path(text) and os.path.isdir(os.path.expanduser(text))):
+        return tuple(map(ref.parse, text.split("+")))
+    return (ref.parse(text),)
+
+
+def called(text: str | None, found: Iterable[Published]) -> str:
+    """What active environments are called: as the user typed it, but from any directory."""
+    if text:
+        return "+".join(map(str, parse(text)))
+    return "+".join(published.manifest.name for published in found)
+
+
+def located(wish: Ref, environ: Mapping[str, str], *, cwd: str | None = None) -> Ref:
+    """For a name that is not published, the path where a tool keeps an environment of that name.
+
+    Args:
+        wish: what the user typed; it is returned where there is none.
+        environ: the user's variables.
+        cwd: the user's directory; None is the current one.
+
+    Raises:
+        UsageError: there are several environments of that name.
+    """
+    if wish.path or wish.digest:
+        return wish
+    from stager.environments import kept  # a warm start does without
+
+    path = kept.named(wish.name, environ, cwd or os.getcwd())
+    return Ref(path=path) if path else wish
 
 
 def find(wish: Ref, config: Config) -> Published:
@@ -78,7 +112,8 @@ def fresh(
 ) -> tuple[Published, list[str]]:
     """Find an environment and see to it that it is up to date, by the policy ``stage.on_stale``.
 
-    A path that was never packed is packed now, where the policy is to pack.
+    A path that was never packed is packed now, where the policy is to pack; so is what a tool keeps
+    under a name that is not published.
 
     Returns:
         The environment, and the paths that changed since it was packed: empty where it is up to
@@ -90,13 +125,17 @@ def fresh(
     """
     policy = config["stage.on_stale"]
     try:
-        published = find(wish, config)
+        try:
+            published = find(wish, config)
+        except NotFoundError:
+            wish = located(wish, os.environ)
+            published = find(wish, config)
     except NotFoundError:
         if not (wish.path and policy == "repack" and os.path.isdir(wish.path)):
             raise
         if progress is not None:
             progress.note(f"packing {wish.path}, which was never packed")
-        return _pack(wish.path, config, None, progress), []
+        return _pack(None, wish.path, config, progress), []
     changes = [] if wish.digest else freshness.changed(published.manifest)
     if changes and _is_covered(published, config):
         changes = []
@@ -104,11 +143,14 @@ def fresh(
     if not (changes and policy == "repack" and own):
         return published, changes
     manifest = published.manifest
-    for key, value in manifest.options.items():
-        config.values[key] = tuple(value) if isinstance(value, list) else value
+    options = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in manifest.options.items()
+    }
+    config = replace(config, values={**config.values, **options})
     if progress is not None:
         progress.note(f"packing `{manifest.name}` again: {changes[0]} changed")
-    return _pack(manifest.origin, config, manifest.name, progress), []
+    return _pack(manifest, manifest.origin, config, progress), []
 
 
 def _is_covered(published: Published, config: Config) -> bool:
@@ -120,9 +162,14 @@ def _is_covered(published: Published, config: Config) -> bool:
         return False
 
 
-def _pack(path: str, config: Config, name: str | None, progress: pack.Progress | None) -> Published:
+def _pack(
+    known: Manifest | None, path: str, config: Config, progress: pack.Progress | None
+) -> Published:
     from stager import pack  # a warm start does without
+    from stager.environments import Request
 
-    result = pack.pack(path, config, name=name, progress=progress)
+    request = Request.again(known) if known is not None else Request.here((path,))
+    name = known.name if known is not None else None
+    result = pack.pack(request, config, name=name, progress=progress)
     assert result.published is not None  # only a check publishes nothing
     return result.published

@@ -6,13 +6,17 @@ The format is specified in ``docs/formats/manifest.md``.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from stager.envpatch import EnvPatch
 from stager.errors import IncompatibleError, IntegrityError
 from stager.ref import is_name
+
+USER, TREE = "user", "tree"
+"""Kinds without a Python of their own: pip's user base, and directories of modules."""
 
 SCHEMA = 1
 """Version of the manifest format; a reader refuses a newer one."""
@@ -42,12 +46,13 @@ class Layer:
 
     Attributes:
         id: 16 hex digits over what was packed and how; the same environment gives the same id.
-        role: ``env`` or ``base``.
+        role: ``env``, ``base``, or ``tree`` for another directory of modules or libraries.
         origin: the prefix it was packed from.
         destination: the absolute prefix its files were rewritten for.
         image: the packed bytes.
         files: number of entries.
         size: bytes of all regular files, unpacked.
+        spellings: every path the origin is known by.
     """
 
     id: str
@@ -57,6 +62,7 @@ class Layer:
     image: Image
     files: int
     size: int
+    spellings: tuple[str, ...] = ()
 
     @property
     def filename(self) -> str:
@@ -159,6 +165,43 @@ class Manifest:
         packed = any(self.python.base.startswith(f"{one.destination}/") for one in self.layers)
         return "" if packed else self.python.base
 
+    @property
+    def library(self) -> str:
+        """The modules of a Python of this version, relative to a prefix: ``lib/python3.11``."""
+        return "lib/python" + ".".join(self.python.version.split(".")[:2])
+
+    @property
+    def original_python(self) -> str:
+        """The interpreter that runs the original."""
+        if self.kind not in (USER, TREE):
+            return os.path.join(self.origin, self.python.executable)
+        for one in self.layers:
+            if self.python.base.startswith(f"{one.destination}/"):
+                return one.origin + self.python.base[len(one.destination) :]
+        return self.python.base
+
+    def staged_at(self, prefix: str) -> tuple[str, ...]:
+        """The trees of all layers, where the environment's own is at ``prefix``."""
+        return tuple(os.path.join(os.path.dirname(prefix), layer.id) for layer in self.layers)
+
+    def activated(self, trees: Sequence[str]) -> EnvPatch:
+        """The activation, for these trees of its layers."""
+        return EnvPatch.from_json(self.activation).at(*trees)
+
+    def moved(self, trees: Sequence[str]) -> dict[str, str]:
+        """Where in these trees of its layers what lay at the original's paths is, by old path.
+
+        The base is not among them: not all of it is packed. Nor is what is not Python's below a
+        user base, which goes on being used where it is.
+        """
+        part = f"/{self.library}" if self.kind == USER else ""
+        own = (self.origin, *self.spellings)
+        found = dict.fromkeys((one + part for one in own), trees[-1] + part)
+        for layer, tree in zip(self.layers, trees):
+            if layer.role == TREE:
+                found.update(dict.fromkeys((layer.origin, *layer.spellings), tree))
+        return dict(sorted(found.items(), key=lambda pair: -len(pair[0])))
+
     def encode(self) -> bytes:
         """Canonical JSON: sorted keys, no spaces, ASCII, one final newline."""
         return canonical(asdict(self))
@@ -211,7 +254,7 @@ def decode(data: bytes, where: str) -> Manifest:
                 **value,
                 "spellings": _texts(value["spellings"]),
                 "modules": _texts(value["modules"]),
-                "layers": tuple(_layer(item) for item in value["layers"]),
+                "layers": tuple(read_layer(item) for item in value["layers"]),
                 "python": _made(Python, value["python"]),
                 "platform": _made(Platform, value["platform"]),
                 "activation": EnvPatch.from_json(value["activation"]).to_json(),
@@ -225,8 +268,14 @@ def decode(data: bytes, where: str) -> Manifest:
         ) from error
 
 
-def _layer(item: Mapping[str, Any]) -> Layer:
-    layer = _made(Layer, {**item, "image": _made(Image, item["image"])})
+def read_layer(item: Mapping[str, Any]) -> Layer:
+    """Read a layer.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is none.
+    """
+    spellings = _texts(item.get("spellings", ()))
+    layer = _made(Layer, {**item, "image": _made(Image, item["image"]), "spellings": spellings})
     # These become path components on a node: nothing but what pack writes is believed.
     if not _is_id(layer.id):
         raise ValueError("a layer's id is malformed")
@@ -248,7 +297,7 @@ def _made(kind: type[_T], item: Mapping[str, Any]) -> _T:
     return made
 
 
-def _texts(items: list[object]) -> tuple[str, ...]:
+def _texts(items: Sequence[object]) -> tuple[str, ...]:
     if not all(isinstance(item, str) for item in items):
         raise TypeError("a text is expected")
     return tuple(str(item) for item in items)

@@ -15,10 +15,20 @@ import stager
 from stager import freshness, plan, transfer, walk
 from stager.bytecode import Compiler
 from stager.config import Config
-from stager.environments import Environment, describe
+from stager.environments import Environment, Request, describe
 from stager.errors import JOB, IntegrityError, StagerError, UsageError
 from stager.fsutil import explain
-from stager.manifest import Finding, Image, Layer, Manifest, Platform, Python
+from stager.manifest import (
+    TREE,
+    USER,
+    Finding,
+    Image,
+    Layer,
+    Manifest,
+    Platform,
+    Python,
+    read_layer,
+)
 from stager.produce import Outcome, Producer, Sink
 from stager.ref import Ref, is_name
 from stager.repository import Published, Repository, stripe
@@ -79,17 +89,17 @@ class Packed:
 
 
 def pack(
-    path: str,
+    request: Request,
     config: Config,
     *,
     name: str | None = None,
     check: bool = False,
     progress: Progress | None = None,
 ) -> Packed:
-    """Pack the environment at ``path`` and publish it.
+    """Pack an environment and publish it.
 
     Args:
-        path: a directory.
+        request: which one.
         config: see :mod:`stager.config`.
         name: the name to publish; None takes the environment's own.
         check: only find out what would move and what would not; nothing is written.
@@ -105,10 +115,10 @@ def pack(
             hint="letters, digits, '.', '_' and '-', beginning with a letter or digit",
         )
     try:
-        environment = describe(path, config)
+        environment = describe(request, config)
         surveys = [look_through(tree, environment, config) for tree in environment.trees]
     except OSError as error:
-        raise explain(error, f"look through {path}", blame=JOB) from error
+        raise explain(error, f"look through {request.paths[0]}", blame=JOB) from error
     findings = [*environment.findings, *(one for survey in surveys for one in survey.findings)]
     errors = [one for one in findings if one.severity == "error"]
     if errors and not check:
@@ -219,7 +229,9 @@ class _Layers:
             known = repository.layer(layer_id, image_format)
             if known is not None and self._is_good(repository, known):
                 self.reused.append(survey.tree.role)
-                records.append(known)
+                # It may have been packed for another role.
+                role = {"role": survey.tree.role, "spellings": survey.tree.spellings}
+                records.append({**known, "layer": {**known["layer"], **role}})
                 continue
             path = os.path.join(directory, f"{layer_id}.{image_format}")
             outcome = self._write(survey, place, path)
@@ -232,6 +244,7 @@ class _Layers:
                 image,
                 outcome.files,
                 outcome.bytes,
+                survey.tree.spellings,
             )
             repository.add_image(path, layer)
             record = {
@@ -315,7 +328,7 @@ class _Nowhere:
 def _check_unchanged(survey: Survey) -> None:
     """Make sure that no directory gained or lost an entry while its files were read."""
     for entry in survey.entries:
-        if entry.kind != DIRECTORY or entry.path.startswith(".stager"):
+        if entry.kind != DIRECTORY or entry.path.startswith(".stager") or not entry.mtime_ns:
             continue
         try:
             unchanged = os.lstat(entry.source).st_mtime_ns == entry.mtime_ns
@@ -347,12 +360,11 @@ def _manifest(
         kind=environment.kind,
         origin=environment.prefix,
         spellings=environment.top.spellings,
-        layers=tuple(
-            Layer(**{**record["layer"], "image": Image(**record["layer"]["image"])})
-            for record in records
-        ),
+        layers=tuple(read_layer(record["layer"]) for record in records),
         python=Python(
-            os.path.relpath(interpreter.executable, environment.prefix),
+            "bin/python"
+            if environment.kind in (USER, TREE)
+            else os.path.relpath(interpreter.executable, environment.prefix),
             interpreter.version,
             interpreter.tag,
             _moved_base(interpreter.base_executable, surveys, records),
@@ -363,7 +375,7 @@ def _manifest(
             *(freshness.watch(path) for path in environment.watched),
             *(freshness.watch(path, tree=True) for path in trees),
         ),
-        modules=_modules(environment, surveys[-1]),
+        modules=_modules(surveys),
         options={key: config[key] for key in config.values if key.startswith("pack.")},
         packed=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         packer=stager.__version__,
@@ -379,18 +391,23 @@ def _moved_base(executable: str, surveys: list[Survey], records: list[dict[str, 
     return executable
 
 
-def _modules(environment: Environment, survey: Survey) -> tuple[str, ...]:
-    """Top-level modules and packages of the environment's own site-packages."""
+def _modules(surveys: list[Survey]) -> tuple[str, ...]:
+    """Top-level modules and packages of the environment's own directories of packages."""
     found = set()
-    for directory in environment.top.python_directories:
-        site = f"{directory}/site-packages/"
-        for entry in survey.entries:
-            if not entry.path.startswith(site) or entry.kind == LINK:
-                continue
-            parts = entry.path[len(site) :].split("/")
-            if len(parts) == 2 and parts[1] == "__init__.py":
-                found.add(parts[0])
-            elif len(parts) == 1 and parts[0].endswith((".py", ".so")):
-                found.add(parts[0].split(".")[0])
+    for survey in surveys:
+        if survey.tree.role not in ("env", TREE):
+            continue
+        for site in (f"{one}/" if one else "" for one in survey.tree.sites):
+            names = (one.path[len(site) :] for one in survey.entries if _is_module(one, site))
+            found |= {name.partition("/")[0].partition(".")[0] for name in names}
     found = {name for name in found if name.isidentifier() and not name.startswith("_")}
     return tuple(sorted(found - _NOT_CHECKED))
+
+
+def _is_module(entry: walk.Entry, site: str) -> bool:
+    if entry.kind == LINK or not entry.path.startswith(site):
+        return False
+    directory, _, name = entry.path[len(site) :].rpartition("/")
+    if directory:
+        return name == "__init__.py" and "/" not in directory
+    return name.endswith((".py", ".so"))

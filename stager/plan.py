@@ -154,9 +154,14 @@ def _files(
 
 
 def _is_importable(place: Place, path: str) -> bool:
-    if not any(path.startswith(f"{directory}/") for directory in place.python_directories):
+    if not is_below(path, place.python_directories):
         return False
     return all(part.isidentifier() for part in path[: -len(".py")].split("/")[-1:])
+
+
+def is_below(path: str, directories: Iterable[str]) -> bool:
+    """Tell whether a relative path is in one of the directories; the empty one is the tree."""
+    return any(not one or path.startswith(f"{one}/") for one in directories)
 
 
 def seconds(entry: Entry) -> int:

@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol, Union
 
-from stager import bytecode, condameta, elf, prefix, relocate
+from stager import bytecode, condameta, elf, plan, prefix, relocate
 from stager.bytecode import Compiler
 from stager.condameta import Recorded
 from stager.errors import DeniedError, IntegrityError
@@ -289,7 +289,7 @@ class Producer:
         return f"{self._place.root}/{path}"
 
     def _in_python_directory(self, path: str) -> bool:
-        return any(path.startswith(f"{one}/") for one in self._place.python_directories)
+        return plan.is_below(path, self._place.python_directories)
 
     def _binary(self, path: str, data: bytes) -> bytes:
         info = self._inspect(path, lambda offset, length: data[offset : offset + length])

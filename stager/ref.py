@@ -61,6 +61,11 @@ def is_name(text: str) -> bool:
     return bool(_NAME.match(text))
 
 
+def is_path(text: str) -> bool:
+    """Tell whether a ref is a path, and not a name."""
+    return text.startswith(("/", "./", "../", "~")) or text in (".", "..")
+
+
 def _is_no_byte(char: str) -> bool:
     """Tell whether this is a surrogate that stands for no byte of a file name: JSON may have it."""
     return "\ud800" <= char <= "\udfff" and not "\udc80" <= char <= "\udcff"
@@ -80,7 +85,7 @@ def parse(text: str, *, cwd: str | None = None) -> Ref:
         raise UsageError("the environment's name is empty", hint="see `stager list`")
     if any(ord(char) < 32 or ord(char) == 127 or _is_no_byte(char) for char in text):
         raise UsageError(f"the environment's name has control characters: {text!r}")
-    if text.startswith(("/", "./", "../", "~")) or text in (".", ".."):
+    if is_path(text):
         return Ref(path=os.path.abspath(os.path.join(cwd or os.getcwd(), os.path.expanduser(text))))
     pinned = _PINNED.match(text)
     name, digest = (pinned["name"], pinned["digest"]) if pinned else (text, "")

@@ -20,7 +20,7 @@ from stager import condameta, plan, walk
 from stager.condameta import Recorded
 from stager.config import Config
 from stager.environments import Environment, Tree, editables
-from stager.manifest import Finding
+from stager.manifest import TREE, USER, Finding
 from stager.relocate import Move, Relocation
 from stager.walk import DIRECTORY, FILE, LINK, Entry, Excluder
 
@@ -59,8 +59,12 @@ def look_through(tree: Tree, environment: Environment, config: Config) -> Survey
         OSError: something in it cannot be looked at.
     """
     started = time.monotonic()
-    exclude = Excluder((*tree.exclude, *config["pack.exclude"]))
-    entries = walk.walk(tree.root, exclude)
+    exclude = Excluder((*tree.exclude, *config["pack.exclude"]), tree.only)
+    # What else comes and goes in a directory that is not packed whole is no change.
+    entries = [
+        one._replace(mtime_ns=0) if one.path in exclude.partial else one
+        for one in walk.walk(tree.root, exclude)
+    ]
     found = Survey(tree, entries, slow=walk.is_slow(len(entries), time.monotonic() - started))
     found.recorded = condameta.read(tree.root)
     found.findings += _too_long(found.recorded, config)
@@ -68,8 +72,23 @@ def look_through(tree: Tree, environment: Environment, config: Config) -> Survey
     if tree.role == "env":
         _take_in_editables(found, environment, config)
     _settle_links(found)
+    if tree is environment.top and environment.kind in (USER, TREE):
+        _add_python(found, environment)
     found.entries.sort(key=lambda entry: entry.path)
     return found
+
+
+def _add_python(survey: Survey, environment: Environment) -> None:
+    """Put links to its Python into ``bin`` of an environment that has none."""
+    base = environment.interpreter.base_executable
+    top = next(entry for entry in survey.entries if entry.path == ".")
+    versioned = os.path.basename(environment.interpreter.library)
+    paths = [f"bin/{name}" for name in ("python", "python3", versioned)]
+    survey.entries = [one for one in survey.entries if one.path not in paths]
+    if not any(entry.path == "bin" for entry in survey.entries):
+        survey.entries.append(top._replace(path="bin", mode=0o755))
+    link = walk.entry(paths[0], base)._replace(kind=LINK, target=base, size=0)
+    survey.entries += [link._replace(path=path) for path in paths]
 
 
 def _too_long(recorded: dict[str, Recorded], config: Config) -> Iterator[Finding]:
@@ -101,7 +120,7 @@ def _take_in_links(survey: Survey, environment: Environment, config: Config) -> 
         if not plan.leaves(place, entry):
             kept.append(entry)
             continue
-        if not any(entry.path.startswith(f"{one}/") for one in (*tree.python_directories, "bin")):
+        if not plan.is_below(entry.path, (*tree.python_directories, "bin")):
             if installed is None:
                 installed = _installed_data(survey)
             if entry.path not in installed:
@@ -194,10 +213,8 @@ def _take_in_editables(survey: Survey, environment: Environment, config: Config)
     inside = tuple(spelling for one in environment.trees for spelling in one.spellings)
     inside += tuple(config["local_prefixes"])
     sources: list[editables.Source] = []
-    for directory in tree.python_directories:
-        found, rebuilding = editables.find(
-            os.path.join(tree.root, directory, "site-packages"), inside
-        )
+    for site in tree.sites:
+        found, rebuilding = editables.find(os.path.join(tree.root, site), inside)
         sources += found
         for one in rebuilding:
             survey.findings.append(

@@ -83,12 +83,12 @@ class Verified:
 
 
 def verify(
-    result: Staged, config: Config, environ: Mapping[str, str], *, modules: Sequence[str]
+    results: Sequence[Staged], config: Config, environ: Mapping[str, str], *, modules: Sequence[str]
 ) -> Verified:
     """Import modules from a staged tree and report every path that is not on the node.
 
     Args:
-        result: the staged environment.
+        results: the staged environments; the first one's Python imports.
         config: ``local_prefixes`` are the node's own.
         environ: the activated environment variables.
         modules: what to import.
@@ -96,7 +96,7 @@ def verify(
     Raises:
         StagerError: the imports could not be run.
     """
-    python = os.path.join(result.prefix, result.manifest.python.executable)
+    python = os.path.join(results[0].prefix, results[0].manifest.python.executable)
     with tempfile.TemporaryDirectory(prefix="stager-verify-") as scratch:
         answer = os.path.join(scratch, "answer")
         trace = os.path.join(scratch, "trace")
@@ -131,7 +131,7 @@ def verify(
         if method == STRACE:
             with open(trace, encoding="utf-8", errors="surrogateescape") as file:
                 paths = set(_traced(file, scratch))
-    return _sort(paths, result, config, scratch, method, said["failed"])
+    return _sort(paths, results, config, scratch, method, said["failed"])
 
 
 def _can_trace() -> bool:
@@ -163,15 +163,18 @@ def _unescape(match: re.Match[str]) -> str:
 
 def _sort(
     paths: Iterable[str],
-    result: Staged,
+    results: Sequence[Staged],
     config: Config,
     scratch: str,
     method: str,
     failed: Mapping[str, str],
 ) -> Verified:
-    manifest = result.manifest
-    store = os.path.dirname(os.path.dirname(result.prefix))
-    origins = {manifest.origin, *manifest.spellings, *(layer.origin for layer in manifest.layers)}
+    store = os.path.dirname(os.path.dirname(results[0].prefix))
+    origins = {
+        path
+        for manifest in (result.manifest for result in results)
+        for path in (manifest.origin, *manifest.spellings, *(one.origin for one in manifest.layers))
+    }
     local = (store, scratch, *_SYSTEM, *config["local_prefixes"])
     origin, outside = set(), set()
     absolute = {path for path in paths if path.startswith("/")}

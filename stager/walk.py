@@ -46,19 +46,37 @@ class Excluder:
 
     The patterns are those of fnmatch, for the path or, without ``/`` in it, for the last name; one
     that begins with ``/`` is for the path from the top of the tree.
+
+    Args:
+        patterns: what to leave out.
+        only: paths; all but these, what is below them and what they are below is left out. None
+            leaves out nothing more.
     """
 
-    def __init__(self, patterns: Iterable[str]) -> None:
+    def __init__(self, patterns: Iterable[str], only: Iterable[str] | None = None) -> None:
         self._patterns = tuple(patterns)
+        self._only = None if only is None else frozenset(only)
+        self.partial = frozenset(up for one in self._only or () for up in _above(one))
+        """The directories of which only a part is kept."""
 
     def __call__(self, path: str) -> bool:
         """Tell whether ``path`` (relative to the tree) is left out."""
+        if self._only is not None and path not in self.partial:
+            whole = (path, *_above(path))
+            if not any(one in self._only for one in whole):
+                return True
         name = path.rpartition("/")[2]
         return any(
             fnmatch.fnmatchcase(f"/{path}" if pattern.startswith("/") else path, pattern)
             or ("/" not in pattern and fnmatch.fnmatchcase(name, pattern))
             for pattern in self._patterns
         )
+
+
+def _above(path: str) -> list[str]:
+    """Every directory on the way to a relative path, the top of the tree included."""
+    parts = path.split("/")[:-1]
+    return [".", *("/".join(parts[: end + 1]) for end in range(len(parts)))]
 
 
 def entry(path: str, source: str) -> Entry:

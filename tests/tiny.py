@@ -16,6 +16,7 @@ from environments import BASE_PYTHON
 from stager import config as configuration
 from stager import manifest, pack
 from stager.config import Config
+from stager.environments import Request
 from stager.manifest import Image, Layer, Manifest, Platform, Python
 from stager.repository import Published, Repository
 from stager.store import Store
@@ -68,7 +69,7 @@ def configured(root: Path, **values: object) -> Config:
 
 def packed(prefix: Path, config: Config, *, name: str | None = None) -> Published:
     """Pack an environment and publish it."""
-    published = pack.pack(str(prefix), config, name=name).published
+    published = pack.pack(Request((str(prefix),)), config, name=name).published
     assert published is not None
     return published
 

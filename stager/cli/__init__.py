@@ -66,6 +66,22 @@ def _parser() -> argparse.ArgumentParser:
         help="a directory; default: the active one, else ./.venv",
     )
     pack.add_argument("--name", help="name to publish it under; default: the directory's")
+    which = pack.add_mutually_exclusive_group()
+    which.add_argument(
+        "-n", dest="named", metavar="NAME", help="the environment that is published or kept as NAME"
+    )
+    which.add_argument(
+        "--user", action="store_true", help="what `pip install --user` has installed"
+    )
+    which.add_argument(
+        "--tree",
+        action="append",
+        metavar="DIR",
+        help="a directory of modules, for PYTHONPATH; may be repeated, the first is searched first",
+    )
+    pack.add_argument(
+        "--python", metavar="PYTHON", help="the Python for --user and --tree; default: python3"
+    )
     pack.add_argument("--format", choices=("squashfs", "tar.zst"), help="format of the image")
     pack.add_argument("--level", metavar="N", help="zstd level")
     pack.add_argument("--threads", metavar="N", help="threads that compress")
@@ -84,6 +100,13 @@ def _parser() -> argparse.ArgumentParser:
         "--links",
         choices=("copy", "refuse", "keep"),
         help="links out of the environment: include what they name (default), refuse, or keep",
+    )
+    pack.add_argument(
+        "--include-module-paths",
+        action="store_const",
+        const="include",
+        dest="module_paths",
+        help="include what PYTHONPATH and LD_LIBRARY_PATH name that is not on the nodes",
     )
     pack.add_argument(
         "--no-bytecode", action="store_true", help="do not compile modules that lack bytecode"

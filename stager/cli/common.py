@@ -26,6 +26,7 @@ _ARGUMENTS = {
     "exclude": "pack.exclude",
     "editables": "pack.editables",
     "links": "pack.links",
+    "module_paths": "pack.module_paths",
     "how": "stage.how",
     "timeout": "stage.timeout",
     "on_stale": "stage.on_stale",

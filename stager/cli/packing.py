@@ -6,12 +6,15 @@ import argparse
 import os
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
+from stager import lookup, ref
 from stager import pack as packer
 from stager.cli.common import Bars, load_config, print_json, printable, say, size
-from stager.errors import UsageError
-from stager.manifest import Finding
+from stager.config import Config
+from stager.environments import Request, userbase
+from stager.errors import NotFoundError, UsageError
+from stager.manifest import TREE, USER, Finding
 
 _SHOWN = 8
 
@@ -19,20 +22,15 @@ _SHOWN = 8
 def pack(arguments: argparse.Namespace) -> int:
     """Pack an environment; the exit status of a check is 1 where the pack would be refused."""
     config = load_config(arguments)
-    active = os.environ.get("VIRTUAL_ENV") or os.environ.get("CONDA_PREFIX")
-    if not arguments.environment and active and active == os.environ.get("STAGER_PREFIX"):
-        raise UsageError(
-            "the environment that is active is a staged copy",
-            hint="name the original: stager pack DIRECTORY",
-        )
-    path = arguments.environment or active or _default()
+    request = _request(arguments, config)
     quiet = arguments.json
     if not quiet:
-        say(f"stager: {'checking' if arguments.check else 'packing'} {os.path.abspath(path)}")
+        named = " and ".join(request.paths)
+        say(f"stager: {'checking' if arguments.check else 'packing'} {printable(named)}")
     bars = Bars(quiet=quiet)
     try:
         result = packer.pack(
-            path, config, name=arguments.name, check=arguments.check, progress=bars
+            request, config, name=arguments.name, check=arguments.check, progress=bars
         )
     finally:
         bars.finish()
@@ -48,6 +46,44 @@ def pack(arguments: argparse.Namespace) -> int:
         return 1 if refused else 0
     say(f"stager: {_summary(result)}")
     return 0
+
+
+def _request(arguments: argparse.Namespace, config: Config) -> Request:
+    """What the command line asks for."""
+    if arguments.environment and (arguments.named or arguments.user or arguments.tree):
+        raise UsageError(
+            "an environment is given in two ways", hint="a directory, -n, --user, or --tree"
+        )
+    if arguments.python and not (arguments.user or arguments.tree):
+        raise UsageError("--python is for --user and --tree", hint="an environment has its own")
+    python = arguments.python or ""
+    if arguments.user:
+        return Request.here([os.path.abspath(userbase.of_user(os.environ))], USER, python)
+    if arguments.tree:
+        return Request.here(map(os.path.abspath, arguments.tree), TREE, python)
+    if arguments.named:
+        return _named(arguments.named, config)
+    active = os.environ.get("VIRTUAL_ENV") or os.environ.get("CONDA_PREFIX")
+    if not arguments.environment and active and active == os.environ.get("STAGER_PREFIX"):
+        raise UsageError(
+            "the environment that is active is a staged copy",
+            hint="name the original: stager pack DIRECTORY",
+        )
+    return Request.here([os.path.abspath(arguments.environment or active or _default())])
+
+
+def _named(name: str, config: Config) -> Request:
+    wish = ref.parse(name)
+    if wish.path:
+        return Request.here([wish.path])
+    try:
+        known = lookup.find(wish, config).manifest
+        return replace(Request.again(known), search=dict(os.environ))
+    except NotFoundError:
+        path = lookup.located(wish, os.environ).path
+        if not path:
+            raise
+        return Request.here([path])
 
 
 def _default() -> str:

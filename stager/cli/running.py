@@ -44,22 +44,23 @@ def run(arguments: argparse.Namespace) -> int:
         everywhere = where if allocation.needs_every_node(where, command) else None
         with allocation.lasting(where):
             # exec keeps our process number: the claim lasts as long as the command.
-            published, result = prepare(
+            found, results = prepare(
                 arguments.env,
                 config,
                 holder=lease.of_job_or_process(os.getpid()),
                 everywhere=everywhere,
                 via=arguments.via,
             )
-        name = lookup.called(arguments.env or os.environ.get("STAGER_ENV"), published)
-        environ, prefix = activation.staged(result, config, os.environ, ref=name), result.prefix
-        warning = containers.warning(command, result.manifest)
+        name = lookup.called(arguments.env or os.environ.get("STAGER_ENV"), found)
+        environ = activation.staged(results, config, os.environ, ref=name)
+        prefix = results[0].prefix
+        warning = containers.warning(command, results[0].manifest)
         if warning:
             say(f"stage-run: {warning}")
         if arguments.same_path:
-            _take_place(command, result, strict=strict, everywhere=everywhere is not None)
+            _take_place(command, results[0], strict=strict, everywhere=everywhere is not None)
         if everywhere is not None:
-            environ = allocation.also_outside(environ, published.manifest, everywhere)
+            environ = allocation.also_outside(environ, found[0].manifest, everywhere)
     except Exception as problem:
         # Also what we did not foresee: a bug of ours is no reason for a job not to run.
         error = _explained(problem)

@@ -8,11 +8,12 @@ import sys
 import time
 
 from stager import activate as activation
-from stager import allocation, envpatch, lease, lookup
+from stager import allocation, envpatch, lease, lookup, together
 from stager import stage as staging
 from stager.cli.common import Bars, count, load_config, print_json, say, size, table
 from stager.config import Config
-from stager.errors import StagerError, UsageError
+from stager.errors import StagerError
+from stager.ref import Ref
 from stager.repository import Published
 from stager.schedulers import slurm
 from stager.schedulers.slurm import Allocation
@@ -27,11 +28,11 @@ def prepare(
     quiet: bool = False,
     everywhere: Allocation | None = None,
     via: str = "auto",
-) -> tuple[Published, staging.Staged]:
-    """Find, bring up to date and stage an environment.
+) -> tuple[list[Published], list[staging.Staged]]:
+    """Find, bring up to date and stage one or several environments.
 
     Args:
-        text: the ref the user typed, or None.
+        text: what the user typed, ``REF[+REF...]``, or None.
         config: see :mod:`stager.config`.
         holder: who claims it.
         quiet: no progress and no warnings.
@@ -43,25 +44,41 @@ def prepare(
     """
     bars = Bars(quiet=quiet)
     try:
-        published, changes = lookup.fresh(lookup.wanted(text, os.environ), config, progress=bars)
-        if changes and config["stage.on_stale"] == "fallback":
-            raise StagerError(
-                f"`{published.manifest.name}` changed since it was packed ({changes[0]})",
-                hint="pack it again, or choose another policy with --on-stale",
-                blame="job",
-            )
-        if changes and not quiet:
-            name = published.manifest.name
-            say(f"stager: warning: `{name}` changed since it was packed ({changes[0]})")
+        wishes = lookup.wanted(text, os.environ)
+        found = [_up_to_date(wish, config, bars, quiet=quiet) for wish in wishes]
+        together.require([published.manifest for published in found])
         if everywhere is not None:
             from stager import keeper
 
-            result = keeper.stage_everywhere(published, config, everywhere, via=via, progress=bars)
+            results = [
+                keeper.stage_everywhere(published, config, everywhere, via=via, progress=bars)
+                for published in found
+            ]
         else:
-            result = allocation.stage_with_room(published, config, holder=holder, progress=bars)
-        return published, result
+            results = [
+                allocation.stage_with_room(published, config, holder=holder, progress=bars)
+                for published in found
+            ]
+            if not quiet:
+                for conflict in together.conflicts(list(map(activation.Part.staged, results))):
+                    say(f"stager: warning: {conflict}")
+        return found, results
     finally:
         bars.finish()
+
+
+def _up_to_date(wish: Ref, config: Config, bars: Bars, *, quiet: bool) -> Published:
+    published, changes = lookup.fresh(wish, config, progress=bars)
+    if changes and config["stage.on_stale"] == "fallback":
+        raise StagerError(
+            f"`{published.manifest.name}` changed since it was packed ({changes[0]})",
+            hint="pack it again, or choose another policy with --on-stale",
+            blame="job",
+        )
+    if changes and not quiet:
+        name = published.manifest.name
+        say(f"stager: warning: `{name}` changed since it was packed ({changes[0]})")
+    return published
 
 
 def ask_job(arguments: argparse.Namespace, name: str, config: Config) -> None:
@@ -73,19 +90,14 @@ def ask_job(arguments: argparse.Namespace, name: str, config: Config) -> None:
         config: ``run.strict``, ``stage.timeout`` and ``pack.format`` are set.
 
     Raises:
-        UsageError: the directive is malformed, or has what only the hooks know.
+        UsageError: the directive is malformed.
     """
     if getattr(arguments, name) or os.environ.get("STAGER_ENV"):
         return
     directive = allocation.directive(os.environ)
     if directive is None:
         return
-    if len(directive.refs) > 1:
-        raise UsageError(
-            "the job asks for several environments, which only its site's hooks can activate",
-            hint="name one of them with --env",
-        )
-    setattr(arguments, name, str(directive.refs[0]))
+    setattr(arguments, name, "+".join(map(str, directive.refs)))
     if "strict" in directive.options:
         config.set("run.strict", True, "the job's directive")
     for option, key in (("timeout", "stage.timeout"), ("format", "pack.format")):
@@ -94,23 +106,25 @@ def ask_job(arguments: argparse.Namespace, name: str, config: Config) -> None:
 
 
 def stage(arguments: argparse.Namespace) -> int:
-    """Stage and print the prefix, nothing else, on standard output."""
+    """Stage and print the prefix, or one for each environment, and nothing else."""
     config = load_config(arguments)
     holder = lease.of_job_or_process(os.getppid())
-    published, result = prepare(arguments.ref, config, holder=holder)
+    found, results = prepare(arguments.ref, config, holder=holder)
     if arguments.json:
-        print_json(
+        values = [
             {
                 "prefix": result.prefix,
                 "how": result.how,
                 "layers": result.layers,
                 "ref": published.ref,
-                "holder": holder,
                 "seconds": {key: round(value, 4) for key, value in result.seconds.items()},
             }
-        )
+            for published, result in zip(found, results)
+        ]
+        print_json({**values[0], "holder": holder, "environments": values})
     else:
-        print(result.prefix)
+        for result in results:
+            print(result.prefix)
     return 0
 
 
@@ -132,17 +146,17 @@ def _activation(arguments: argparse.Namespace) -> str:
         ask_job(arguments, "ref", config)
         everywhere = where if allocation.needs_every_node(where, []) else None
         with allocation.lasting(where):
-            published, result = prepare(
+            found, results = prepare(
                 arguments.ref,
                 config,
                 holder=lease.of_job_or_process(os.getppid()),
                 everywhere=everywhere,
                 via=arguments.via,
             )
-        name = lookup.called(arguments.ref, published)
-        after = activation.staged(result, config, os.environ, ref=name)
+        name = lookup.called(arguments.ref, found)
+        after = activation.staged(results, config, os.environ, ref=name)
         if everywhere is not None:
-            after = allocation.also_outside(after, published.manifest, everywhere)
+            after = allocation.also_outside(after, found[0].manifest, everywhere)
     except StagerError as error:
         original = activation.original(arguments.ref, config, os.environ)
         if config["run.strict"] or original is None:

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from stager import activate, lease
+from stager import activate, lease, lookup
 from stager import verify as verifier
 from stager.cli.common import count, load_config, print_json, say
 from stager.cli.staging import prepare
@@ -43,19 +43,21 @@ def _temporary_store(instead: str) -> Iterator[str]:
 
 def _verify(arguments: argparse.Namespace, config: Config) -> int:
     holder = lease.of_process(os.getpid())
-    published, result = prepare(arguments.ref, config, holder=holder, quiet=arguments.json)
-    manifest = published.manifest
-    modules = arguments.modules.split(",") if arguments.modules else list(manifest.modules)
-    environ = activate.staged(result, config, os.environ, ref=manifest.name)
+    everything, results = prepare(arguments.ref, config, holder=holder, quiet=arguments.json)
+    manifests, prefix = [one.manifest for one in everything], results[0].prefix
+    modules = sorted({name for manifest in manifests for name in manifest.modules})
+    if arguments.modules:
+        modules = arguments.modules.split(",")
+    environ = activate.staged(results, config, os.environ, ref=lookup.called(None, everything))
     try:
-        found = verifier.verify(result, config, environ, modules=modules or ["site"])
+        found = verifier.verify(results, config, environ, modules=modules or ["site"])
     finally:
         Store(config["store"]).release(holder)
     if arguments.json:
-        print_json({"prefix": result.prefix, "modules": modules, **asdict(found)})
+        print_json({"prefix": prefix, "modules": modules, **asdict(found)})
     else:
         good = len(modules) - len(found.failed)
-        say(f"stager: imported {count(good, 'module')} from {result.prefix}")
+        say(f"stager: imported {count(good, 'module')} from {prefix}")
         say(f"stager: {found.paths} paths named, seen by {found.method}")
         for title, paths in (("of the original", found.origin), ("elsewhere", found.outside)):
             for path in paths[:_SHOWN]:

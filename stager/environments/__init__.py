@@ -8,15 +8,19 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Callable, Optional
 
 from stager.config import Config
 from stager.envpatch import EnvPatch
 from stager.errors import IncompatibleError, NotFoundError
-from stager.manifest import Finding
+from stager.manifest import TREE, USER, Finding, Manifest
+
+PATH = "path"
+"""The role of a directory that a variable names beside the environment."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,16 @@ class Tree:
     """One tree to pack as a layer.
 
     Attributes:
-        role: ``env`` or ``base``.
+        role: ``env``, ``base``, ``tree`` for a directory of modules, or ``path`` for one that a
+            variable names beside the environment.
         root: absolute path.
         spellings: every path the root is known by, the root included.
         exclude: fnmatch patterns of relative paths to leave out.
-        python_directories: relative directories that hold importable modules.
+        python_directories: relative directories that hold importable modules; an empty one is the
+            root itself.
+        only: relative paths; nothing else is packed. None packs everything.
+        search: the variables and directories, relative, by which it is searched for modules or
+            libraries.
     """
 
     role: str
@@ -59,6 +68,13 @@ class Tree:
     spellings: tuple[str, ...]
     exclude: tuple[str, ...]
     python_directories: tuple[str, ...]
+    only: tuple[str, ...] | None = None
+    search: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The relative directories that packages are installed into."""
+        return tuple(f"{one}/site-packages" if one else "" for one in self.python_directories)
 
 
 @dataclass(frozen=True)
@@ -66,7 +82,7 @@ class Environment:
     """What a user brings.
 
     Attributes:
-        kind: ``venv``, ...
+        kind: ``venv``, ``conda``, ``user`` or ``tree``.
         prefix: its absolute path.
         name: what to call it when the user gives no name.
         interpreter: the Python it runs.
@@ -89,6 +105,44 @@ class Environment:
     def top(self) -> Tree:
         """The environment's own tree."""
         return self.trees[-1]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to pack.
+
+    Attributes:
+        paths: a directory; of directories of modules one or more, in the order of ``sys.path``.
+        kind: :data:`~stager.manifest.USER` or :data:`~stager.manifest.TREE`, or empty for whatever
+            environment lies there.
+        python: the interpreter, where the kind has none of its own.
+        search: the variables that may name more directories to import or to link from.
+    """
+
+    paths: tuple[str, ...]
+    kind: str = ""
+    python: str = ""
+    search: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def here(cls, paths: Iterable[str], kind: str = "", python: str = "") -> Request:
+        """What a user asks for, with the variables that are set."""
+        return cls(tuple(paths), kind, python, dict(os.environ))
+
+    @classmethod
+    def again(cls, manifest: Manifest) -> Request:
+        """What to pack for an environment to be packed again as it was."""
+        beside = {layer.origin for layer in manifest.layers if layer.role == PATH}
+        original = manifest.activated([layer.origin for layer in manifest.layers])
+        search = {
+            name: ":".join(item for item in items if item in beside)
+            for name, items in original.prepend.items()
+        }
+        if manifest.kind not in (USER, TREE):
+            return cls((manifest.origin,), search=search)
+        trees = tuple(layer.origin for layer in manifest.layers[::-1] if layer.role == TREE)
+        paths = trees or (manifest.origin,)
+        return cls(paths, manifest.kind, manifest.original_python, search)
 
 
 _QUESTION = """
@@ -224,24 +278,71 @@ def _kinds() -> tuple[Detector, ...]:
     return (venv.detect, conda.detect)
 
 
-def describe(path: str, config: Config) -> Environment:
-    """Find out what environment lies at ``path``.
+def describe(request: Request, config: Config) -> Environment:
+    """Find out what is to be packed.
 
     Raises:
         NotFoundError: nothing is there, or nothing that is an environment.
         IncompatibleError: its Python does not start.
     """
-    prefix = os.path.abspath(path)
-    if not os.path.isdir(prefix):
-        raise NotFoundError(
-            f"there is no environment at {prefix}",
-            hint="give the directory of a virtual or conda environment",
-        )
+    from stager.environments import searchpaths, trees, userbase
+
+    for path in map(os.path.abspath, request.paths):
+        if not os.path.isdir(path):
+            raise NotFoundError(
+                f"there is no environment at {path}",
+                hint="give the directory of a virtual or conda environment",
+            )
+    if request.kind == USER:
+        environment = userbase.describe(request, config)
+    elif request.kind == TREE:
+        environment = trees.describe(request, config)
+    else:
+        environment = _detected(os.path.abspath(request.paths[0]), config)
+    return searchpaths.settle(environment, request.search, config)
+
+
+def _detected(prefix: str, config: Config) -> Environment:
     for detect in _kinds():
         environment = detect(prefix, config)
         if environment is not None:
             return environment
     raise NotFoundError(
         f"{prefix} is not a Python environment: it has no pyvenv.cfg and no conda-meta",
-        hint="give the directory that was named to `python -m venv` or `conda create -p`",
+        hint="give the directory that was named to `python -m venv` or `conda create -p`;"
+        " a directory of modules is packed with --tree",
+    )
+
+
+def base_of(python: str, config: Config) -> tuple[Interpreter, list[Tree], list[Finding]]:
+    """The interpreter that imports what has none of its own, and its layer, if it is no node's own.
+
+    Args:
+        python: a path, a command, or empty for ``python3``.
+        config: ``local_prefixes`` are the nodes' own.
+
+    Raises:
+        NotFoundError: there is no such command.
+        IncompatibleError: it does not start.
+    """
+    found = shutil.which(python or "python3")
+    if found is None:
+        raise NotFoundError(
+            f"there is no Python `{python or 'python3'}`", hint="name another one with --python"
+        )
+    # One of a virtual environment stands for the Python that it was made from.
+    interpreter = ask(ask(os.path.abspath(found)).base_executable)
+    if not is_local(interpreter.base_prefix, config):
+        return interpreter, [base_tree(interpreter, with_packages=True)], []
+    return interpreter, [], [of_the_node(interpreter.executable, interpreter)]
+
+
+def of_the_node(path: str, interpreter: Interpreter) -> Finding:
+    """Tell that packages of the node's own Python are imported, too."""
+    return Finding(
+        path,
+        "system-site",
+        f"imports packages of {interpreter.base_prefix} too: each node has its own there,"
+        " which may be others",
+        "warning",
     )

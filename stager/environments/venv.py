@@ -18,11 +18,11 @@ from stager.environments import (
     default_name,
     is_local,
     names,
+    of_the_node,
     spellings,
 )
 from stager.envpatch import EnvPatch
 from stager.errors import IncompatibleError
-from stager.manifest import Finding
 
 CONFIG = "pyvenv.cfg"
 _ACTIVATE = re.compile(rb"^\s*(?:export )?VIRTUAL_ENV=(.*)$", re.M)
@@ -64,15 +64,7 @@ def detect(path: str, config: Config) -> Environment | None:
     if not is_local(interpreter.base_prefix, config):
         trees.insert(0, base_tree(interpreter, with_packages=system_site))
     elif system_site:
-        findings.append(
-            Finding(
-                CONFIG,
-                "system-site",
-                f"imports packages of {interpreter.base_prefix} too: each node has its own there,"
-                " which may be others",
-                "warning",
-            )
-        )
+        findings.append(of_the_node(CONFIG, interpreter))
     site = os.path.join(path, library, "site-packages")
     return Environment(
         kind="venv",

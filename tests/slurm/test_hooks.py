@@ -226,7 +226,7 @@ def test_export_none_and_a_program_of_the_environment(site: Site, prefix: str) -
 def test_two_environments_together(site: Site) -> None:
     code = "import sys, demo, other; print(sys.prefix, demo.name, other.name)"
     done = site.batch(f'python -c "{code}"', comment="pyenv:demo+other")
-    assert done.output.split() == [tree_of(site, "alice", "other"), "demo", "other"]
+    assert done.output.split() == [tree_of(site, "alice", "demo"), "demo", "other"]
 
 
 def test_verbose(site: Site) -> None:

@@ -1,0 +1,102 @@
+"""The directories that variables add to where Python and the dynamic loader search.
+
+``module load`` sets them to directories on shared disk, and so do users; what is imported or
+linked from there is not in the environment.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from stager.config import Config
+from stager.environments import PATH, Environment, Tree, is_local, spellings
+from stager.manifest import Finding
+
+VARIABLES = ("PYTHONPATH", "LD_LIBRARY_PATH")
+
+
+def settle(environment: Environment, variables: Mapping[str, str], config: Config) -> Environment:
+    """Report the directories that an environment is used with, or take them in as layers.
+
+    By the key ``pack.module_paths``. The variables that activation prepends to are set according
+    to the final order of the layers.
+
+    Args:
+        environment: what was described.
+        variables: where it was packed.
+        config: ``local_prefixes`` and the store are on the node.
+    """
+    found = _beside(environment, variables, config)
+    if config["pack.module_paths"] != "include":
+        loaded = variables.get("LOADEDMODULES", "").replace(":", ", ")
+        findings = tuple(_finding(path, names, loaded) for path, names in found.items())
+        environment = replace(environment, findings=(*environment.findings, *findings))
+    else:
+        trees = [_tree(path, names) for path, names in found.items()]
+        base = [tree for tree in environment.trees if tree.role == "base"]
+        own = environment.trees[len(base) :]
+        environment = replace(
+            environment,
+            # The first one to be searched is the upper one.
+            trees=(*base, *trees[::-1], *own),
+            watched=(*environment.watched, *found),
+        )
+    return _searched(environment)
+
+
+def _beside(
+    environment: Environment, variables: Mapping[str, str], config: Config
+) -> dict[str, list[str]]:
+    """The directories that are not on the node, and the variables that name each."""
+    own = [spelling for tree in environment.trees for spelling in tree.spellings]
+    found: dict[str, list[str]] = defaultdict(list)
+    for variable in VARIABLES:
+        for item in variables.get(variable, "").split(":"):
+            path, real = os.path.normpath(item), os.path.realpath(item)
+            if not item.startswith("/") or not os.path.isdir(item) or variable in found[path]:
+                continue
+            if is_local(real, config) or _is_below(real, (*own, config["store"])):
+                continue
+            found[path].append(variable)
+    return {path: names for path, names in found.items() if names}
+
+
+def _is_below(path: str, directories: Iterable[str]) -> bool:
+    return any(f"{path}/".startswith(f"{os.path.realpath(one)}/") for one in directories)
+
+
+def _finding(path: str, names: list[str], loaded: str) -> Finding:
+    modules = f" (loaded: {loaded})" if loaded else ""
+    return Finding(
+        path,
+        "module-path",
+        f"in {' and '.join(names)}, by a module or by hand{modules}: not on the node;"
+        " --include-module-paths takes it in",
+        "warning",
+    )
+
+
+def _tree(path: str, names: list[str]) -> Tree:
+    return Tree(
+        role=PATH,
+        root=path,
+        spellings=spellings([path]),
+        exclude=(),
+        python_directories=("",),
+        search=tuple((name, "") for name in names),
+    )
+
+
+def _searched(environment: Environment) -> Environment:
+    """Let activation prepend the directories that trees are searched by, the uppermost first."""
+    activation = environment.activation
+    prepend = {name: list(items) for name, items in activation.prepend.items()}
+    for number, tree in reversed(list(enumerate(environment.trees))):
+        for variable, directory in tree.search:
+            path = f"{{layer{number}}}" + (f"/{directory}" if directory else "")
+            prepend.setdefault(variable, []).append(path)
+    items = {name: tuple(paths) for name, paths in prepend.items()}
+    return replace(environment, activation=replace(activation, prepend=items))
