@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from conda.fixtures import conda_channel, conda_env
+
+__all__ = ["conda_channel", "conda_env", "new_directory"]
+
 
 @pytest.fixture(scope="session")
 def new_directory() -> Callable[[], Path]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from environments import VENV, Environment, run, run_hidden
+from environments import VENV, Environment, clean_environ, run, run_hidden
 from workbench import Bench
 
 from . import subjects
@@ -44,16 +44,32 @@ class Moved:
 
 
 class Packer(Protocol):
-    """A packer. Its environments are made as its own documentation says."""
+    """A packer, used as its own documentation says."""
 
     name: str
-    make: subjects.Make
 
     def pack(self, environment: Environment, directory: Path) -> Path:
         """Pack into a new directory; returns the archive."""
 
     def unpack(self, archive: Path, directory: Path) -> Path:
         """Bring it to a new place, as its documentation says; returns the prefix."""
+
+
+class CondaPacker(Packer, Protocol):
+    """One of conda environments."""
+
+    def activation(self, prefix: Path) -> str:
+        """Shell code that activates the environment."""
+
+    def environ(self) -> Mapping[str, str]:
+        """Variables to start a shell with."""
+
+
+class VenvPacker(Packer, Protocol):
+    """One of virtual environments."""
+
+    make: subjects.Make
+    """Makes the environments that it is meant for."""
 
 
 class Stager:
@@ -72,6 +88,12 @@ class Stager:
     def unpack(self, archive: Path, directory: Path) -> Path:
         return self._bench.stage(name=directory.name).prefix
 
+    def activation(self, prefix: Path) -> str:
+        return f'eval "$({VENV}/bin/stager activate conda-there)"'
+
+    def environ(self) -> Mapping[str, str]:
+        return self._bench.environ()
+
 
 class VenvPack:
     name = "venv-pack2"
@@ -86,6 +108,27 @@ class VenvPack:
 
     def unpack(self, archive: Path, directory: Path) -> Path:
         return _untar(archive, directory)
+
+
+class CondaPack:
+    name = "conda-pack"
+
+    def pack(self, environment: Environment, directory: Path) -> Path:
+        archive = directory / "packed.tar.gz"
+        options = ["--quiet", "--prefix", environment.prefix, "--output", archive]
+        run([VENV / "bin" / "conda-pack", *options])
+        return archive
+
+    def unpack(self, archive: Path, directory: Path) -> Path:
+        prefix = _untar(archive, directory)
+        run([prefix / "bin" / "python", prefix / "bin" / "conda-unpack"])
+        return prefix
+
+    def activation(self, prefix: Path) -> str:
+        return f". {prefix}/bin/activate"
+
+    def environ(self) -> Mapping[str, str]:
+        return clean_environ()
 
 
 class UvAndTar:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import environments
+from conda import channel
+from conda.fixtures import CondaEnvironment
 from environments import BASE_PYTHON, Environment
 
 Make = Callable[[Path, Path], Environment]
@@ -78,3 +80,21 @@ def with_twins(environment: Environment) -> None:
 def with_system_site_packages(prefix: Path, python: Path) -> Environment:
     """A venv that sees the packages of its base."""
     return environments.make_venv(prefix, "--system-site-packages", python=python)
+
+
+EDITED = "share/prefix-text/config.json"
+
+
+def conda(root: Path, conda_channel: Path) -> CondaEnvironment:
+    """A conda environment, with what a user adds: a package of pip's, and an edited file."""
+    prefix, cache = root / "conda" / "envs" / "lived-in", root / "conda" / "pkgs"
+    packages = ("python", "pip", "cbaked", "prefix-text", "activate-demo", "noarch-demo")
+    channel.environment(prefix, *packages, channel=conda_channel, cache=cache, pyc=True)
+    edited = prefix / EDITED
+    edited.unlink()  # it is a hard link into the cache
+    edited.write_text(json.dumps({"mine": str(prefix)}))
+    wheel = environments.sample_wheel(root / "wheels")
+    pip = [prefix / "bin" / "pip", "--quiet", "--no-cache-dir", "install"]
+    environments.run([*pip, "--no-index", "--no-deps", wheel])
+    (prefix / "share" / "mine.txt").write_text(f"{prefix}/share\n")
+    return CondaEnvironment(prefix, prefix, cache)

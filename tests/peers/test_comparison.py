@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -23,22 +24,24 @@ from pathlib import Path
 import pytest
 
 import workbench
+from conda.fixtures import CondaEnvironment
 from environments import REPO, Environment, clean_environ
 from workbench import Bench
 
 from . import subjects
-from .packers import Moved, Packer, Stager, UvAndTar, VenvPack
+from .packers import CondaPack, CondaPacker, Moved, Stager, UvAndTar, VenvPack, VenvPacker
 
 pytestmark = pytest.mark.environments
 
 DOCUMENT = REPO / "docs" / "comparison.md"
 PACKERS = (Stager.name, VenvPack.name, UvAndTar.name)
+CONDA_PACKERS = (Stager.name, CondaPack.name)
 
 NO_BASE = "the base Python is not packed"
 NO_TEXT = "paths in files are left as they are"
 NO_SHELLS = "there are no such scripts in what it makes"
 NO_LINKS = "absolute links into the environment are left as they are"
-_V, _U = VenvPack.name, UvAndTar.name
+_V, _U, _C = VenvPack.name, UvAndTar.name, CondaPack.name
 KNOWN = {
     (_V, "base_gone"): NO_BASE,
     (_U, "base_gone"): NO_BASE,
@@ -63,6 +66,10 @@ KNOWN = {
     (_U, "traces"): NO_TEXT,
     (_V, "records"): "scripts are rewritten, their hashes are not",
     (_V, "same_bytes"): "the archive has the time it was made at",
+    (_C, "conda_scripts"): "they ask `env` for a `python`: the environment must be active",
+    (_C, "conda_edited"): "the package cache's file is packed in its place",
+    (_C, "conda_activation"): "its `activate` stops where a variable is not set",
+    (_C, "conda_checksums"): "files are rewritten, their checksums are not",
     (_V, "space"): "scripts of an environment with a space in its path are left as they are",
 }
 
@@ -76,7 +83,7 @@ class Subject:
         base: the Python that the environments are made from.
     """
 
-    packer: Packer
+    packer: VenvPacker
     root: Path
     base: Environment
     _moved: list[Moved | AssertionError] = field(default_factory=list)
@@ -286,11 +293,118 @@ def space(subject: Subject) -> None:
     assert said == f"hello {moved.prefix}\n"
 
 
+# conda
+
+
+@dataclass
+class Conda:
+    """A conda environment in the hands of one packer."""
+
+    packer: CondaPacker
+    root: Path
+    original: CondaEnvironment
+    _moved: list[Moved | AssertionError] = field(default_factory=list)
+
+    def moved(self) -> Moved:
+        """The environment at its new place, the original and its package cache gone."""
+        if not self._moved:
+            there = self.root / "conda-there"
+            there.mkdir()
+            hide = (self.original.prefix, self.original.cache)
+            try:
+                prefix = self.packer.unpack(self.packer.pack(self.original, there), there)
+                self._moved.append(Moved(self.original, prefix, hide))
+            except AssertionError as error:
+                self._moved.append(error)
+        (found,) = self._moved
+        if isinstance(found, AssertionError):
+            raise found
+        return found
+
+
+CONDA_ROWS: dict[str, tuple[str, Callable[[Conda], None]]] = {}
+
+
+def conda_row(title: str) -> Callable[[Callable[[Conda], None]], Callable[[Conda], None]]:
+    def add(check: Callable[[Conda], None]) -> Callable[[Conda], None]:
+        CONDA_ROWS[check.__name__] = (title, check)
+        return check
+
+    return add
+
+
+@conda_row("Python starts, packages of conda's and of pip's are imported")
+def conda_imports(subject: Conda) -> None:
+    moved = subject.moved()
+    code = "import sys, ssl, noarch_demo, stager_sample; print(sys.prefix)"
+    assert moved.run(moved.python, "-c", code).stdout == f"{moved.prefix}\n"
+
+
+@conda_row("scripts run by their path, without activation")
+def conda_scripts(subject: Conda) -> None:
+    moved = subject.moved()
+    assert moved.run(moved.prefix / "bin" / "sample-console").stdout == f"hello {moved.prefix}\n"
+    assert moved.run(moved.prefix / "bin" / "noarch-entry").stdout.startswith(f"{moved.prefix} ")
+
+
+@conda_row("a compiled program with the prefix in it")
+def conda_compiled(subject: Conda) -> None:
+    moved = subject.moved()
+    assert moved.run(moved.prefix / "bin" / "cbaked").stdout == "hello from the prefix\n"
+
+
+@conda_row("an edited file of a package keeps the edit")
+def conda_edited(subject: Conda) -> None:
+    moved = subject.moved()
+    text = (moved.prefix / subjects.EDITED).read_text()
+    assert text == f'{{"mine": "{moved.prefix}"}}'
+
+
+@conda_row("a file of the user's names the new place")
+def conda_own(subject: Conda) -> None:
+    moved = subject.moved()
+    assert (moved.prefix / "share" / "mine.txt").read_text() == f"{moved.prefix}/share\n"
+
+
+@conda_row("activation under `set -eu` runs the packages' scripts")
+def conda_activation(subject: Conda) -> None:
+    moved = subject.moved()
+    code = subject.packer.activation(moved.prefix) + '; echo "$CONDA_PREFIX" "$DEMO_HOME"'
+    said = moved.run("bash", "-euc", code, env=subject.packer.environ()).stdout
+    assert said == f"{moved.prefix} {moved.prefix}/share/activate-demo\n"
+
+
+@conda_row("`conda-meta` has the checksums of the files")
+def conda_checksums(subject: Conda) -> None:
+    moved = subject.moved()
+    wrong = []
+    for record in moved.prefix.glob("conda-meta/*.json"):
+        for path in json.loads(record.read_text())["paths_data"]["paths"]:
+            file = moved.prefix / path["_path"]
+            plain = file.is_file() and not file.is_symlink()
+            if plain and path.get("sha256_in_prefix") and path["_path"] != subjects.EDITED:
+                found = hashlib.sha256(file.read_bytes()).hexdigest()
+                wrong += [path["_path"]] if found != path["sha256_in_prefix"] else []
+    assert wrong == []
+
+
+@conda_row("no module is compiled again")
+def conda_bytecode(subject: Conda) -> None:
+    moved = subject.moved()
+    said = moved.run(moved.python, "-v", "-c", "import json, ssl, noarch_demo").stderr
+    loaded = re.findall(r"^# code object from '?(.*?)'?$", said, re.MULTILINE)
+    ours = [one for one in loaded if one.startswith(f"{moved.prefix}/lib")]
+    assert len(ours) > 10
+    assert [one for one in ours if not one.endswith(".pyc")] == []
+
+
 # What came out
 
 
 @pytest.fixture(scope="module")
-def outcomes(new_directory: Callable[[], Path]) -> Iterator[Callable[[str, str], str]]:
+def outcomes(
+    new_directory: Callable[[], Path], conda_channel: Path
+) -> Iterator[Callable[[str, str], str]]:
     """Ask one question to one packer, once; returns what went wrong, if anything."""
     with contextlib.ExitStack() as stack:
         root = new_directory()
@@ -303,12 +417,21 @@ def outcomes(new_directory: Callable[[], Path]) -> Iterator[Callable[[str, str],
             own = root / f"p{len(subject)}"
             own.mkdir()
             subject[packer.name] = Subject(packer, own, base)
+        original = subjects.conda(root, conda_channel)
+        of_conda: dict[str, Conda] = {}
+        for packer in (Stager(bench), CondaPack()):
+            own = root / f"c{len(of_conda)}"
+            own.mkdir()
+            of_conda[packer.name] = Conda(packer, own, original)
         answers: dict[tuple[str, str], str] = {}
 
         def ask(packer: str, name: str) -> str:
             if (packer, name) not in answers:
                 try:
-                    ROWS[name][1](subject[packer])
+                    if name in ROWS:
+                        ROWS[name][1](subject[packer])
+                    else:
+                        CONDA_ROWS[name][1](of_conda[packer])
                     answers[packer, name] = ""
                 except (AssertionError, OSError) as error:
                     answers[packer, name] = str(error) or "failed"
@@ -319,11 +442,12 @@ def outcomes(new_directory: Callable[[], Path]) -> Iterator[Callable[[str, str],
 
 
 def _cases() -> Iterator[object]:
-    for name in ROWS:
-        for packer in PACKERS:
-            reason = KNOWN.get((packer, name))
-            marks = [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
-            yield pytest.param(packer, name, marks=marks, id=f"{packer.split()[0]}-{name}")
+    cases = [(name, packer) for name in ROWS for packer in PACKERS]
+    cases += [(name, packer) for name in CONDA_ROWS for packer in CONDA_PACKERS]
+    for name, packer in cases:
+        reason = KNOWN.get((packer, name))
+        marks = [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
+        yield pytest.param(packer, name, marks=marks, id=f"{packer.split()[0]}-{name}")
 
 
 @pytest.mark.parametrize(("packer", "name"), [*_cases()])
@@ -340,10 +464,25 @@ def test_the_table_is_what_came_out(outcomes: Callable[[str, str], str]) -> None
 
 def _document(outcomes: Callable[[str, str], str]) -> str:
     notes: list[str] = []
-    lines = [f"| with the original hidden | {' | '.join(PACKERS)} |", "|---" * 4 + "|"]
-    for name, (title, _) in ROWS.items():
+    venvs = _table({name: title for name, (title, _) in ROWS.items()}, PACKERS, outcomes, notes)
+    titles = {name: title for name, (title, _) in CONDA_ROWS.items()}
+    condas = _table(titles, CONDA_PACKERS, outcomes, notes)
+    numbered = "\n".join(f"{number}. {note}" for number, note in enumerate(notes, 1))
+    versions = {"venv_pack": version("venv-pack2"), "conda_pack": version("conda-pack")}
+    return _DOCUMENT.format(venvs=venvs, condas=condas, notes=numbered, **versions)
+
+
+def _table(
+    rows: dict[str, str],
+    packers: tuple[str, ...],
+    outcomes: Callable[[str, str], str],
+    notes: list[str],
+) -> str:
+    lines = [f"| with the original hidden | {' | '.join(packers)} |"]
+    lines.append("|---" * (len(packers) + 1) + "|")
+    for name, title in rows.items():
         cells = []
-        for packer in PACKERS:
+        for packer in packers:
             if not outcomes(packer, name):
                 cells.append("yes")
                 continue
@@ -352,16 +491,29 @@ def _document(outcomes: Callable[[str, str], str]) -> str:
                 notes.append(reason)
             cells.append(f"no ({notes.index(reason) + 1})")
         lines.append(f"| {title} | {' | '.join(cells)} |")
-    numbered = "\n".join(f"{number}. {note}" for number, note in enumerate(notes, 1))
-    return _HEAD.format(venv_pack=version("venv-pack2")) + "\n".join(lines) + f"\n\n{numbered}\n"
+    return "\n".join(lines)
 
 
-_HEAD = """\
+_DOCUMENT = """\
 # Compared with other packers
 
 The same environment, made and packed as each packer's documentation says, and brought to another
-path. It has a Python outside of `/usr`, packages, an editable install, and what users add to
-theirs. The table is written by `tests/peers/test_comparison.py` from what came out (`make
-comparison`), with venv-pack2 {venv_pack}; `make test` fails where it is no longer true.
+path. The tables are written by `tests/peers/test_comparison.py` from what came out (`make
+comparison`), with venv-pack2 {venv_pack} and conda-pack {conda_pack}; `make test` fails where they
+are no longer true.
 
+## Virtual environments
+
+With a Python outside of `/usr`, packages, and what users add to theirs.
+
+{venvs}
+
+## Conda environments
+
+With a package of pip's, an edited file, and one that the user has added; the package cache is gone
+where they are used.
+
+{condas}
+
+{notes}
 """
