@@ -208,6 +208,25 @@ def pip_install(
     )
 
 
+def pip_install_to(
+    python: Path, *where: str | Path, requirements: Sequence[str] = SMALL, **environ: str
+) -> None:
+    """Install with pip for an interpreter, but not into it: ``--user``, ``--target``, ..."""
+    options = [
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-cache-dir",
+        "--no-warn-script-location",
+    ]
+    run(
+        [sys.executable, "-m", "pip", "--python", python, "install", *options, *where]
+        # Debian forbids it for its own Python, wherever to.
+        + ["--break-system-packages", "--ignore-installed", "--root-user-action=ignore"]
+        + [*_offline(requirements), *requirements, SAMPLE],
+        env=clean_environ(**environ),
+    )
+
+
 def uv_install(
     environment: Environment, *options: str, requirements: Sequence[str] = SMALL
 ) -> None:
@@ -255,6 +274,14 @@ def make_venv(
     """
     run([python, "-m", "venv", *options, *(() if pip else ("--without-pip",)), prefix])
     return _described(prefix)
+
+
+def make_small_venv(prefix: Path, *, python: Path = BASE_PYTHON, **modules: str) -> Environment:
+    """An environment with modules of one line each, by name."""
+    environment = make_venv(prefix, python=python)
+    for name, line in modules.items():
+        (environment.site_packages / f"{name}.py").write_text(f"{line}\n")
+    return environment
 
 
 def make_virtualenv(prefix: Path, *options: str, python: Path = BASE_PYTHON) -> Environment:

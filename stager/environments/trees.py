@@ -34,7 +34,7 @@ def describe(request: Request, config: Config) -> Environment:
         trees=tuple(trees),
         activation=EnvPatch(),
         watched=(
-            *(os.path.join(tree.root, one) for tree in own for _, one in tree.search),
+            *(os.path.normpath(f"{tree.root}/{one}") for tree in own for _, one in tree.search),
             interpreter.base_executable,
         ),
         findings=tuple(findings),

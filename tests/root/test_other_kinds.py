@@ -1,183 +1,277 @@
-"""User bases, trees of modules, several together, names: each with its original hidden."""
+"""User bases, directories of modules and what modules set: they work with the original hidden."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-import environments
-import workbench
-from environments import BASE_PYTHON, VENV, Environment, clean_environ, run, run_hidden
+from environments import BASE_PYTHON, VENV, Environment, make_venv, pip_install_to, run, run_hidden
 from workbench import Bench
 
-MODULES = "import six, requests, stager_sample"
-PIP = [VENV / "bin" / "pip", "--quiet", "--disable-pip-version-check", "--no-cache-dir"]
-OFFLINE = ["--no-index", "--break-system-packages"]
+STAGE_RUN = VENV / "bin" / "stage-run"
+LIBRARY = Path("lib") / BASE_PYTHON.name
 
 
-def wheels() -> list[str]:
-    sample = environments.sample_wheel(Path(os.environ["TMPDIR"]) / f"sample-{os.getpid()}")
-    places = (sample.parent, environments.wheels(*environments.SMALL))
-    return [*OFFLINE, *(f"--find-links={place}" for place in places)]
+@dataclass(frozen=True)
+class Case:
+    """A Python that is to import things, and what must be hidden to prove that a copy is used."""
+
+    python: Path
+    base: Path | None
+    bench: Bench
+    new: Path
+
+    def hidden(
+        self, *argv: str | Path, hide: tuple[Path, ...], env: dict[str, str] | None = None
+    ) -> str:
+        """What a command prints without the originals."""
+        originals = [*hide, *([self.base] if self.base else [])]
+        # A directory of modules that is hidden is an empty one: it changed.
+        environ = self.bench.environ(STAGER_STAGE_ON_STALE="warn", **(env or {}))
+        return run_hidden(argv, hide=originals, env=environ).stdout
+
+
+@pytest.fixture(params=["node", "packed"])
+def case(
+    request: pytest.FixtureRequest,
+    bench: Bench,
+    new_directory: Callable[[], Path],
+) -> Case:
+    """On the node's own Python, and on one that is packed with it."""
+    if request.param == "node":
+        return Case(BASE_PYTHON, None, bench, new_directory())
+    base: Environment = request.getfixturevalue("pyenv_like_base")
+    return Case(base.python, base.prefix, bench, new_directory())
+
+
+def leaks(bench: Bench, *ref: str) -> tuple[list[str], list[str]]:
+    """What the imports of an environment open of the original, and elsewhere but on the node."""
+    said = bench.json("verify", *ref)
+    assert said["method"] == "strace"
+    assert said["failed"] == {}
+    assert said["modules"]
+    return said["origin"], said["outside"]
+
+
+# -- the user base
 
 
 @pytest.fixture
-def origin(bench: Bench) -> Path:
-    """A directory for originals."""
-    path = bench.root / "origin"
-    path.mkdir()
-    return path
-
-
-@pytest.fixture
-def user_base(origin: Path) -> Path:
-    """What ``pip install --user`` makes, beside what others keep in the same place."""
-    base = origin / "local"
+def user(case: Case) -> Iterator[tuple[Case, Path]]:
+    base = case.new / "local"
+    pip_install_to(case.python, "--user", PYTHONUSERBASE=str(base))
     (base / "share" / "containers").mkdir(parents=True)
-    (base / "share" / "containers" / "layer").write_text("gigabytes\n")
-    (base / "bin").mkdir()
-    (base / "bin" / "unrelated").write_text("#!/bin/sh\n")
-    command = [BASE_PYTHON, "-m", "pip", *PIP[1:], "install", "--user", "--ignore-installed"]
-    names = [*environments.SMALL, environments.SAMPLE]
-    run([*command, *wheels(), *names], env=clean_environ(PYTHONUSERBASE=str(base)))
-    return base
+    (base / "share" / "containers" / "large").write_text("nothing of Python's\n")
+    (base / "bin" / "other-program").write_text("#!/bin/sh\necho other\n")
+    (base / "bin" / "other-program").chmod(0o755)
+    (base / "bin" / "by-hand").write_text(f"#!{case.python}\nimport six; print(six.__file__)\n")
+    (base / "bin" / "by-hand").chmod(0o755)
+    case.bench.settings["PYTHONUSERBASE"] = str(base)
+    case.bench.stager("pack", "--user", "--python", case.python, "--name", "it")
+    del case.bench.settings["PYTHONUSERBASE"]
+    yield case, base
 
 
-def test_user_base(bench: Bench, origin: Path, user_base: Path) -> None:
-    environ = bench.environ(PYTHONUSERBASE=str(user_base))
-    said = bench.json("pack", "--user", "--python", BASE_PYTHON, env=environ)
-    assert said["name"] == f"user-{BASE_PYTHON.name}"
-    staged = bench.stage(name=said["name"], hide=[origin])
-    assert sorted(path.name for path in (staged.prefix / "share").iterdir()) == ["stager-sample"]
-    assert not (staged.bin / "unrelated").exists()
-    assert workbench.traces(staged, [user_base]) == {}
-    code = f"{MODULES}, site; print(six.__file__, site.getuserbase())"
-    # Python's own name for it, not a path; a user's PYTHONNOUSERSITE is not in the way.
-    command = [VENV / "bin" / "stage-run", "--env", said["name"], "--strict", BASE_PYTHON]
-    done = run_hidden(
-        [*command, "-c", code], hide=[origin], env=bench.environ(PYTHONNOUSERSITE="1")
+def test_user_base(user: tuple[Case, Path]) -> None:
+    case, base = user
+    staged = case.bench.stage(hide=[base])
+    code = (
+        "import requests, six, stager_sample, os, ssl; "
+        "print(requests.__file__, ssl.__file__, os.environ['PYTHONUSERBASE'],"
+        " os.environ.get('PYTHONNOUSERSITE'))"
     )
-    run_staged = [*command[:-1], "sample-console"]
-    assert run_hidden(run_staged, hide=[origin], env=bench.environ()).stdout.startswith("hello ")
-    module, base = done.stdout.split()
-    assert base == str(staged.prefix)
-    assert module.startswith(f"{staged.prefix}/lib/")
-    assert bench.json("verify", said["name"], "--import", "six,requests")["origin"] == []
+    # A shell of another environment may have switched the user's packages off.
+    said = case.hidden(
+        STAGE_RUN, "--strict", "--env", "it", "python", "-c", code,
+        hide=(base,), env={"PYTHONNOUSERSITE": "1", "PYTHONUSERBASE": str(base)},
+    ).split()  # fmt: skip
+    site = staged.prefix / LIBRARY / "site-packages"
+    assert said[0] == f"{site}/requests/__init__.py"
+    assert said[1].startswith(f"{staged.trees[0]}/" if case.base else "/usr/")
+    assert said[2:] == [str(staged.prefix), "None"]
+    # Only what is Python's.
+    assert (staged.prefix / "share/stager-sample/sample.conf").read_text() == "key = value\n"
+    assert not (staged.prefix / "share/containers").exists()
+    assert sorted(os.listdir(staged.prefix / "bin")) == [
+        "by-hand", "idna", "normalizer", "python", "python3", BASE_PYTHON.name,
+        "sample-console", "sample-script",
+    ]  # fmt: skip
 
 
-def test_user_base_without_anything(bench: Bench, origin: Path) -> None:
-    environ = bench.environ(PYTHONUSERBASE=str(origin))
-    said = bench.expect(10, "pack", "--user", env=environ)
+def test_scripts_of_a_user_base(user: tuple[Case, Path]) -> None:
+    case, base = user
+    staged = case.bench.stage()
+    for script in ("sample-console", "sample-script"):
+        said = case.hidden(STAGE_RUN, "--strict", "--env", "it", script, hide=(base,))
+        assert said.startswith("hello ")
+    said = case.hidden(STAGE_RUN, "--strict", "--env", "it", "by-hand", hide=(base,))
+    assert said == f"{staged.prefix}/{LIBRARY}/site-packages/six.py\n"
+
+
+def test_a_user_base_leaves_the_users_other_programs(user: tuple[Case, Path]) -> None:
+    case, base = user
+    path = f"{base}/bin:/usr/bin:/bin"
+    env = case.bench.environ(PATH=path)
+    done = run([STAGE_RUN, "--strict", "--env", "it", "other-program"], env=env)
+    assert done.stdout == "other\n"
+
+
+def test_a_user_base_is_not_looked_for(user: tuple[Case, Path]) -> None:
+    case, _ = user
+    assert leaks(case.bench, "it") == ([], [])
+
+
+def test_a_user_base_is_packed_again_when_it_changed(user: tuple[Case, Path]) -> None:
+    case, base = user
+    before = case.bench.stage().prefix
+    (base / "share" / "containers" / "more").write_text("no change of Python's\n")
+    assert case.bench.stage().prefix == before
+    (base / LIBRARY / "site-packages" / "new_module.py").write_text("value = 7\n")
+    after = case.bench.stage()
+    assert after.prefix != before
+    code = "import new_module; print(new_module.value)"
+    command = (STAGE_RUN, "--strict", "--env", "it", "python", "-c", code)
+    assert case.hidden(*command, hide=(base,)) == "7\n"
+    assert after.manifest["kind"] == "user"
+    assert not (after.prefix / "share/containers").exists()
+
+
+def test_a_user_base_without_packages_is_refused(case: Case) -> None:
+    (case.new / "local").mkdir()
+    env = case.bench.environ(PYTHONUSERBASE=str(case.new / "local"))
+    said = case.bench.expect(10, "pack", "--user", "--python", str(case.python), env=env)
     assert f"nothing is installed for {BASE_PYTHON.name}" in said
 
 
-def tree(origin: Path, name: str, word: str) -> Path:
-    place = origin / name
-    place.mkdir()
-    (place / f"of_{name}.py").write_text(f"word = '{word}'\n")
-    (place / "shared.py").write_text(f"word = '{word}'\n")
-    return place
+# -- directories of modules
 
 
-def test_trees_in_order(bench: Bench, origin: Path) -> None:
-    first, second = tree(origin, "first", "1"), tree(origin, "second", "2")
-    run([*PIP, "install", "--target", first, *wheels(), "six"])
-    bench.json("pack", "--tree", first, "--tree", second, "--name", "it")
-    bench.stage(hide=[origin])
-    code = "import sys, six, shared, of_first, of_second; print(shared.word, six.__file__)"
-    command = [VENV / "bin" / "stage-run", "--env", "it", "--strict", BASE_PYTHON, "-c", code]
-    environ = bench.environ(PYTHONPATH=f"{first}:{second}:/somewhere")
-    word, module = run_hidden(command, hide=[origin], env=environ).stdout.split()
-    assert word == "1"
-    assert module.startswith(f"{bench.store}/envs/")
-
-
-def test_several_together(bench: Bench, origin: Path, venv_uv: Environment) -> None:
-    """The first has the Python; the modules of later ones come first; conflicts are told."""
-    extra = environments.make_venv(origin / "extra")
-    (extra.site_packages / "only_extra.py").write_text("word = 'extra'\n")
-    (extra.site_packages / "six.py").write_text("word = 'another six'\n")
-    bench.pack(venv_uv, name="base")
-    bench.pack(extra, name="extra")
-    base = bench.stage(name="base")
-    code = (
-        "import sys, requests, only_extra, six; print(sys.prefix, six.word, requests.__version__)"
+def test_trees_in_their_order(case: Case) -> None:
+    first, second = case.new / "first", case.new / "second"
+    pip_install_to(case.python, "--target", second)
+    first.mkdir()
+    (first / "six.py").write_text("name = 'mine'\n")
+    case.bench.stager(
+        "pack", "--tree", first, "--tree", second, "--python", case.python, "--name", "it"
     )
-    command = [VENV / "bin" / "stage-run", "--env", "base+extra", "--strict", "python", "-c", code]
-    hide = [venv_uv.prefix, extra.prefix]
-    done = run_hidden(command, hide=hide, env=bench.environ())
-    assert done.stdout.split()[:3] == [str(base.prefix), "another", "six"]
-    assert "both have six" in done.stderr
-    shell = f'eval "$({VENV}/bin/stager activate base+extra)"; python -c "$1"'
-    done = run_hidden(["bash", "-c", shell, "bash", code], hide=hide, env=bench.environ())
-    assert done.stdout.split()[:3] == [str(base.prefix), "another", "six"]
+    staged = case.bench.stage()
+    code = (
+        "import six, requests, os, sys; print(six.__file__, requests.__file__,"
+        " os.environ['PYTHONPATH'], sys.dont_write_bytecode)"
+    )
+    inherited = f"{second}:/nowhere"
+    said = case.hidden(
+        STAGE_RUN, "--strict", "--env", "it", "python", "-c", code,
+        hide=(first, second), env={"PYTHONPATH": inherited},
+    ).split()  # fmt: skip
+    upper, lower = staged.trees[-1], staged.trees[-2]
+    assert staged.prefix == upper
+    assert said[:2] == [f"{upper}/six.py", f"{lower}/requests/__init__.py"]
+    assert said[2] == f"{upper}:{lower}:/nowhere"
+    assert case.hidden(
+        STAGE_RUN, "--strict", "--env", "it", "sample-console", hide=(first, second)
+    ).startswith("hello ")
+    assert leaks(case.bench, "it") == ([], [])
+    assert all(list(tree.rglob("*.pyc")) for tree in (upper, lower))
 
 
-def test_several_of_different_pythons(bench: Bench, origin: Path, venv_uv: Environment) -> None:
-    bench.pack(venv_uv, name="base")
-    bench.json("pack", "--tree", tree(origin, "it", "1"), "--name", "it")
-    manifest = next((bench.repository / "refs").glob("it*")).resolve()
-    other = manifest.read_text().replace(BASE_PYTHON.name, "python3.5")
-    manifest.write_text(other)
-    done = bench.stager("stage", "base+it", check=False)
-    assert done.returncode in (12, 15)  # its checksum no longer fits, or its Python does not
-    assert done.stderr.startswith("stager: error: ")
+def test_a_prefix_as_a_tree(case: Case) -> None:
+    prefix = case.new / "prefix"
+    pip_install_to(case.python, "--prefix", prefix)
+    case.bench.stager("pack", "--tree", prefix, "--python", case.python, "--name", "it")
+    staged = case.bench.stage()
+    staged_in = (STAGE_RUN, "--strict", "--env", "it")
+    code = "import requests; print(requests.__file__)"
+    (said,) = case.hidden(*staged_in, "python", "-c", code, hide=(prefix,)).split()
+    assert said.startswith(f"{staged.prefix}/")
+    assert said.endswith("-packages/requests/__init__.py")
+    assert case.hidden(*staged_in, "sample-console", hide=(prefix,)).startswith("hello ")
 
 
-@pytest.mark.parametrize("keeper", ["conda", "virtualenvwrapper", "project"])
-def test_names_that_tools_keep(bench: Bench, origin: Path, keeper: str) -> None:
-    place = {"conda": "envs/torch", "virtualenvwrapper": "work/torch", "project": "torch/.venv"}
-    environment = environments.make_venv(origin / place[keeper])
-    (environment.site_packages / "mine.py").write_text("")
-    environ = bench.environ(CONDA_ENVS_PATH=f"{origin}/envs", WORKON_HOME=f"{origin}/work")
-    cwd = environment.prefix.parent
-    stage_run = [VENV / "bin" / "stage-run", "--env", "torch", "--strict", "python", "-c"]
-    done = run([*stage_run, "import mine; print(mine.__file__)"], env=environ, cwd=cwd)
-    assert done.stdout.startswith(f"{bench.store}/envs/")
-    assert bench.json("inspect", "torch")["origin"] == str(environment.prefix)
-    said = bench.stager("pack", "-n", "torch", env=environ, cwd=cwd).stderr
-    assert "published `torch`" in said
+def test_trees_are_packed_again_in_their_order(case: Case) -> None:
+    first, second = case.new / "first", case.new / "second"
+    for place in (first, second):
+        place.mkdir()
+        (place / "same.py").write_text(f"name = '{place.name}'\n")
+    case.bench.stager(
+        "pack", "--tree", first, "--tree", second, "--python", case.python, "--name", "it"
+    )
+    (second / "added.py").write_text("name = 'added'\n")
+    said = case.bench.stage()  # packs again
+    assert [layer["origin"] for layer in said.manifest["layers"]][-2:] == [str(second), str(first)]
+    code = "import same, added; print(same.name, added.name)"
+    told = case.hidden(
+        STAGE_RUN, "--strict", "--env", "it", "python", "-c", code, hide=(first, second)
+    )
+    assert told == "first added\n"
 
 
-def test_a_name_of_two_environments(bench: Bench, origin: Path) -> None:
-    for name in ("envs", "work"):
-        environments.make_venv(origin / name / "torch")
-    environ = bench.environ(CONDA_ENVS_PATH=f"{origin}/envs", WORKON_HOME=f"{origin}/work")
-    said = bench.expect(2, "stage", "torch", env=environ)
-    assert f"\n  {origin}/envs/torch\n  {origin}/work/torch" in said
-    assert bench.expect(10, "stage", "another", env=environ)
+def test_a_directory_of_modules_is_no_environment(bench: Bench, tmp_path: Path) -> None:
+    said = bench.expect(10, "pack", str(tmp_path))
+    assert "--tree" in said
 
 
-def test_what_modules_add(bench: Bench, origin: Path, venv_uv: Environment) -> None:
-    added = tree(origin, "added", "module")
-    environ = bench.environ(PYTHONPATH=str(added), LOADEDMODULES="cray-python/3.11")
-    said = bench.json("pack", venv_uv.prefix, "--name", "it", env=environ)
-    (finding,) = [one for one in said["findings"] if one["code"] == "module-path"]
-    assert finding["path"] == str(added)
-    assert "cray-python/3.11" in finding["reason"]
-    argv = ["pack", venv_uv.prefix, "--name", "it", "--include-module-paths"]
-    said = bench.json(*argv, env=environ)
-    assert [one["role"] for one in said["layers"]] == ["path", "env"]
-    staged = bench.stage(hide=[venv_uv.prefix, origin])
-    command = [VENV / "bin" / "stage-run", "--env", "it", "--strict", "python", "-c"]
-    code = "import of_added, sys; print(of_added.__file__, sys.prefix)"
-    done = run_hidden([*command, code], hide=staged.hide, env=environ)
-    module, prefix = done.stdout.split()
-    assert prefix == str(staged.prefix)
-    assert module.startswith(f"{bench.store}/envs/")
+# -- what modules set
 
 
-def test_packed_again_as_it_was(bench: Bench, user_base: Path) -> None:
-    """A user base that changed is packed again as a user base, wherever that is typed."""
-    environ = bench.environ(PYTHONUSERBASE=str(user_base))
-    bench.json("pack", "--user", "--name", "mine", env=environ)
-    first = bench.json("inspect", "mine")
-    (site,) = user_base.glob("lib/python3.*/site-packages")
-    shutil.copy(site / "six.py", site / "seven.py")
-    again = bench.json("stage", "mine", env=bench.environ())
-    second = bench.json("inspect", "mine")
-    assert (second["kind"], second["origin"]) == (first["kind"], first["origin"])
-    assert (Path(again["prefix"]) / site.relative_to(user_base) / "seven.py").exists()
+@pytest.fixture
+def modules(bench: Bench, new_directory: Callable[[], Path]) -> tuple[Bench, Environment, Path]:
+    """A venv that needs a library and a module that two variables lead to."""
+    place = new_directory()
+    (place / "lib64").mkdir()
+    (library,) = Path("/usr/lib/x86_64-linux-gnu").glob("libz.so.1")
+    shutil.copy(library.resolve(), place / "real-demo.so")
+    (place / "lib64" / "libmodule-demo.so").symlink_to("../real-demo.so")  # out of the directory
+    (place / "python").mkdir()
+    (place / "python" / "of_a_module.py").write_text("name = 'of a module'\n")
+    environment = make_venv(place / "env")
+    (environment.site_packages / "user_of_both.py").write_text(
+        "import ctypes, of_a_module\n"
+        "ctypes.CDLL('libmodule-demo.so')\n"
+        "def where():\n"
+        "    lines = open('/proc/self/maps').read().split()\n"
+        "    print(of_a_module.__file__, next(x for x in lines if x.endswith('demo.so')))\n"
+    )
+    bench.settings["PYTHONPATH"] = f"{place}/python:/usr/lib/python3"
+    bench.settings["LD_LIBRARY_PATH"] = f"{place}/lib64"
+    bench.settings["LOADEDMODULES"] = "gcc/12.2:zlib/1.2"
+    return bench, environment, place
+
+
+def test_what_modules_set_is_reported(modules: tuple[Bench, Environment, Path]) -> None:
+    bench, environment, place = modules
+    said = bench.pack(environment)
+    told = {one["path"]: one for one in said["findings"] if one["code"] == "module-path"}
+    assert list(told) == [f"{place}/python", f"{place}/lib64"]
+    assert "in PYTHONPATH" in told[f"{place}/python"]["reason"]
+    assert "in LD_LIBRARY_PATH" in told[f"{place}/lib64"]["reason"]
+    assert all("gcc/12.2, zlib/1.2" in one["reason"] for one in told.values())
+    assert {one["severity"] for one in told.values()} == {"warning"}
+    assert len(said["layers"]) == 1
+
+
+def test_what_modules_set_is_included(modules: tuple[Bench, Environment, Path]) -> None:
+    bench, environment, place = modules
+    bench.pack(environment, "--include-module-paths")
+    bench.settings.clear()  # the job loads no modules
+    staged = bench.stage()
+    assert [layer["role"] for layer in staged.manifest["layers"]] == ["path", "path", "env"]
+    hide = (environment.prefix, place / "lib64", place / "python", place / "real-demo.so")
+    command = [STAGE_RUN, "--strict", "--env", "it", "python", "-c"]
+    command += ["import user_of_both; user_of_both.where()"]
+    env = bench.environ(STAGER_STAGE_ON_STALE="warn")
+    python, library = run_hidden(command, hide=hide, env=env).stdout.split()
+    trees = [str(tree) for tree in staged.trees]
+    assert os.path.dirname(python) in trees
+    assert os.path.dirname(library) in trees
+    # ... and also when the environment is packed again, in a job that has no modules loaded.
+    (environment.site_packages / "one_more.py").write_text("")
+    again = bench.stage()
+    assert again.prefix != staged.prefix
+    assert again.trees[:2] == staged.trees[:2]
+    assert run_hidden(command, hide=hide, env=env).stdout.split()[0] == python
