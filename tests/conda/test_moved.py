@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 import workbench
-from environments import strace_files
+from environments import run, strace_files
 from workbench import Bench, Staged
 
+from . import channel
 from .fixtures import CondaEnvironment, install
 from .test_channel import MODERN
 
@@ -131,6 +132,18 @@ def test_records_of_conda_are_right(one: Staged) -> None:
                 assert found == path["sha256_in_prefix"], file
                 checked += 1
     assert checked > 30
+
+
+def test_conda_s_own_library_reads_the_records(one: Staged) -> None:
+    """rattler, as pixi lists what is installed."""
+    code = (
+        "import sys; from rattler import PrefixRecord\n"
+        "for path in sys.argv[1:]: print(PrefixRecord.from_path(path).name.normalized)"
+    )
+    paths = sorted(one.prefix.glob("conda-meta/*.json"))
+    said = run([channel.WORK / "tools" / "bin" / "python", "-I", "-c", code, *paths]).stdout
+    assert said.split() == [record["name"] for record in records(one.prefix)]
+    assert len(paths) >= 15
 
 
 def test_records_of_pip_are_right(one: Staged) -> None:

@@ -6,17 +6,20 @@ import re
 
 from environments import REPO
 
-ROWS = 62
+ROWS = {"R": 62, "C": 24}
+"""How many rows there are of each letter: of all environments, of conda's."""
 
 
 def test_every_row_names_tests_that_exist() -> None:
     lines = (REPO / "docs" / "relocation.md").read_text().splitlines()
-    rows = {line.split("|")[1].strip(): line for line in lines if line.startswith("| R")}
-    assert list(rows) == [f"R{number}" for number in range(1, ROWS + 1)]
+    rows = {line.split("|")[1].strip(): line for line in lines if re.match(r"\| [A-Z]\d+ \|", line)}
+    for letter, last in ROWS.items():
+        found = [row for row in rows if row.startswith(letter)]
+        assert found == [f"{letter}{number}" for number in range(1, last + 1)]
     for row, line in rows.items():
         file, named = None, 0
         for text in re.findall(r"`([^`]+)`", line.split("|")[4]):
-            match = re.fullmatch(r"(tests/unit/)?(test_\w+\.py)(?:: (\S+))?", text)
+            match = re.fullmatch(r"(tests/\w+/)?(test_\w+\.py)(?:: (\S+))?", text)
             if match:
                 file = REPO / (match[1] or "tests/root") / match[2]
                 assert file.is_file(), (row, text)
