@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 import workbench
-from environments import strace_files
+from environments import run, strace_files
 from workbench import Bench, Staged
 
+from . import channel
 from .fixtures import CondaEnvironment, install
 from .test_channel import MODERN
 
@@ -133,10 +134,58 @@ def test_records_of_conda_are_right(one: Staged) -> None:
     assert checked > 30
 
 
+def test_conda_s_own_library_reads_the_records(one: Staged) -> None:
+    """rattler, as pixi lists what is installed."""
+    code = (
+        "import sys; from rattler import PrefixRecord\n"
+        "for path in sys.argv[1:]: print(PrefixRecord.from_path(path).name.normalized)"
+    )
+    paths = sorted(one.prefix.glob("conda-meta/*.json"))
+    said = run([channel.WORK / "tools" / "bin" / "python", "-I", "-c", code, *paths]).stdout
+    assert said.split() == [record["name"] for record in records(one.prefix)]
+    assert len(paths) >= 15
+
+
 def test_records_of_pip_are_right(one: Staged) -> None:
     wrong = workbench.broken_records(one.site_packages)
     # As in the packages: who builds one with pip writes another name into this file.
     assert [line for line in wrong if "/INSTALLER has" not in line] == []
+
+
+def test_what_build_systems_read(one: Staged, tmp_path: Path) -> None:
+    """``_sysconfigdata``, Makefile, ``*-config``, pkg-config, CMake, libtool: and a build."""
+    prefix, config = one.prefix, one.bin / "python3-config"
+    old = tuple(str(path) for path in one.hide)
+    for argv in (
+        [one.python, "-m", "sysconfig"],
+        [config, "--prefix", "--includes", "--ldflags"],
+        [config, "--embed", "--libs", "--cflags"],
+    ):
+        said = one.run(*argv).stdout
+        assert str(prefix) in said or "--libs" in argv
+        assert not any(path in said for path in old)
+    assert one.run(config, "--prefix").stdout == f"{prefix}\n"
+    for path, line in (
+        ("lib/pkgconfig/demo.pc", f"Libs: -L{prefix}/lib -ldemo"),
+        ("lib/cmake/demo/demoConfig.cmake", f'set(demo_ROOT "{prefix}")'),
+        ("lib/liblegacy.la", f"libdir='{prefix}/lib'"),
+        ("lib/R/etc/Makeconf", f"R_HOME = {prefix}/lib/R"),
+        ("bin/qt.conf", f"Plugins = {prefix}/lib/qt/plugins"),
+    ):
+        assert line in (prefix / path).read_text().splitlines()
+    (kernel,) = prefix.glob("share/jupyter/kernels/*/kernel.json")
+    assert json.loads(kernel.read_text())["argv"][0] == str(one.python)
+    # A module in C, built with what the staged Python says.
+    (tmp_path / "built.c").write_text(
+        "#include <Python.h>\n"
+        'static struct PyModuleDef def = {PyModuleDef_HEAD_INIT, "built"};\n'
+        "PyMODINIT_FUNC PyInit_built(void) { return PyModule_Create(&def); }\n"
+    )
+    flags = one.run(config, "--includes").stdout.split()
+    target = tmp_path / "built.so"
+    one.run("gcc", "-shared", "-fPIC", *flags, "-o", target, tmp_path / "built.c")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import built; print(built.__name__)"
+    assert one.run(one.python, "-c", code).stdout == "built\n"
 
 
 def test_it_is_what_a_direct_install_would_have_been(

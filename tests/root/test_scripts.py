@@ -122,7 +122,7 @@ def test_zip_with_an_interpreter_line(bench: Bench, environment: Environment) ->
 
 
 def test_binary_with_the_prefix_is_told(bench: Bench, environment: Environment) -> None:
-    """Compiled programs in ``bin`` cannot be rewritten; the report names them."""
+    """A longer path does not fit into a compiled program; the report names it."""
     content = b"\x7fELF\x01\0\0" + bytes(environment.bin) + b"/program\0rest"
     (environment.bin / "compiled").write_bytes(content)
     said = bench.pack(environment)
