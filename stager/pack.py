@@ -226,8 +226,8 @@ class _Layers:
         records = []
         image_format = self._config["pack.format"]
         for survey, layer_id, place in self._places():
-            known = repository.layer(layer_id, image_format)
-            if known is not None and self._is_good(repository, known):
+            known = self._known(repository, layer_id, image_format)
+            if known is not None:
                 self.reused.append(survey.tree.role)
                 # It may have been packed for another role.
                 role = {"role": survey.tree.role, "spellings": survey.tree.spellings}
@@ -258,6 +258,18 @@ class _Layers:
             repository.add_layer(layer_id, image_format, record)
             records.append(record)
         return records
+
+    def _known(
+        self, repository: Repository, layer_id: str, image_format: str
+    ) -> dict[str, Any] | None:
+        """The record of a layer that was packed before: here, or by the site for all."""
+        for one in (repository, *map(Repository, self._config["repositories"])):
+            record = one.layer(layer_id, image_format)
+            if record is not None and self._is_good(one, record):
+                if one is not repository:
+                    repository.refer(one, record)
+                return record
+        return None
 
     def _is_good(self, repository: Repository, record: dict[str, Any]) -> bool:
         """Tell whether an image can be used again: packing again is the advice for damaged ones."""

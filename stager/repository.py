@@ -206,6 +206,17 @@ class Repository:
         path = self._path("layers", f"{layer_id}.{image_format}")
         fsutil.write_atomic(path, manifest.canonical(record))
 
+    def refer(self, other: Repository, record: dict[str, Any]) -> None:
+        """Use a layer of another repository as if it were here; its image is not copied.
+
+        Args:
+            other: the site's repository, which keeps the image.
+            record: what :meth:`layer` of it gives.
+        """
+        name = os.path.basename(record["image"])
+        fsutil.replace_link(os.path.join(other.root, "images", name), self._path("images", name))
+        self.add_layer(record["layer"]["id"], record["layer"]["image"]["format"], record)
+
     def publish(self, value: Manifest, *, replace: bool) -> Published:
         """Make a manifest reachable by its name and its origin.
 

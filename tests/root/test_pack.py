@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -85,6 +85,26 @@ def test_base_is_packed_once_for_all(bench: Bench, venv_on_base: Environment) ->
     assert len(list(bench.repository.glob("images/*"))) == 3
     staged = bench.stage(name="two", hide=[base, other.prefix])
     assert staged.eval("sys.base_prefix") == str(staged.trees[0])
+
+
+def test_a_base_that_the_site_has_packed(
+    bench: Bench, venv_on_base: Environment, new_directory: Callable[[], Path]
+) -> None:
+    """Users' environments over it refer to the site's image, whatever else they hold."""
+    base = venv_on_base.base_prefix
+    site = Bench(new_directory(), {"STAGER_STORE": str(bench.store)})
+    of_site = environments.make_venv(site.root / "any", python=base / "bin" / "python3")
+    site.pack(of_site, name="site-python")
+    bench.settings["STAGER_REPOSITORIES"] = str(site.repository)
+    said = bench.pack(venv_on_base)
+    assert said["reused"] == ["base"]
+    links = [path for path in bench.repository.glob("images/*") if path.is_symlink()]
+    assert [path.resolve().parent for path in links] == [site.repository / "images"]
+    staged = bench.stage(hide=[base, venv_on_base.prefix, of_site.prefix])
+    assert staged.eval("sys.base_prefix") == str(staged.trees[0])
+    bench.stager("remove", "it")
+    assert list(bench.repository.glob("images/*")) == []
+    assert len(list(site.repository.glob("images/*"))) == 2
 
 
 def test_check_writes_nothing(bench: Bench, venv_stdlib: Environment) -> None:

@@ -6,7 +6,7 @@ import re
 
 from environments import REPO
 
-ROWS = {"R": 66, "C": 24, "K": 7}
+ROWS = {"R": 66, "C": 24, "K": 8}
 """How many rows there are of each letter: of all environments, of conda's, of other kinds."""
 
 
