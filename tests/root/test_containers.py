@@ -101,6 +101,8 @@ def programs(new_directory: Callable[[], Path]) -> Path:
 
 SHOW = """
 import os, sys, six
+
+pytestmark = pytest.mark.environments
 print(sys.prefix, os.environ["VIRTUAL_ENV"], six.__file__)
 print(os.environ["PATH"])
 print(sys.flags.no_user_site, os.path.exists(os.path.expanduser("~/.local")))

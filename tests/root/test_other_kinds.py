@@ -13,6 +13,8 @@ import pytest
 from environments import BASE_PYTHON, VENV, Environment, make_venv, pip_install_to, run, run_hidden
 from workbench import Bench
 
+pytestmark = pytest.mark.environments
+
 STAGE_RUN = VENV / "bin" / "stage-run"
 LIBRARY = Path("lib") / BASE_PYTHON.name
 

@@ -76,6 +76,8 @@ def moved(bench: Bench, new_directory: Callable[[], Path]) -> Iterator[Moved]:
 
 SHOW = """
 import os, sys, word
+
+pytestmark = pytest.mark.environments
 print(word.__file__, sys.prefix)
 print(os.path.samefile(sys.argv[1], os.environ["STAGER_PREFIX"]), os.getuid(), os.getgid())
 print(open("/proc/self/status").read().split("CapEff:")[1].split()[0])

@@ -10,6 +10,8 @@ import pytest
 from environments import BASE_PYTHON, VENV, Environment, make_small_venv, run, run_hidden
 from workbench import Bench
 
+pytestmark = pytest.mark.environments
+
 STAGER, STAGE_RUN = VENV / "bin" / "stager", VENV / "bin" / "stage-run"
 
 
