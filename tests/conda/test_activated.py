@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from environments import REPO, VENV, run
-from stager import activate, config, forjob, jobstate, ref
+from stager import activate, config, forjob, jobstate, ref, stage
 from stager.repository import Repository
 from workbench import Staged
 
@@ -135,8 +135,12 @@ def test_a_task_of_slurm(one: Staged, tmp_path: Path) -> None:
     """What TaskProlog prints, on top of what the task has, is the same environment."""
     published = Repository(str(one.bench.repository)).find(ref.parse("conda"))
     assert published is not None
-    described = forjob._activation(published.manifest, config.load(), str(one.prefix), "conda")
-    checked = jobstate.Activation.checked(described, str(one.prefix.parent))
+    directive = ref.find_directive("pyenv:conda", cwd="/")
+    assert directive is not None
+    made = {layer.id: stage.HIT for layer in published.manifest.layers}
+    result = stage.Staged(str(one.prefix), stage.HIT, published.manifest, made)
+    described = forjob._described(directive, [(published, result)], config.load())
+    checked = jobstate.Activation.checked(described["staged"], str(one.prefix.parent))
     state = tmp_path / "jobs" / "7"
     state.mkdir(parents=True)
     (state / "status").write_text("ready\n")
