@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import stat
 from collections.abc import Iterable, Iterator
@@ -70,6 +69,8 @@ def _mark(path: str, *, tree: bool) -> str:
 
 
 def _children(path: str) -> str:
+    import hashlib  # loads OpenSSL: 5 ms that a warm start does without
+
     digest = hashlib.sha256()
     with os.scandir(path) as entries:
         for item in sorted(entries, key=lambda one: one.name):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import os
 import stat
 import time
@@ -177,6 +176,8 @@ def is_slow(entries: int, seconds: float) -> bool:
 
 def fingerprint(entries: Iterable[Entry], *more: object) -> str:
     """16 hex digits over path, kind, mode, size, time and link of every entry, and ``more``."""
+    import hashlib  # loads OpenSSL: 5 ms that a warm start does without
+
     digest = hashlib.sha256(repr(more).encode("utf-8", "surrogateescape"))
     for item in entries:
         line = (
