@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import workbench
 from environments import BASE_PYTHON, VENV, Environment, make_venv, pip_install_to, run, run_hidden
 from workbench import Bench
 
@@ -216,6 +217,29 @@ def test_trees_are_packed_again_in_their_order(case: Case) -> None:
 def test_a_directory_of_modules_is_no_environment(bench: Bench, tmp_path: Path) -> None:
     said = bench.expect(10, "pack", str(tmp_path))
     assert "--tree" in said
+
+
+@pytest.mark.parametrize("kind", ["user", "tree"])
+def test_staged_in_another_store(case: Case, kind: str) -> None:
+    """What was packed for one store is rewritten for another."""
+    place = case.new / "place"
+    where = ("--user",) if kind == "user" else ("--target", place)
+    pip_install_to(case.python, *where, PYTHONUSERBASE=str(place))
+    options = ("--user",) if kind == "user" else ("--tree", place)
+    env = case.bench.environ(PYTHONUSERBASE=str(place))
+    pack = ("pack", *options, "--python", case.python, "--name", "it")
+    case.bench.stager(*pack, "--store", case.bench.root / "of-others", env=env)
+    staged = case.bench.stage(hide=[place])
+    said = case.hidden(
+        STAGE_RUN, "--strict", "--env", "it", "python", "-c",
+        "import six, ssl, sys; print(six.__file__, sys.executable, ssl.__file__)", hide=(place,),
+    ).split()  # fmt: skip
+    assert said[0].startswith(f"{staged.prefix}/")
+    assert said[1] == f"{staged.prefix}/bin/python"
+    assert said[2].startswith(f"{staged.trees[0]}/" if case.base else "/usr/")
+    command = (STAGE_RUN, "--strict", "--env", "it", "sample-console")
+    assert case.hidden(*command, hide=(place,)).startswith("hello ")
+    assert workbench.traces(staged, [place, case.bench.root / "of-others"]) == {}
 
 
 # -- what modules set
