@@ -124,7 +124,8 @@ def walk(root: str, exclude: Excluder, *, at: str = "") -> list[Entry]:
     Raises:
         OSError: a directory cannot be read.
     """
-    found = [entry(at or ".", root)]
+    # A root that is known by a link's name is the directory that the link leads to.
+    found = [entry(at or ".", os.path.join(root, ".") if os.path.islink(root) else root)]
     waiting = [(root, at)]
     started, seen = time.monotonic(), 0
     while waiting:

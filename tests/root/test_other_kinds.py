@@ -242,6 +242,26 @@ def test_staged_in_another_store(case: Case, kind: str) -> None:
     assert workbench.traces(staged, [place, case.bench.root / "of-others"]) == {}
 
 
+@pytest.mark.parametrize("kind", ["user", "tree"])
+def test_by_a_links_name(case: Case, kind: str) -> None:
+    """Many have ``~/.local`` as a link to where there is more room."""
+    real, link = case.new / "real", case.new / "link"
+    site = real / LIBRARY / "site-packages" if kind == "user" else real
+    site.mkdir(parents=True)
+    (site / "mine.py").write_text("")
+    link.symlink_to("real")
+    options = ("--user",) if kind == "user" else ("--tree", link)
+    env = case.bench.environ(PYTHONUSERBASE=str(link))
+    case.bench.stager("pack", *options, "--python", case.python, "--name", "it", env=env)
+    staged = case.bench.stage()
+    code = "import mine, os; print(mine.__file__, os.environ.get('PYTHONPATH'))"
+    command = (STAGE_RUN, "--strict", "--env", "it", "python", "-c", code)
+    inherited = {"PYTHONPATH": str(real)} if kind == "tree" else {}
+    said = case.hidden(*command, hide=(real,), env=inherited).split()
+    assert said[0].startswith(f"{staged.prefix}/")
+    assert said[1] == (str(staged.prefix) if kind == "tree" else "None")
+
+
 # -- what modules set
 
 
