@@ -17,6 +17,8 @@ import pytest
 from environments import BASE_PYTHON, VENV, Environment, make_small_venv, run_hidden
 from workbench import Bench, Staged, shell_words
 
+pytestmark = pytest.mark.environments
+
 STAGE_RUN = VENV / "bin" / "stage-run"
 
 STAND_IN = r"""#!%(python)s -IS
@@ -101,8 +103,6 @@ def programs(new_directory: Callable[[], Path]) -> Path:
 
 SHOW = """
 import os, sys, six
-
-pytestmark = pytest.mark.environments
 print(sys.prefix, os.environ["VIRTUAL_ENV"], six.__file__)
 print(os.environ["PATH"])
 print(sys.flags.no_user_site, os.path.exists(os.path.expanduser("~/.local")))

@@ -16,6 +16,8 @@ import pytest
 from environments import VENV, Environment, make_venv, run, run_hidden
 from workbench import NOBODY, Bench, shell_words
 
+pytestmark = pytest.mark.environments
+
 STAGE_RUN = VENV / "bin" / "stage-run"
 AS_NOBODY = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
 USERS = {"root": [], "nobody": AS_NOBODY}
@@ -76,8 +78,6 @@ def moved(bench: Bench, new_directory: Callable[[], Path]) -> Iterator[Moved]:
 
 SHOW = """
 import os, sys, word
-
-pytestmark = pytest.mark.environments
 print(word.__file__, sys.prefix)
 print(os.path.samefile(sys.argv[1], os.environ["STAGER_PREFIX"]), os.getuid(), os.getgid())
 print(open("/proc/self/status").read().split("CapEff:")[1].split()[0])
