@@ -23,8 +23,9 @@ from stager.errors import UsageError
 # a file name. A dot goes on a name unless it ends a sentence.
 _AFTER = rb"(?![A-Za-z0-9_+~%@\x80-\xff-]|\.[A-Za-z0-9_])"
 # What may come before: anything that cannot be the end of another path, besides compiler options
-# such as -I/x and the escapes \n, \t, \r and \0 of string literals.
-_BEFORE = rb"(?:(?<![A-Za-z0-9_.+~%\x80-\xff-])|(?<=-[A-Z])|(?<=\\[ntr0]))"
+# such as -I/x, the escapes \n, \t, \r and \0 of string literals, and the mark that a text in
+# Unicode may begin with.
+_BEFORE = rb"(?:(?<![A-Za-z0-9_.+~%\x80-\xff-])|(?<=-[A-Z])|(?<=\\[ntr0])|(?<=\xef\xbb\xbf))"
 
 MIN_COMPONENTS = 2
 """A prefix such as ``/opt`` is too common a string to be replaced wherever it stands."""

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 
 from stager import activate as activation
-from stager import allocation, containers, fsutil, lease, lookup, samepath
+from stager import allocation, containers, fsutil, lease, lookup
 from stager.cli import report
 from stager.cli.common import Bars, load_config, say
 from stager.cli.staging import ask_job, prepare
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         if warning:
             say(f"stage-run: {warning}")
         if arguments.same_path:
-            _take_place(command, results[0], strict=strict, everywhere=everywhere is not None)
+            _take_place(command, results, strict=strict, everywhere=everywhere is not None)
         if everywhere is not None:
             environ = allocation.also_outside(environ, found[0].manifest, everywhere)
     except Exception as problem:
@@ -73,8 +73,10 @@ def run(arguments: argparse.Namespace) -> int:
     return FAILED if environ is None else _exec(command, environ)
 
 
-def _take_place(command: list[str], result: Staged, *, strict: bool, everywhere: bool) -> None:
-    """Put the staged tree in the place of the original, for the command; or say why not."""
+def _take_place(
+    command: list[str], results: list[Staged], *, strict: bool, everywhere: bool
+) -> None:
+    """Put staged trees in the place of their originals, for the command; or say why not."""
     launcher = os.path.basename(command[0])
     try:
         if launcher == "srun" or (everywhere and launcher in allocation.LAUNCHERS):
@@ -82,7 +84,9 @@ def _take_place(command: list[str], result: Staged, *, strict: bool, everywhere:
                 f"--same-path does not reach what {launcher} starts on the nodes",
                 hint=f"put it behind: {launcher} stage-run --same-path CMD",
             )
-        samepath.enter(result.prefix, result.manifest)
+        from stager import samepath
+
+        samepath.enter([activation.Part.staged(result) for result in results])
     except StagerError as error:
         if strict:
             raise

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from environments import BASE_PYTHON, VENV
-from workbench import Staged, shell_words
+from environments import BASE_PYTHON, VENV, Environment, make_small_venv, run_hidden
+from workbench import Bench, Staged, shell_words
+
+pytestmark = pytest.mark.environments
 
 STAGE_RUN = VENV / "bin" / "stage-run"
 
@@ -101,8 +103,6 @@ def programs(new_directory: Callable[[], Path]) -> Path:
 
 SHOW = """
 import os, sys, six
-
-pytestmark = pytest.mark.environments
 print(sys.prefix, os.environ["VIRTUAL_ENV"], six.__file__)
 print(os.environ["PATH"])
 print(sys.flags.no_user_site, os.path.exists(os.path.expanduser("~/.local")))
@@ -204,3 +204,40 @@ def test_what_is_bound_follows_from_one_environment_to_the_next(
     )
     judge(other, done.stdout)
     assert os.listdir(programs / "root") == []
+
+
+@pytest.mark.parametrize("ref", ["user", "tree", "env+tree", "env+user", "user+tree"])
+def test_other_kinds_and_several(
+    bench: Bench,
+    programs: Path,
+    pyenv_like_base: Environment,
+    new_directory: Callable[[], Path],
+    ref: str,
+) -> None:
+    """All of their layers are there, whatever variables lead to them."""
+    place = new_directory()
+    python = pyenv_like_base.python
+    sites = {
+        "env": make_small_venv(place / "env", python=python).site_packages,
+        "user": place / "user" / "lib" / BASE_PYTHON.name / "site-packages",
+        "tree": place / "tree",
+    }
+    options = {"env": [place / "env"], "user": ["--user"], "tree": ["--tree", place / "tree"]}
+    names = ref.split("+")
+    for name in names:
+        sites[name].mkdir(parents=True, exist_ok=True)
+        (sites[name] / f"of_{name}.py").write_text("")
+        given = ["--python", python] if name != "env" else []
+        env = bench.environ(PYTHONUSERBASE=str(place / "user"))
+        bench.stager("pack", *options[name], *given, "--name", name, env=env)
+    modules = [f"of_{name}" for name in names]
+    code = (
+        f"import {', '.join(modules)}, ssl; print(*(m.__file__ for m in ({', '.join(modules)},)))"
+    )
+    image = programs / "other.sif"
+    command = [programs / "apptainer", "exec", "--cleanenv", image, "python", "-c", code]
+    env = bench.environ(STAGER_STAGE_ON_STALE="warn")
+    stage_run = [STAGE_RUN, "--strict", "--env", ref]
+    done = run_hidden([*stage_run, *command], hide=[place, pyenv_like_base.prefix], env=env)
+    assert len(done.stdout.split()) == len(names)
+    assert all(path.startswith(f"{bench.store}/envs/") for path in done.stdout.split())

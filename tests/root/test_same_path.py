@@ -16,6 +16,8 @@ import pytest
 from environments import VENV, Environment, make_venv, run, run_hidden
 from workbench import NOBODY, Bench, shell_words
 
+pytestmark = pytest.mark.environments
+
 STAGE_RUN = VENV / "bin" / "stage-run"
 AS_NOBODY = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
 USERS = {"root": [], "nobody": AS_NOBODY}
@@ -76,8 +78,6 @@ def moved(bench: Bench, new_directory: Callable[[], Path]) -> Iterator[Moved]:
 
 SHOW = """
 import os, sys, word
-
-pytestmark = pytest.mark.environments
 print(word.__file__, sys.prefix)
 print(os.path.samefile(sys.argv[1], os.environ["STAGER_PREFIX"]), os.getuid(), os.getgid())
 print(open("/proc/self/status").read().split("CapEff:")[1].split()[0])
@@ -190,3 +190,61 @@ def test_a_launcher_is_told_apart(moved: Moved) -> None:
     assert done.returncode == 125
     assert "--same-path does not reach what srun starts" in done.stderr
     assert "srun stage-run --same-path CMD" in done.stderr
+
+
+def test_a_base_that_is_a_layer(
+    bench: Bench,
+    new_directory: Callable[[], Path],
+    pyenv_like_base: Environment,
+    venv_on_base: Environment,
+) -> None:
+    """The links to its Python lead from tree to tree, which lie beside each other elsewhere."""
+    bench.pack(venv_on_base)
+    command = [STAGE_RUN, "--strict", "--env", "it", "--same-path"]
+    hide = [venv_on_base.prefix, pyenv_like_base.prefix]
+    for program in ("python", "sample-console"):
+        argv = ["-c", "import six, sys; print(six.__file__, sys.base_prefix)"]
+        argv = [venv_on_base.bin / program, *(argv if program == "python" else [])]
+        said = run_hidden([*command, *argv], hide=hide, env=bench.environ()).stdout.split()
+        if program == "python":
+            assert said[0] == f"{venv_on_base.site_packages}/six.py"
+            assert said[1].startswith(f"{bench.store}/envs/")
+        else:
+            assert said[0] == "hello"
+
+
+@pytest.mark.parametrize("kind", ["user", "tree"])
+def test_other_kinds(
+    bench: Bench, new_directory: Callable[[], Path], pyenv_like_base: Environment, kind: str
+) -> None:
+    place = new_directory() / "place"
+    library = Path(next(pyenv_like_base.prefix.glob("lib/python3.*")).name)
+    site = place if kind == "tree" else place / "lib" / library / "site-packages"
+    site.mkdir(parents=True)
+    (site / "mine.py").write_text("word = 'copy'\n")
+    (place / "other").write_text("of somebody else")
+    options = ["--tree", place] if kind == "tree" else ["--user"]
+    env = bench.environ(PYTHONUSERBASE=str(place))
+    python = pyenv_like_base.python
+    bench.stager("pack", *options, "--python", python, "--name", "it", env=env)
+    (site / "mine.py").write_text("raise SystemExit('the original is used')\n")
+    code = f"exec(open({str(site / 'mine.py')!r}).read()); print(word)"
+    code += f"; print(open({str(place / 'other')!r}).read())"
+    command = [STAGE_RUN, "--same-path", "--strict", "--env", "it", "python", "-c", code]
+    env = bench.environ(STAGER_STAGE_ON_STALE="warn")
+    # What is not Python's below a user base is there as before.
+    assert run(command, env=env).stdout == "copy\nof somebody else\n"
+
+
+def test_several_together(bench: Bench, new_directory: Callable[[], Path]) -> None:
+    above = new_directory()
+    codes = []
+    for name in ("one", "other"):
+        environment = make_venv(above / name)
+        (environment.site_packages / f"{name}.py").write_text(f"print('{name}')\n")
+        bench.pack(environment, name=name)
+        codes.append(f"exec(open({str(environment.site_packages / name)!r} + '.py').read())")
+    command = [STAGE_RUN, "--same-path", "--strict", "--env", "one+other", above / "one/bin/python"]
+    hide = [above / "one", above / "other"]
+    done = run_hidden([*command, "-c", "\n".join(codes)], hide=hide, env=bench.environ())
+    assert done.stdout == "one\nother\n"

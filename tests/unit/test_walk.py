@@ -108,6 +108,20 @@ def test_what_is_left_out(patterns: list[str], path: str, out: bool) -> None:
     assert Excluder(patterns)(path) is out
 
 
+@pytest.mark.parametrize(
+    ("path", "out"),
+    [
+        (".", False), ("lib", False), ("lib/python3.11", False), ("lib/python3.11/x/y.py", False),
+        ("lib/python3.12", True), ("lib/python3.11x", True), ("bin", False), ("bin/tool", False),
+        ("bin/tool2", True), ("share", True), ("lib/python3.11/left-out", True),
+    ],
+)  # fmt: skip
+def test_only_what_is_named_and_the_way_to_it(path: str, out: bool) -> None:
+    kept = Excluder(("left-out",), ("lib/python3.11", "bin/tool"))
+    assert kept(path) is out
+    assert kept.partial == {".", "lib", "bin"}
+
+
 def test_nothing_below_what_is_left_out_is_looked_at(tree: Path) -> None:
     found = {entry.path for entry in walk.walk(str(tree), Excluder(("b", "z")))}
     assert found == {".", "a", "a/file", "a/up", "a-b", "a.py", "empty", "loop", "gone"}
