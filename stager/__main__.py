@@ -8,9 +8,9 @@ import sys
 def main() -> int:
     """Run the command line, or a scheduler's hook, and return its exit status."""
     if sys.argv[1:2] == ["hook"]:
-        from stager import hook
+        from stager import hooks
 
-        return hook.main(sys.argv[2:])
+        return hooks.main(sys.argv[2:])
     from stager import cli
 
     return cli.main(sys.argv[1:])

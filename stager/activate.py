@@ -96,19 +96,22 @@ def staged(
     return sourcing.enter(after, parts[0].prefix) if conda else after
 
 
-def patch(parts: Sequence[Part], config: Config, *, ref: str) -> EnvPatch:
+def patch(
+    parts: Sequence[Part], config: Config, *, ref: str, bound: Sequence[str] = ()
+) -> EnvPatch:
     """What activating staged trees changes, whatever the environment is before.
 
     Args:
         parts: the environments.
         config: ``run.user_site`` as above.
         ref: as above.
+        bound: what containers need beside the trees.
     """
     first = parts[0]
     own = together(parts)
     user_site = config["run.user_site"] or first.manifest.kind == USER
     inside = {} if user_site else {"PYTHONNOUSERSITE": "1"}
-    trees = [tree for part in parts for tree in part.trees]
+    trees = [*(tree for part in parts for tree in part.trees), *bound]
     own = containers.reached(EnvPatch({**own.set, **inside}, own.unset, own.prepend), trees)
     extra = {ACTIVE: ref, PREFIX: first.prefix, ORIGIN: first.manifest.origin}
     return EnvPatch({**own.set, **extra}, own.unset, own.prepend)

@@ -7,6 +7,9 @@ which is root and believes nothing, what came out: one JSON object for each mess
 
     {"options": {"strict": bool, "timeout": seconds}}   as soon as the directive is read
     {"original": activation}                            how the job runs where staging fails
+    {"trees": [[[staged, original, ready], ...], ...]}  PBS: for each environment its layers;
+                                                        answered with a byte when links lead there
+    {"beforehand": activation}                          PBS: by these links, before it is staged
     {"may": "mount"}                                    answered with one byte, ``y`` or ``n``
     {"staged": activation, "how": ..., ...}             the end, or
     {"error": reason, "hint": ..., "blame": ...}        the end, or
@@ -23,8 +26,8 @@ import time
 from collections.abc import Mapping
 from typing import Any, Callable
 
+from stager import activate, allocation, fsutil, jobstate, privilege, together
 from stager import config as configuration
-from stager import fsutil, privilege, ref
 from stager.config import Config
 from stager.envpatch import EnvPatch
 from stager.errors import JOB, SITE, NotFoundError, StagerError, UsageError
@@ -32,6 +35,7 @@ from stager.jobstate import MAX_MESSAGE, Job
 from stager.manifest import Manifest
 from stager.ref import Directive, Ref
 from stager.repository import Published
+from stager.stage import Staged
 from stager.store import Store
 
 _OF_THE_USER = ("HOME", "USER", "LOGNAME", "SHELL", "LANG")
@@ -48,7 +52,9 @@ _INHERITED = (
 """Traces of an activation that a job may have inherited from where it was submitted."""
 
 
-def run(job: Job, trusted: Config, talk: socket.socket, mounts: str, holder: str) -> None:
+def run(
+    job: Job, trusted: Config, talk: socket.socket, mounts: str, holder: str, directory: str
+) -> None:
     """Do it all; everything that goes wrong is a message.
 
     Args:
@@ -58,10 +64,11 @@ def run(job: Job, trusted: Config, talk: socket.socket, mounts: str, holder: str
         mounts: :data:`VISIBLE`, :data:`PROLOG` or :data:`NEVER`: when a mount made now is seen by
             the job.
         holder: who claims what is staged.
+        directory: the job's own, where root makes links under PBS.
     """
     try:
         privilege.become(job.uid, job.gid)
-        _send(talk, _work(job, trusted, talk, mounts, holder))
+        _send(talk, _work(job, trusted, talk, mounts, holder, directory))
     except StagerError as error:
         _send(talk, {"error": error.message, "hint": error.hint or "", "blame": error.blame})
     except BaseException as error:
@@ -84,11 +91,9 @@ def _send(talk: socket.socket, message: Mapping[str, Any]) -> None:
 
 
 def _work(
-    job: Job, trusted: Config, talk: socket.socket, mounts: str, holder: str
+    job: Job, trusted: Config, talk: socket.socket, mounts: str, holder: str, directory: str
 ) -> dict[str, Any]:
-    from stager import allocation
-
-    directive = ref.find_directive(job.comment, cwd=job.work_dir)
+    directive = job.directive()
     if directive is None:
         return {"nothing": True}
     options = _options(directive)
@@ -99,17 +104,26 @@ def _work(
     config.values["stage.timeout"] = min(config["stage.timeout"], options["timeout"])
     config.values["hook.pack"] = config["hook.pack"] and trusted["hook.pack"]
     node = Store(config["store"])
-    everything = []
-    for wish in directive.refs:
-        published = _published(wish, config, job, until)
-        if len(directive.refs) == 1:
-            _send(talk, {"original": _original(published.manifest)})
+    found = [_published(wish, config, job, until) for wish in directive.refs]
+    together.require([published.manifest for published in found])
+    beforehand = None
+    if job.scheduler == jobstate.PBS:
+        _send_trees(talk, found, node)
+        parts = [
+            _linked(published.manifest, directory, part) for part, published in enumerate(found)
+        ]
+        beforehand = _activation(directive, parts, config, bound=(os.path.join(node.root, "envs"),))
+        _send(talk, {"beforehand": beforehand})
+    elif len(found) == 1:
+        _send(talk, {"original": _original(found[0].manifest)})
+    results = []
+    for published in found:
         if config["stage.how"] != "extract":
             config.values["stage.how"] = _how(published, node, config, talk, mounts, until)
         # Not on a mount that ends with another job's step.
-        result = allocation.stage_here(published, config, holder=holder)
-        everything.append((published, result))
-    return _described(directive, everything, config)
+        results.append(allocation.stage_here(published, config, holder=holder))
+    staged = beforehand or _activation(directive, list(map(activate.Part.staged, results)), config)
+    return _outcome(staged, directive, found, results)
 
 
 def _options(directive: Directive) -> dict[str, Any]:
@@ -137,9 +151,14 @@ def _overrides(directive: Directive, trusted: Config) -> dict[str, object]:
 def _send_original(talk: socket.socket, directive: Directive, job: Job) -> None:
     """Before anything that may hang: a path is its own original."""
     path = directive.refs[0].path
-    if path:
-        patch = EnvPatch({"VIRTUAL_ENV": path}, (), {"PATH": (os.path.join(path, "bin"),)})
-        _send(talk, {"original": _value(patch, path, "bin/python", ())})
+    if not path:
+        return
+    if job.scheduler == jobstate.PBS:
+        _send(talk, {"trees": [[("", path, False)]]})
+        talk.recv(1)
+        return
+    patch = EnvPatch({"VIRTUAL_ENV": path}, (), {"PATH": (os.path.join(path, "bin"),)})
+    _send(talk, {"original": _value(patch, path, "bin/python", ())})
 
 
 def _published(wish: Ref, config: Config, job: Job, until: float) -> Published:
@@ -263,8 +282,6 @@ def _fetch(published: Published, node: Store, layer_id: str, config: Config, unt
 
 def _original(manifest: Manifest) -> dict[str, Any]:
     """The activation of an original."""
-    from stager import activate
-
     patch = activate.together([activate.Part.original(manifest)])
     return _value(patch, manifest.origin, manifest.original_python, ())
 
@@ -281,14 +298,45 @@ def _value(patch: EnvPatch, prefix: str, executable: str, leave: tuple[str, ...]
     }
 
 
-def _described(directive: Directive, everything: list[Any], config: Config) -> dict[str, Any]:
-    """Put several environments together, see :mod:`stager.activate`."""
-    from stager import activate, together
+def _send_trees(talk: socket.socket, found: list[Published], node: Store) -> None:
+    """Have root make links that lead to the originals, and to what is staged already."""
+    message = []
+    for published in found:
+        manifest = published.manifest
+        staged = manifest.staged_at(node.tree(manifest.top.id))
+        message.append(
+            [
+                (
+                    tree,
+                    original if os.path.isdir(original) else "",
+                    node.ready(layer.id) is not None,
+                )
+                for layer, tree, original in zip(
+                    manifest.layers, staged, activate.Part.original(manifest).trees
+                )
+            ]
+        )
+    _send(talk, {"trees": message})
+    talk.recv(1)
 
-    parts = [activate.Part.staged(result) for _, result in everything]
-    together.require([part.manifest for part in parts])
+
+def _linked(manifest: Manifest, directory: str, part: int) -> activate.Part:
+    """An environment by the links in the job's directory."""
+    layers = len(manifest.layers)
+    names = (jobstate.link_name(part, number, layers) for number in range(layers))
+    return activate.Part(manifest, tuple(os.path.join(directory, name) for name in names))
+
+
+def _activation(
+    directive: Directive,
+    parts: list[activate.Part],
+    config: Config,
+    *,
+    bound: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """Put several environments together, see :mod:`stager.activate`."""
     name = "+".join(str(wish) for wish in directive.refs)
-    patch = activate.patch(parts, config, ref=name)
+    patch = activate.patch(parts, config, ref=name, bound=bound)
     if parts[0].manifest.kind == activate.CONDA:
         from stager import sourcing
 
@@ -302,19 +350,23 @@ def _described(directive: Directive, everything: list[Any], config: Config) -> d
         if new == part.prefix
     ]
     executable = parts[0].manifest.python.executable
-    value = _value(patch, parts[0].prefix, executable, tuple(dict.fromkeys(leave)))
+    return _value(patch, parts[0].prefix, executable, tuple(dict.fromkeys(leave)))
+
+
+def _outcome(
+    staged: dict[str, Any], directive: Directive, found: list[Published], results: list[Staged]
+) -> dict[str, Any]:
     order: Callable[[str], int] = ("hit", "mounted", "extracted").index
-    hows = [one.how for _, one in everything]
     copied = sum(
         layer.image.size
-        for found, one in everything
-        for layer in found.manifest.layers
-        if one.layers[layer.id] != "hit"
+        for published, result in zip(found, results)
+        for layer in published.manifest.layers
+        if result.layers[layer.id] != "hit"
     )
     return {
-        "staged": value,
-        "how": max(hows, key=order),
-        "ref": "+".join(found.ref for found, _ in everything),
+        "staged": staged,
+        "how": max((result.how for result in results), key=order),
+        "ref": "+".join(published.ref for published in found),
         "bytes": copied,
         "verbose": "verbose" in directive.options,
     }

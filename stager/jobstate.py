@@ -10,21 +10,25 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from stager import events
-from stager.envpatch import separator
+from stager import events, ref, schedulers
+from stager.envpatch import EnvPatch, separator
 from stager.errors import StagerError
+from stager.ref import Directive
 from stager.store import boot_id
 
 ROOT = "/run/stager"
 PENDING, READY, FAILED, STRICT = "pending", "ready", "failed", "strict"
-STAGED, ORIGINAL = "staged", "original"
+STAGED, ORIGINAL, FAULTY = "staged", "original", "fault"
 MAX_MESSAGE = 65536
 """Bytes of one message of the process that works as the user."""
+
+SLURM, PBS = "slurm", "pbs"
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 _NODE = re.compile(r"\[([0-9A-Za-z]+)[^\]]*\]")
@@ -33,13 +37,16 @@ _MOST, _LONGEST = 200, 4096
 
 @dataclass(frozen=True)
 class Job:
-    """What slurmd tells a Prolog (prolog_epilog(5) of Slurm; 22.05 and newer).
+    """What the scheduler tells a hook about a job.
 
     Attributes:
-        key: the id that the job's tasks see: for a heterogeneous job that of its leader.
+        key: the id that the job's tasks see, as a file name: for a heterogeneous job that of its
+            leader.
         id: its own id.
+        comment: where the directive is: Slurm's comment; the PBS resource is nothing else.
         restart: how often it was requeued.
         first: whether this is the first of its nodes.
+        scheduler: :data:`SLURM` or :data:`PBS`.
     """
 
     key: str
@@ -51,10 +58,52 @@ class Job:
     restart: str
     node: str
     first: bool
+    scheduler: str = SLURM
+
+    def directive(self) -> Directive | None:
+        """What the job asks for, or None.
+
+        Raises:
+            UsageError: it is malformed.
+        """
+        if self.scheduler == PBS:
+            return ref.parse_directive(self.comment, cwd=self.work_dir)
+        return ref.find_directive(self.comment, cwd=self.work_dir)
+
+    @classmethod
+    def of_pbs(cls, told: Mapping[str, Any]) -> Job:
+        """Read what ``hooks/pbs/stager_hook.py`` tells of a job.
+
+        Raises:
+            StagerError: it is not as it should be, or there is no such user here.
+        """
+        import pwd
+
+        texts = [str(told.get(name) or "") for name in ("id", "user", "pyenv", "work_dir", "node")]
+        identity, user, value, work_dir, node = texts
+        try:
+            entry = pwd.getpwnam(user)
+        except (KeyError, ValueError) as error:
+            raise StagerError(
+                f"the user {user!r} is unknown on this node",
+                hint="the node's user database is incomplete",
+            ) from error
+        return cls(
+            key=schedulers.file_name(identity),
+            id=identity,
+            uid=entry.pw_uid,
+            gid=entry.pw_gid,
+            comment=value,
+            work_dir=work_dir if work_dir.startswith("/") else entry.pw_dir,
+            restart=str(int(told.get("run_count") or 0)),
+            node=node,
+            first=told.get("first") is True,
+            scheduler=PBS,
+        )
 
     @classmethod
     def of_prolog(cls, environ: Mapping[str, str]) -> Job:
-        """Read the variables of a Prolog or Epilog.
+        """Read the variables of a Prolog or Epilog (prolog_epilog(5) of Slurm; 22.05 and newer).
 
         Raises:
             StagerError: one of them is missing or is not a number.
@@ -130,19 +179,24 @@ class Activation:
         }:  # fmt: skip
             raise ValueError("not an activation")
         result = cls(
-            python=_path(value["python"], below),
-            prefix=_path(value["prefix"], below),
-            leave=tuple(_path(one) for one in _few(value["leave"], list)),
+            python=path(value["python"], below),
+            prefix=path(value["prefix"], below),
+            leave=tuple(path(one) for one in _few(value["leave"], list)),
             set={_name(key): _text(one) for key, one in _few(value["set"], dict).items()},
             unset=tuple(_name(one) for one in _few(value["unset"], list)),
             prepend={
-                _name(key): tuple(_path(one) for one in _few(items, list))
+                _name(key): tuple(path(one) for one in _few(items, list))
                 for key, items in _few(value["prepend"], dict).items()
             },
         )
         if any(separator(key) in one for key, items in result.prepend.items() for one in items):
             raise ValueError("a directory with a separator in a search path")
         return result
+
+    def applied(self, environ: Mapping[str, str]) -> dict[str, str]:
+        """The variables of a process that had these, with the environment active."""
+        patch = EnvPatch(self.set, self.unset, self.prepend)
+        return patch.apply(environ, dict.fromkeys(self.leave, self.prefix))
 
     def lines(self) -> str:
         """The file that TaskProlog reads: a keyword, a blank, a value."""
@@ -176,7 +230,12 @@ def _name(value: Any) -> str:
     return value
 
 
-def _path(value: Any, below: str = "") -> str:
+def path(value: Any, below: str = "") -> str:
+    """Check a path that a user named: absolute, in normal form.
+
+    Raises:
+        ValueError: it is not.
+    """
     text = _text(value)
     if not text.startswith("/") or os.path.normpath(text) != text:
         raise ValueError("not an absolute path in normal form")
@@ -185,10 +244,22 @@ def _path(value: Any, below: str = "") -> str:
     return text
 
 
-def _write(path: str, text: str) -> None:
+def link_name(part: int, layer: int, layers: int) -> str:
+    """The link in a job's directory that leads to a tree.
+
+    Args:
+        part: which of several environments together.
+        layer: which of its layers, from the bottom up.
+        layers: how many it has; the last one is the environment itself.
+    """
+    name = "env" if part == 0 else f"env{part + 1}"
+    return name if layer == layers - 1 else f"{name}.base{layer}"
+
+
+def _write(path: str, text: str, mode: int = 0o644) -> None:
     temporary = f"{path}.new"
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open(temporary, flags, 0o644)
+    fd = os.open(temporary, flags, mode)
     with open(fd, "w", encoding="utf-8", errors="surrogateescape") as file:
         file.write(text)
     os.rename(temporary, path)
@@ -246,6 +317,28 @@ class State:
     def write(self, name: str, text: str) -> None:
         """Write one file by rename."""
         _write(os.path.join(self.path, name), text)
+
+    def link(self, name: str, target: str) -> None:
+        """Let a link lead to a tree, by rename; root never goes where it leads.
+
+        Args:
+            name: see :func:`link_name`.
+            target: absolute; whose content is the user's.
+        """
+        path = os.path.join(self.path, name)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{path}.new")
+        os.symlink(target, f"{path}.new")
+        os.rename(f"{path}.new", path)
+
+    def refuse(self, reason: str) -> None:
+        """Let the link of the environment lead to a Python that only says why there is none."""
+        directory = os.path.join(self.path, "refused")
+        os.makedirs(os.path.join(directory, "bin"), 0o755, exist_ok=True)
+        for name in ("python", "python3"):
+            script = f"#!/bin/sh\nprintf '%s\\n' {shlex.quote(reason)} >&2\nexit 1\n"
+            _write(os.path.join(directory, "bin", name), script, 0o755)
+        self.link("env", directory)
 
     def read(self, name: str) -> str:
         """The text of a file; empty where there is none."""

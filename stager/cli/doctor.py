@@ -247,7 +247,7 @@ def _timing(settings: dict[str, list[str]], config: Config) -> list[Check]:
 
 def _private(settings: dict[str, list[str]], config: Config) -> list[Check]:
     """Directories that every job has for itself, where nothing staged before it can be seen."""
-    from stager import hook
+    from stager.hooks import slurm as hook
 
     kind = _one(settings, "JobContainerType") or _one(settings, "NamespaceType")
     if not re.search(r"tmpfs|linux", kind):

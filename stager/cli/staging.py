@@ -199,7 +199,7 @@ def collect(arguments: argparse.Namespace) -> int:
 
 def _collect_all_users(arguments: argparse.Namespace) -> int:
     from stager import config as configuration
-    from stager import hook
+    from stager.hooks import common
 
     config = configuration.load(trusted_only=True)
     for key, value in (
@@ -208,7 +208,7 @@ def _collect_all_users(arguments: argparse.Namespace) -> int:
     ):
         if value is not None:
             config.set(key, value, "command line")
-    found = hook.collect_all_users(config, everything=arguments.all)
+    found = common.collect_all_users(config, everything=arguments.all)
     if arguments.json:
         print_json({"users": {str(uid): count for uid, count in found.items()}})
     else:

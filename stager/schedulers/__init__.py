@@ -32,13 +32,18 @@ def current(environ: Mapping[str, str] | None = None) -> Job | None:
         if environ.get(variable):
             return Job(
                 scheduler,
-                re.sub(r"[^A-Za-z0-9._-]", "_", environ[variable])[:100],
+                file_name(environ[variable]),
                 _integer(
                     environ, ("SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
                 ),
                 _integer(environ, ("SLURM_NODEID", "PBS_NODENUM")),
             )
     return None
+
+
+def file_name(job: str) -> str:
+    """A job's id as a file name: that of an array's part has brackets under PBS."""
+    return re.sub(r"[^A-Za-z0-9._-]", "_", job)[:100]
 
 
 def _integer(environ: Mapping[str, str], names: tuple[str, ...]) -> int | None:

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from environments import REPO
-from stager import config, events, hook, jobstate, lease, privilege
+from stager import config, events, jobstate, lease, privilege
 from stager.cli import doctor
 from stager.errors import StagerError
+from stager.hooks import slurm as hook
 from stager.jobstate import Activation, Job, State
 from stager.store import boot_id
 

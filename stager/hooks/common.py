@@ -1,0 +1,199 @@
+"""What the hooks of all schedulers share: configuration, events, working as other users."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import select
+import signal
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from stager import config as configuration
+from stager import events, jobstate, lease, privilege
+from stager.config import Config
+from stager.errors import SITE, StagerError
+from stager.jobstate import State
+
+
+def load(uid: int, root: str, site_directory: str) -> Config:
+    """The site's configuration, for a user's store; root keeps it beside the job states.
+
+    Raises:
+        UsageError: it is malformed, or can be changed by others than root.
+    """
+    cache = os.path.join(root, "config.json")
+    return configuration.load(
+        trusted_only=True, uid=uid, site_directory=site_directory, cache=cache
+    )
+
+
+def explained(error: BaseException) -> tuple[str, str]:
+    """What happened, and what to do; empty where nobody knows."""
+    if isinstance(error, StagerError):
+        return error.message, error.hint or ""
+    if isinstance(error, OSError):
+        return f"{error.strerror} ({error.filename})", "tell your administrator"
+    return f"a bug in stager: {type(error).__name__}: {error}", "tell your administrator"
+
+
+def emit(event: str, fields: Mapping[str, object], config: Config | None, root: str) -> None:
+    """Tell an event where the site wants it, see :mod:`stager.events`."""
+    log = config["hook.log"] if config is not None else ""
+    metrics = config["hook.metrics"] if config is not None else ""
+    lock = os.path.join(root, "metrics.lock")
+    events.emit(event, fields, log=log, metrics=metrics, lock=lock)
+
+
+def detach(keep: int) -> None:
+    """Close what a hook was given: who started it waits until nobody has its output open."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    os.closerange(3, keep)
+    os.closerange(keep + 1, 4096)
+
+
+def end(pid: int, start: str) -> None:
+    """End a process of ours, if it is still the one that was started; no matter how it is."""
+    for number, tries in ((signal.SIGTERM, 40), (signal.SIGKILL, 20)):
+        if start in ("", "0") or lease.start_time(pid) != start:
+            return
+        with contextlib.suppress(OSError):
+            os.killpg(pid, number)  # both lead a group of their own
+        for _ in range(tries):
+            if lease.start_time(pid) != start:
+                return
+            time.sleep(0.05)
+
+
+def release(
+    state: State, uid: int | None, fields: Mapping[str, object], root: str, site_directory: str
+) -> None:
+    """Give back what a job holds on this node, and remove its state; any number of times.
+
+    Args:
+        state: the job's.
+        uid: whose job the scheduler says it is; None where it does not say.
+        fields: of the event that is told.
+        root: where job states are kept.
+        site_directory: where the site's configuration is.
+    """
+    for pid, start in state.processes():
+        end(pid, start)
+    record = state.record()
+    store, owner = str(record.get("store", "")), record.get("uid")
+    dropped = 0
+    try:
+        if store and isinstance(owner, int) and uid in (None, owner):
+            holder = lease.of_job(str(record.get("scheduler", "slurm")), str(record["key"]))
+            dropped = as_user(owner, record.get("gid"), _release, store, holder)
+    finally:
+        state.remove()
+    config: Config | None = None
+    with contextlib.suppress(StagerError):
+        config = load(owner if isinstance(owner, int) else 0, root, site_directory)
+    emit(events.RELEASE, {**fields, "how": str(dropped)}, config, root)
+
+
+def _release(store: str, holder: str) -> int:
+    from stager.store import Store
+
+    return Store(store).release(holder) if os.path.isdir(store) else 0
+
+
+# -- Working as other users ------------------------------------------------------------------
+
+
+def as_user(uid: int, gid: int | None, work: Any, *arguments: Any, limit: float = 20.0) -> Any:
+    """Call a function in a process that has become the user; its result is a whole number.
+
+    Raises:
+        StagerError: it failed, or took longer than ``limit`` seconds.
+    """
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setsid()
+            detach(writer)
+            try:
+                privilege.become(uid, gid)
+                answer = f"+{int(work(*arguments))}"
+            except BaseException as error:
+                answer = "-" + events.clean(explained(error)[0])
+            os.write(writer, answer.encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    try:
+        ready = select.select([reader], [], [], limit)[0]
+        answer = os.read(reader, 4000).decode(errors="replace") if ready else ""
+    finally:
+        os.close(reader)
+    if not ready:
+        with contextlib.suppress(OSError):
+            os.killpg(child, signal.SIGKILL)
+        raise StagerError(f"working as uid {uid} took longer than {limit:.0f} s")
+    os.waitpid(child, 0)
+    if not answer.startswith("+"):
+        raise StagerError(answer[1:] or f"the process of uid {uid} was ended")
+    return int(answer[1:])
+
+
+def collect_all_users(config: Config, *, everything: bool = False) -> dict[int, int]:
+    """Collect the store of every user on this node, each as that user.
+
+    Args:
+        config: loaded with ``trusted_only``.
+        everything: evict every unclaimed tree.
+
+    Returns:
+        For each uid the number of trees evicted, or -1 where it failed.
+
+    Raises:
+        StagerError: we are not root, or the store is not one directory for each user.
+    """
+    if os.geteuid() != 0:
+        raise StagerError("only root can collect for all users", hint="sudo stager collect ...")
+    template = config.store_template
+    if template.count("{uid}") != 1 or "{uid}" not in os.path.basename(template):
+        raise StagerError(
+            f"the store {template} does not end in one directory for each user",
+            hint="set the key `store` to something like /var/lib/stager/{uid}",
+        )
+    parent, name = os.path.split(template)
+    pattern = re.compile(re.escape(name).replace(r"\{uid\}", "([0-9]+)"))
+    result = {}
+    for entry in sorted(os.listdir(parent)):
+        match = pattern.fullmatch(entry)
+        if match is None:
+            continue
+        uid, path = int(match[1]), os.path.join(parent, entry)
+        info = os.lstat(path)
+        if uid == 0 or info.st_uid != uid or not os.path.isdir(path) or os.path.islink(path):
+            continue  # planted by somebody else; nobody uses it
+        try:
+            result[uid] = as_user(uid, None, _collect, path, config, everything, limit=600)
+        except StagerError as error:
+            fields = {"uid": uid, "reason": f"collect: {error.message}", "blame": SITE}
+            emit(events.FAIL, fields, config, jobstate.ROOT)
+            result[uid] = -1
+    return result
+
+
+def _collect(path: str, config: Config, everything: bool) -> int:
+    from stager.collect import collect
+    from stager.schedulers import slurm
+    from stager.store import Store
+
+    done = collect(
+        Store(path),
+        max_size=config["collect.max_size"],
+        min_free=config["collect.min_free"],
+        everything=everything,
+        exists=slurm.job_exists,
+    )
+    return len(done.trees)

@@ -1,0 +1,289 @@
+"""Root's side of a staging that goes on after the hook that started it has returned."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import select
+import signal
+import socket
+import time
+from typing import Any, Callable, NoReturn
+
+from stager import events, fsutil, jobstate, lease, privilege
+from stager.config import Config
+from stager.errors import JOB, NODE, SITE, StagerError
+from stager.hooks.common import detach, emit, explained
+from stager.jobstate import (
+    FAILED,
+    FAULTY,
+    ORIGINAL,
+    PENDING,
+    READY,
+    STAGED,
+    STRICT,
+    Activation,
+    Job,
+    State,
+)
+
+STARTED, MAY_MOUNT, BEFOREHAND, DONE, FAULT = b"s", b"m", b"b", b"d", b"f"
+"""What the worker tells the hook that started it."""
+
+
+def start(
+    job: Job, state: State, config: Config, root: str, mounts: Callable[[], str]
+) -> socket.socket:
+    """Start the worker; returns when it can no longer be killed with the hook.
+
+    Args:
+        job: the job.
+        state: what was begun for it.
+        config: the site's.
+        root: where job states are kept.
+        mounts: tells whether a mount made later is seen by the job, see :mod:`stager.forjob`.
+
+    Returns:
+        Where the worker tells how far it is: one of the bytes above, and more behind some of them.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    if os.fork() == 0:
+        try:
+            os.setsid()
+            ours.close()
+            detach(theirs.fileno())
+            theirs.send(STARTED)
+            Worker(job, state, config, root, mounts, theirs).run()
+        finally:
+            os._exit(0)
+    theirs.close()
+    if ours.recv(1) != STARTED:
+        raise StagerError("the worker ended at once")
+    return ours
+
+
+class Worker:
+    """Root's side of a staging that goes on after the Prolog has returned."""
+
+    def __init__(
+        self,
+        job: Job,
+        state: State,
+        config: Config,
+        root: str,
+        mounts: Callable[[], str],
+        hook: socket.socket,
+    ) -> None:
+        self.job, self.state, self.config, self.root = job, state, config, root
+        self.mounts = mounts
+        self.hook = hook
+        self.trees: list[tuple[str, str, str]] = []  # links, what they lead to once staged, before
+        self.strict = bool(config["run.strict"])
+        self.fields: dict[str, object] = {"job": job.id, "uid": job.uid, "node": job.node}
+        self.proven = False  # whether root could look at the store's parent
+        self.child = 0
+        self.started = time.monotonic()
+
+    def run(self) -> None:
+        """Stage, write the outcome, tell the Prolog."""
+        fault = False
+        signal.signal(signal.SIGTERM, self._ended)
+        try:
+            end = self._work()
+            if end.get("nothing"):
+                self.state.remove()
+            else:
+                self._ready(end)
+        except BaseException as error:
+            fault = self._failed(error)
+        self._tell(FAULT if fault else DONE)
+
+    def _ended(self, number: int, frame: object) -> NoReturn:
+        """The Epilog ends us: the job is over."""
+        self._kill()
+        os._exit(0)
+
+    def _work(self) -> dict[str, Any]:
+        store = self.config["store"]
+        try:
+            self.proven = privilege.private_directory(store, self.job.uid)
+        except OSError as error:
+            self.proven = error.errno in (errno.EIO, errno.EROFS)
+            blame = NODE if self.proven else SITE
+            raise fsutil.explain(error, f"make the store {store}", blame=blame) from error
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        mounts = self.config["hook.mounts"]
+        if mounts == "auto":
+            mounts = self.mounts()
+        self.child = os.fork()
+        if self.child == 0:
+            try:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                os.setsid()
+                detach(theirs.fileno())
+                from stager import forjob
+
+                holder = lease.of_job(self.job.scheduler, self.job.key)
+                forjob.run(self.job, self.config, theirs, mounts, holder, self.state.path)
+            finally:
+                os._exit(0)
+        theirs.close()
+        pids = (os.getpid(), self.child)
+        processes = " ".join(f"{pid} {lease.start_time(pid)}" for pid in pids)
+        self.state.write("worker", processes + "\n")
+        return self._listen(ours)
+
+    def _listen(self, talk: socket.socket) -> dict[str, Any]:
+        """Take messages until the last one; beat meanwhile, and keep the deadline."""
+        until = self.started + self.config["hook.deadline"]
+        beat = 0
+        while True:
+            now = time.monotonic()
+            if now >= until:
+                self._kill()
+                raise StagerError(
+                    f"staging took longer than {until - self.started:.0f} s",
+                    hint="is shared storage slow? pack before you submit; the limit is the"
+                    " directive's ?timeout= or the key hook.deadline",
+                )
+            if select.select([talk], [], [], min(1.0, until - now))[0]:
+                data = talk.recv(jobstate.MAX_MESSAGE + 1)
+                if not data:
+                    raise self._how_it_died()
+                message = _decoded(data)
+                if "options" in message:
+                    self.strict = self.strict or message["options"]["strict"] is True
+                    until = min(until, self.started + float(message["options"]["timeout"]))
+                elif "original" in message:
+                    # At once: should we be killed, the tasks still find it.
+                    self.state.write(ORIGINAL, Activation.checked(message["original"]).lines())
+                elif "trees" in message:
+                    self._link(message["trees"])
+                    talk.send(b"y")
+                elif "beforehand" in message:
+                    value = Activation.checked(message["beforehand"], below=self.state.path)
+                    self.state.write(STAGED, value.lines())
+                    self._tell(BEFOREHAND + json.dumps(message["beforehand"]).encode())
+                elif "may" in message:
+                    talk.send(self._may_mount())
+                elif "error" in message:
+                    blame = message.get("blame")
+                    raise StagerError(
+                        events.clean(message["error"], 600),
+                        hint=events.clean(message.get("hint") or "", 300),
+                        blame=blame if blame in (JOB, SITE, NODE) else SITE,
+                    )
+                else:
+                    return message
+            else:
+                beat += 1
+                self.state.write("status", f"{PENDING} {beat}\n")
+
+    def _link(self, parts: Any) -> None:
+        """Make the links by which the job finds its trees: to the originals, until they are staged.
+
+        Whatever becomes of us, the job has an environment.
+        """
+        trees = []
+        for part, layers in enumerate(parts):
+            for number, (staged, original, ready) in enumerate(layers):
+                name = jobstate.link_name(part, number, len(layers))
+                if staged:
+                    jobstate.path(staged, below=os.path.join(self.config["store"], "envs"))
+                    trees.append((name, staged, original))
+                if ready is True or original:
+                    self.state.link(name, staged if ready is True else jobstate.path(original))
+        self.trees = trees
+
+    def _unlink(self, reason: str) -> None:
+        """Let the links lead to the originals, or for a strict job to what fails."""
+        for name, _, original in self.trees:
+            if original:
+                self.state.link(name, original)
+        if self.job.scheduler == jobstate.PBS and self.strict:
+            who = f"stager: {self.job.node}"
+            self.state.refuse(f"{who}: not staged, and the job asked for strict: {reason}")
+
+    def _tell(self, what: bytes) -> None:
+        with contextlib.suppress(OSError):  # the hook has returned
+            self.hook.send(what)
+
+    def _may_mount(self) -> bytes:
+        """Ask the Prolog, if it is still there, to wait for a mount."""
+        try:
+            self.hook.send(MAY_MOUNT)
+            answered = select.select([self.hook], [], [], 1.0)[0]
+            return b"y" if answered and self.hook.recv(1) == b"y" else b"n"
+        except OSError:
+            return b"n"
+
+    def _how_it_died(self) -> StagerError:
+        reason = "the staging process ended without a word"
+        for _ in range(20):
+            pid, status = os.waitpid(self.child, os.WNOHANG)
+            if pid and os.WIFSIGNALED(status):
+                reason = f"the staging process was ended by {_signal_name(os.WTERMSIG(status))}"
+            if pid:
+                self.child = 0
+                break
+            time.sleep(0.05)
+        return StagerError(reason, hint="tell your administrator")
+
+    def _kill(self) -> None:
+        """End the user's side; one that hangs in a dead file system is not waited for."""
+        if self.child:
+            with contextlib.suppress(OSError):
+                os.killpg(self.child, signal.SIGKILL)
+
+    def _ready(self, end: dict[str, Any]) -> None:
+        linked = self.job.scheduler == jobstate.PBS
+        below = self.state.path if linked else os.path.join(self.config["store"], "envs")
+        staged = Activation.checked(end["staged"], below=below)
+        for name, tree, _ in self.trees:
+            self.state.link(name, tree)
+        how = events.clean(end.get("how"), 20)
+        seconds = f"{time.monotonic() - self.started:.2f}"
+        self.state.write(STAGED, staged.lines())
+        self.fields.update(ref=end.get("ref"), how=how, seconds=seconds)
+        self.fields["bytes"] = int(end.get("bytes") or 0)
+        note = f"staged {events.clean(end.get('ref'))} ({how}, {seconds} s)"
+        self.state.finish(READY, note if end.get("verbose") is True else "")
+        emit(events.STAGE, self.fields, self.config, self.root)
+
+    def _failed(self, error: BaseException) -> bool:
+        """Write down why; returns whether the node is to be drained."""
+        self._kill()
+        reason, hint = explained(error)
+        blame = error.blame if isinstance(error, StagerError) else SITE
+        with contextlib.suppress(OSError):
+            text = f"{reason}; {hint}" if hint else reason
+            self._unlink(text)
+            self.state.finish(STRICT if self.strict else FAILED, text)
+        self.fields.update(blame=blame, reason=reason)
+        self.fields["seconds"] = f"{time.monotonic() - self.started:.2f}"
+        emit(events.FAIL, self.fields, self.config, self.root)
+        if blame != NODE or not self.proven or self.config["hook.on_node_fault"] != "drain":
+            return False
+        broken = privilege.is_broken(os.path.dirname(self.config["store"]))
+        if broken:
+            with contextlib.suppress(OSError):
+                self.state.write(FAULTY, reason + "\n")
+        return broken
+
+
+def _decoded(data: bytes) -> dict[str, Any]:
+    if len(data) > jobstate.MAX_MESSAGE:
+        raise ValueError("too long a message")
+    value = json.loads(data)
+    if not isinstance(value, dict):
+        raise ValueError("not an object")
+    return value
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
