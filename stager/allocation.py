@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from stager import envpatch, fsutil, ref, store, trees
+import stager
+from stager import envpatch, fsutil, ref, schedulers, store, trees
 from stager import stage as staging
 from stager.config import Config
 from stager.errors import NoSpaceError, StagerError
@@ -29,8 +31,7 @@ from stager.formats import squashfs
 from stager.manifest import Layer, Manifest
 from stager.ref import Directive
 from stager.repository import Published
-from stager.schedulers import slurm
-from stager.schedulers.slurm import Allocation
+from stager.schedulers import Allocation
 from stager.stage import Staged
 from stager.store import EXTRACTED, MOUNTED, Stamp, Store
 from stager.trees import Progress
@@ -47,12 +48,19 @@ _OLD = 86400.0
 
 
 def directive(environ: Mapping[str, str]) -> Directive | None:
-    """The directive in the comment of the job we are in, asked of Slurm; None without one.
+    """The directive of the job we are in; None without one.
+
+    Slurm is asked for the job's comment. PBS hands on what ``qsub -v PYENV=REF`` says; with ``-l
+    pyenv=REF`` it is the hook's to stage.
 
     Raises:
         UsageError: it is malformed.
     """
+    from stager.schedulers import slurm
+
     job = environ.get("SLURM_JOB_ID", "")
+    if not job and environ.get("PBS_JOBID") and environ.get("PYENV"):
+        return ref.parse_directive(environ["PYENV"], cwd=environ.get("PBS_O_WORKDIR"))
     comment, directory = slurm.comment(job) if job else ("", "")
     return ref.find_directive(comment, cwd=directory or None)
 
@@ -72,8 +80,14 @@ def owner_of(environ: Mapping[str, str]) -> Owner | None:
     """Who a process with these variables belongs to; None outside of any job."""
     if environ.get(KEEPER):
         return Owner(environ[KEEPER], "")
-    job = environ.get("SLURM_JOB_ID", "")
-    return Owner(job, slurm.step_of(environ)) if job else None
+    job = schedulers.current(environ)
+    if job is None:
+        return None
+    if job.scheduler == schedulers.PBS:
+        return Owner(job.id, "")  # what a task leaves behind outlives it
+    from stager.schedulers import slurm
+
+    return Owner(job.id, slurm.step_of(environ))
 
 
 @dataclass(frozen=True)
@@ -110,6 +124,25 @@ def processes() -> Iterator[Process]:
 def _strings(path: str) -> list[str]:
     with open(path, "rb") as file:
         return os.fsdecode(file.read()).rstrip("\0").split("\0")
+
+
+def has_tasks(job: str) -> bool:
+    """Tell whether processes of a job run here, other than those that hold its mounts."""
+    for process in processes():
+        if KEEPER in process.environ or process.is_server:
+            continue
+        found = owner_of(process.environ)
+        if found is not None and found.job == job:
+            return True
+    return False
+
+
+def own_command() -> list[str]:
+    """How this program is started on another node: from the same files, with the same Python."""
+    place = os.path.dirname(os.path.dirname(os.path.abspath(stager.__file__)))
+    if os.path.exists(os.path.join(place, "__main__.py")):  # installed by an administrator
+        return [sys.executable, "-I", "-S", "-B", place]
+    return [sys.executable, "-I", "-m", "stager"]
 
 
 def _server_owner(tree: str) -> Owner | None:
@@ -163,10 +196,15 @@ def stage_here(
 def stage_with_room(
     published: Published, config: Config, *, holder: str, progress: Progress | None = None
 ) -> Staged:
-    """Like :func:`stage_here`; where space is short, ask Slurm which claims are of jobs that ended.
+    """Like :func:`stage_here`; where space is short, ask which claims are of jobs that ended.
 
     Nobody tells a node without hooks that a job is over.
     """
+    where = schedulers.allocation(os.environ)
+    if where is not None and where.scheduler == schedulers.PBS:
+        from stager import watcher
+
+        watcher.start(where, config["store"], own_command())
     try:
         return stage_here(published, config, holder=holder, progress=progress)
     except NoSpaceError:
@@ -174,7 +212,7 @@ def stage_with_room(
 
         node = Store(config["store"])
         limits = {"max_size": config["collect.max_size"], "min_free": config["collect.min_free"]}
-        freed = collect.collect(node, **limits, exists=slurm.job_exists)
+        freed = collect.collect(node, **limits, exists=schedulers.job_exists)
         if not freed.leases:
             raise
         return stage_here(published, config, holder=holder, progress=progress)

@@ -25,7 +25,7 @@ def collect(
     max_size: int,
     min_free: int,
     everything: bool = False,
-    exists: Callable[[str], bool | None] | None = None,
+    exists: Callable[[str, str], bool | None] | None = None,
 ) -> Collected:
     """Evict trees until the store keeps its bounds. A claimed tree is never touched.
 
@@ -51,7 +51,7 @@ def collect(
     return Collected(tuple(evicted), max(0, node.free() - before), dropped)
 
 
-def _drop_dead(node: Store, exists: Callable[[str], bool | None] | None) -> int:
+def _drop_dead(node: Store, exists: Callable[[str, str], bool | None] | None) -> int:
     dropped = 0
     for held in node.held():
         for holder in held.leases:

@@ -26,7 +26,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, Callable
 
-from stager import activate, allocation, fsutil, jobstate, privilege, together
+from stager import activate, allocation, fsutil, jobstate, privilege, schedulers, together
 from stager import config as configuration
 from stager.config import Config
 from stager.envpatch import EnvPatch
@@ -107,7 +107,7 @@ def _work(
     found = [_published(wish, config, job, until) for wish in directive.refs]
     together.require([published.manifest for published in found])
     beforehand = None
-    if job.scheduler == jobstate.PBS:
+    if job.scheduler == schedulers.PBS:
         _send_trees(talk, found, node)
         parts = [
             _linked(published.manifest, directory, part) for part, published in enumerate(found)
@@ -153,7 +153,7 @@ def _send_original(talk: socket.socket, directive: Directive, job: Job) -> None:
     path = directive.refs[0].path
     if not path:
         return
-    if job.scheduler == jobstate.PBS:
+    if job.scheduler == schedulers.PBS:
         _send(talk, {"trees": [[("", path, False)]]})
         talk.recv(1)
         return

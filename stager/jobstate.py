@@ -20,15 +20,16 @@ from stager import events, ref, schedulers
 from stager.envpatch import EnvPatch, separator
 from stager.errors import StagerError
 from stager.ref import Directive
+from stager.schedulers import PBS, SLURM
 from stager.store import boot_id
 
 ROOT = "/run/stager"
 PENDING, READY, FAILED, STRICT = "pending", "ready", "failed", "strict"
+CANCELLED = "cancelled"
 STAGED, ORIGINAL, FAULTY = "staged", "original", "fault"
 MAX_MESSAGE = 65536
 """Bytes of one message of the process that works as the user."""
 
-SLURM, PBS = "slurm", "pbs"
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 _NODE = re.compile(r"\[([0-9A-Za-z]+)[^\]]*\]")

@@ -19,19 +19,17 @@ import secrets
 import signal
 import stat
 import subprocess
-import sys
 import time
 from collections.abc import Iterable
 from typing import Any
 
-import stager
-from stager import fsutil, lease, store
-from stager.allocation import KEEPER, Owner, owner_of, processes, session_directory
+from stager import allocation, fsutil, lease, schedulers, store
+from stager.allocation import KEEPER, owner_of, session_directory
 from stager.config import Config
 from stager.errors import BusyError, StagerError
 from stager.formats import squashfs
 from stager.repository import Published
-from stager.schedulers.slurm import Allocation
+from stager.schedulers import Allocation
 from stager.stage import Staged
 from stager.store import EXTRACTED, MOUNTED, Store
 from stager.trees import Progress
@@ -93,14 +91,23 @@ def _keep(
     record: str,
 ) -> dict[str, Any]:
     arguments = [
-        *_own_command(), "keep", published.ref,
+        *allocation.own_command(), "keep", published.ref,
         "--repository", published.repository.root,
         "--store", config["store"],
         "--how", config["stage.how"],
         "--timeout", str(config["stage.timeout"]),
     ]  # fmt: skip
-    if _is_sent(via, config, where):
-        arguments += _send(published, config, progress)
+    answers = ""
+    if where.scheduler == schedulers.PBS:
+        # What tasks print is the job's own output: the nodes answer where all can write.
+        answers = os.path.join(config["repository"], "tmp", f"nodes-{secrets.token_hex(8)}")
+        fsutil.own_directory(config["repository"], "repository")
+        os.makedirs(answers, 0o700)
+        command = _pbsdsh(where, [*arguments, "--answers", answers])
+    else:
+        if _is_sent(via, config, where):
+            arguments += _send(published, config, progress)
+        command = _srun(where, arguments)
     environ = {key: value for key, value in os.environ.items() if not key.startswith(_INPUT)}
     environ[KEEPER] = where.job
     if "SLURM_CONF" in os.environ:
@@ -108,7 +115,7 @@ def _keep(
     try:
         with open(f"{record}.out", "wb") as out, open(f"{record}.err", "wb") as said:
             process = subprocess.Popen(
-                _srun(where, arguments),
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=said,
@@ -116,9 +123,9 @@ def _keep(
                 start_new_session=True,
             )
     except OSError as error:
-        raise fsutil.explain(error, "start srun") from error
+        raise fsutil.explain(error, f"start {command[0]}") from error
     try:
-        reports = _await(process, record, where.nodes, config["stage.timeout"])
+        reports = _await(process, record, answers, where.nodes, config["stage.timeout"])
         failed = [one for one in reports if "error" in one]
         if failed:
             raise _folded(failed, len(reports))
@@ -128,6 +135,9 @@ def _keep(
     except BaseException:
         _end(process)
         raise
+    finally:
+        if answers:
+            fsutil.remove_tree(answers)
     held = any(one["holds"] for one in reports)
     return {
         "prefix": prefixes.pop(),
@@ -153,28 +163,38 @@ def _srun(where: Allocation, command: list[str]) -> list[str]:
     return argv
 
 
-def _own_command() -> list[str]:
-    """How this program is started on another node: from the same files, with the same Python."""
-    place = os.path.dirname(os.path.dirname(os.path.abspath(stager.__file__)))
-    if os.path.exists(os.path.join(place, "__main__.py")):  # installed by an administrator
-        return [sys.executable, "-I", "-S", "-B", place]
-    return [sys.executable, "-I", "-m", "stager"]
+def _pbsdsh(where: Allocation, command: list[str]) -> list[str]:
+    """The command line that runs a command once on each node of a PBS job.
+
+    pbsdsh hands no variables on, and counts the lines of the job's list of nodes.
+    """
+    from stager.schedulers import pbs
+
+    lines = " ".join(map(str, pbs.first_entries(os.environ).values()))
+    script = 'lines=$1; shift; for one in $lines; do pbsdsh -n "$one" -- "$@" & done; wait'
+    return ["sh", "-c", script, "sh", lines, "env", f"{KEEPER}={where.job}", *command]
 
 
-def _reports(record: str) -> list[dict[str, Any]]:
+def _reports(record: str, answers: str) -> list[dict[str, Any]]:
     """What the nodes have said so far."""
+    if answers:
+        found = []
+        for name in sorted(one for one in os.listdir(answers) if one.endswith(".json")):
+            with open(os.path.join(answers, name), "rb") as file:
+                found.append(json.load(file))
+        return found
     with open(f"{record}.out", "rb") as file:
         lines = file.read().split(b"\n")[:-1]  # the last one may be half of a line
     return [json.loads(line) for line in lines if line.startswith(b"{")]
 
 
 def _await(
-    process: subprocess.Popen[bytes], record: str, nodes: int, timeout: float
+    process: subprocess.Popen[bytes], record: str, answers: str, nodes: int, timeout: float
 ) -> list[dict[str, Any]]:
     deadline = time.monotonic() + timeout + 30.0  # the nodes have the limit itself
     while True:
         ended = process.poll() is not None
-        reports = _reports(record)
+        reports = _reports(record, answers)
         if len(reports) >= nodes:
             return reports
         if ended:
@@ -206,8 +226,9 @@ def _folded(failed: list[dict[str, Any]], total: int) -> StagerError:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the step on all nodes: what srun does when it is told to end."""
-    process.terminate()
+    """End the step on all nodes: what srun and pbsdsh do when they are told to end."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
     try:
         process.wait(15.0)
     except subprocess.TimeoutExpired:
@@ -230,6 +251,13 @@ def report(result: Staged | StagerError, *, holds: bool) -> str:
     return json.dumps({"node": node, **value}) + "\n"
 
 
+def answer(line: str, directory: str) -> None:
+    """Put the line where :func:`stage_everywhere` waits for it."""
+    path = os.path.join(directory, f"{os.uname().nodename}.json")
+    with contextlib.suppress(OSError):  # nobody waits any more
+        fsutil.write_atomic(path, line.encode(), mode=0o600, durable=False)
+
+
 def mounted_layers(result: Staged, node: Store) -> list[str]:
     """The layers of a staged environment that are mounted, not extracted."""
     return [one.id for one in result.manifest.layers if squashfs.is_mounted(node.tree(one.id))]
@@ -243,6 +271,13 @@ def ignore_end() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def stay() -> None:
+    """Stay until the job ends; a watcher does the rest (:mod:`stager.watcher`)."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    while True:
+        signal.pause()
+
+
 def hold(layers: list[str], node: Store, holder: str) -> None:
     """Stay until the job ends, then unmount, and give up the job's claims.
 
@@ -254,22 +289,13 @@ def hold(layers: list[str], node: Store, holder: str) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.sigwait({signal.SIGTERM})
-    while _has_tasks(me):
+    while allocation.has_tasks(me.job):
         time.sleep(0.2)
     for layer in layers:
         with contextlib.suppress(StagerError), node.lock(layer, timeout=1.0):
             node.withdraw(layer)
             squashfs.unmount(node.tree(layer))
             node.release(holder, layer)
-
-
-def _has_tasks(job: Owner) -> bool:
-    """Tell whether processes of a job other than the keeper's run here."""
-    for process in processes():
-        found = owner_of(process.environ)
-        if found is not None and found.job == job.job and KEEPER not in process.environ:
-            return True
-    return False
 
 
 # -- the image, sent ahead -------------------------------------------------------------------

@@ -33,13 +33,14 @@ def of_job_or_process(pid: int) -> str:
     return of_job(job.scheduler, job.id) if job is not None else of_process(pid)
 
 
-def is_alive(holder: str, exists: Callable[[str], bool | None] | None = None) -> bool:
+def is_alive(holder: str, exists: Callable[[str, str], bool | None] | None = None) -> bool:
     """Tell whether a holder may still use what it claims.
 
     Args:
         holder: who.
-        exists: asks Slurm whether a job still exists, None where nobody knows. Left out, a job
-            counts as alive until the node's next boot: its end is the Epilog's to know.
+        exists: asks a scheduler, which comes first, whether a job still exists; None where nobody
+            knows. Left out, a job counts as alive until the node's next boot: its end is the
+            Epilog's to know.
     """
     match = _PROCESS.match(holder)
     if match is not None:
@@ -50,7 +51,7 @@ def is_alive(holder: str, exists: Callable[[str], bool | None] | None = None) ->
         return True
     if match[3] != boot_id()[:8]:
         return False
-    return exists is None or match[1] != "slurm" or exists(match[2]) is not False
+    return exists is None or exists(match[1], match[2]) is not False
 
 
 def start_time(pid: int) -> str:

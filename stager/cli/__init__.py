@@ -174,6 +174,10 @@ def _parser() -> argparse.ArgumentParser:
     keep.add_argument(
         "--received", action="append", default=[], metavar="ID=PATH", help="an image that was sent"
     )
+    keep.add_argument("--answers", metavar="DIR", help="where to tell how it went")
+    watch = verb("watch", "running", "Clear up when a PBS job has ended here.", store=True)
+    watch.add_argument("--session", required=True, metavar="PROCESS")
+    watch.add_argument("--mark", required=True, metavar="FILE")
 
     release = verb("release", "staging", "Drop claims on staged environments.", store=True)
     release.add_argument("--holder", help="whose; default: this job's, or the calling shell's")

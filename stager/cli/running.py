@@ -11,12 +11,11 @@ import sys
 from collections.abc import Mapping
 
 from stager import activate as activation
-from stager import allocation, containers, fsutil, lease, lookup
+from stager import allocation, containers, fsutil, lease, lookup, schedulers
 from stager.cli import report
 from stager.cli.common import Bars, load_config, say
 from stager.cli.staging import ask_job, prepare
 from stager.errors import StagerError, UsageError
-from stager.schedulers import slurm
 from stager.stage import Staged
 
 FAILED, NOT_EXECUTABLE, NOT_FOUND = 125, 126, 127
@@ -40,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
         strict = config["run.strict"]
         ask_job(arguments, "env", config)
         strict = config["run.strict"]
-        where = slurm.allocation(os.environ)
+        where = schedulers.allocation(os.environ)
         everywhere = where if allocation.needs_every_node(where, command) else None
         with allocation.lasting(where):
             # exec keeps our process number: the claim lasts as long as the command.
@@ -150,13 +149,26 @@ def _exec(command: list[str], environ: Mapping[str, str]) -> int:
         return NOT_EXECUTABLE
 
 
+def watch(arguments: argparse.Namespace) -> int:
+    """Wait for the end of a PBS job here, and clear up after it."""
+    from stager import watcher
+    from stager.store import Store
+
+    config = load_config(arguments)
+    job = os.environ.get(allocation.KEEPER, "")
+    if not job:
+        raise UsageError("only stage-run and `stager activate` start this, in a job")
+    watcher.watch(arguments.session, arguments.mark, Store(config["store"]), job)
+    return 0
+
+
 def keep(arguments: argparse.Namespace) -> int:
     """Stage on this node, tell how it went, and hold what was mounted until the job ends."""
     from stager import keeper
     from stager.ref import parse
     from stager.store import Store
 
-    where = slurm.allocation(os.environ)
+    where = schedulers.allocation(os.environ)
     if where is None or allocation.KEEPER not in os.environ:
         raise UsageError("only stage-run and `stager activate` start this, in an allocation")
     keeper.ignore_end()
@@ -167,12 +179,19 @@ def keep(arguments: argparse.Namespace) -> int:
         node = Store(config["store"])
         keeper.receive(arguments.received, node)
         published = lookup.find(parse(arguments.ref), config)
-        holder = lease.of_job("slurm", os.environ[allocation.KEEPER])
+        holder = lease.of_job(where.scheduler, os.environ[allocation.KEEPER])
         result = allocation.stage_with_room(published, config, holder=holder, progress=bars)
         held = keeper.mounted_layers(result, node)
-        line = keeper.report(result, holds=bool(held))
+        line = keeper.report(result, holds=bool(held) or where.scheduler == schedulers.PBS)
+        staged = True
     except StagerError as error:
         line = keeper.report(error, holds=False)
+        staged = False
+    if arguments.answers:
+        keeper.answer(line, arguments.answers)
+        if staged:
+            keeper.stay()
+        return 0
     sys.stdout.write(line)
     sys.stdout.flush()
     if held:

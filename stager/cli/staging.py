@@ -8,15 +8,14 @@ import sys
 import time
 
 from stager import activate as activation
-from stager import allocation, envpatch, lease, lookup, together
+from stager import allocation, envpatch, lease, lookup, schedulers, together
 from stager import stage as staging
 from stager.cli.common import Bars, count, load_config, print_json, say, size, table
 from stager.config import Config
 from stager.errors import StagerError
 from stager.ref import Ref
 from stager.repository import Published
-from stager.schedulers import slurm
-from stager.schedulers.slurm import Allocation
+from stager.schedulers import Allocation
 from stager.store import Store
 
 
@@ -140,7 +139,7 @@ def activate(arguments: argparse.Namespace) -> int:
 
 
 def _activation(arguments: argparse.Namespace) -> str:
-    where = slurm.allocation(os.environ)
+    where = schedulers.allocation(os.environ)
     config = load_config(arguments)
     try:
         ask_job(arguments, "ref", config)
@@ -178,7 +177,6 @@ def release(arguments: argparse.Namespace) -> int:
 def collect(arguments: argparse.Namespace) -> int:
     """Evict trees."""
     from stager import collect as collection
-    from stager.schedulers import slurm
 
     if arguments.all_users:
         return _collect_all_users(arguments)
@@ -188,7 +186,7 @@ def collect(arguments: argparse.Namespace) -> int:
         max_size=config["collect.max_size"],
         min_free=config["collect.min_free"],
         everything=arguments.all,
-        exists=slurm.job_exists,
+        exists=schedulers.job_exists,
     )
     if arguments.json:
         print_json({"trees": [*result.trees], "freed": result.size, "leases": result.leases})
@@ -219,8 +217,6 @@ def _collect_all_users(arguments: argparse.Namespace) -> int:
 
 def status(arguments: argparse.Namespace) -> int:
     """Show what is in the store."""
-    from stager.schedulers import slurm
-
     config = load_config(arguments)
     node = Store(config["store"])
     entries = []
@@ -233,7 +229,7 @@ def status(arguments: argparse.Namespace) -> int:
                 "ready": ready,
                 "size": held.stamp.size if held.stamp else 0,
                 "leases": {
-                    holder: lease.is_alive(holder, slurm.job_exists) for holder in held.leases
+                    holder: lease.is_alive(holder, schedulers.job_exists) for holder in held.leases
                 },
                 "used": held.used,
                 "prefix": node.tree(held.id),

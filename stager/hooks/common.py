@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stager import config as configuration
-from stager import events, jobstate, lease, privilege
+from stager import events, jobstate, lease, privilege, schedulers
 from stager.config import Config
 from stager.errors import SITE, StagerError
 from stager.jobstate import State
@@ -186,7 +186,6 @@ def collect_all_users(config: Config, *, everything: bool = False) -> dict[int, 
 
 def _collect(path: str, config: Config, everything: bool) -> int:
     from stager.collect import collect
-    from stager.schedulers import slurm
     from stager.store import Store
 
     done = collect(
@@ -194,6 +193,6 @@ def _collect(path: str, config: Config, everything: bool) -> int:
         max_size=config["collect.max_size"],
         min_free=config["collect.min_free"],
         everything=everything,
-        exists=slurm.job_exists,
+        exists=schedulers.job_exists,
     )
     return len(done.trees)

@@ -24,7 +24,7 @@ from stager import envpatch, events, jobstate, schedulers
 from stager.errors import SITE, StagerError
 from stager.hooks import worker
 from stager.hooks.common import emit, end, explained, load, release
-from stager.jobstate import PBS, PENDING, Activation, Job, State
+from stager.jobstate import CANCELLED, PENDING, Activation, Job, State
 
 JOB_PATH = "STAGER_PATH"
 """What goes first in PATH: login shells make theirs anew, and /etc/profile.d adds it again."""
@@ -93,7 +93,7 @@ def begin(
     if not job.first:
         return {"deadline": deadline}
     variables = {str(key): str(value) for key, value in dict(told["variables"]).items()}
-    activation = _beforehand(talk, state, float(told.get("wait") or 0.0))
+    activation = _beforehand(talk, state, float(told.get("find") or 0.0))
     after = activation.applied(variables)
     after[JOB_PATH] = ":".join(activation.prepend["PATH"])
     changed, unset = envpatch.changes(variables, after)
@@ -133,7 +133,7 @@ def cancel(told: Mapping[str, Any], root: str) -> dict[str, Any]:
         for pid, start in state.processes():
             end(pid, start)
         if state.exists():
-            state.finish(jobstate.FAILED, "the job was deleted")
+            state.finish(CANCELLED, "the job was deleted")
     return {}
 
 
@@ -166,7 +166,7 @@ def sweep(
     with contextlib.suppress(FileNotFoundError):
         for name in sorted(os.listdir(os.path.join(root, "jobs"))):
             state = State(root, name)
-            if name in known or state.record().get("scheduler") != PBS:
+            if name in known or state.record().get("scheduler") != schedulers.PBS:
                 continue
             if time.time() - os.lstat(state.path).st_mtime < float(told.get("grace", _GRACE)):
                 continue  # its begin may be newer than the list

@@ -12,7 +12,7 @@ import socket
 import time
 from typing import Any, Callable, NoReturn
 
-from stager import events, fsutil, jobstate, lease, privilege
+from stager import events, fsutil, jobstate, lease, privilege, schedulers
 from stager.config import Config
 from stager.errors import JOB, NODE, SITE, StagerError
 from stager.hooks.common import detach, emit, explained
@@ -202,7 +202,7 @@ class Worker:
         for name, _, original in self.trees:
             if original:
                 self.state.link(name, original)
-        if self.job.scheduler == jobstate.PBS and self.strict:
+        if self.job.scheduler == schedulers.PBS and self.strict:
             who = f"stager: {self.job.node}"
             self.state.refuse(f"{who}: not staged, and the job asked for strict: {reason}")
 
@@ -238,7 +238,7 @@ class Worker:
                 os.killpg(self.child, signal.SIGKILL)
 
     def _ready(self, end: dict[str, Any]) -> None:
-        linked = self.job.scheduler == jobstate.PBS
+        linked = self.job.scheduler == schedulers.PBS
         below = self.state.path if linked else os.path.join(self.config["store"], "envs")
         staged = Activation.checked(end["staged"], below=below)
         for name, tree, _ in self.trees:

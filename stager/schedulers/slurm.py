@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from stager.schedulers import SLURM, Allocation
 
 TIMEOUT = 10.0
 """Seconds to wait for an answer; with the controller down squeue itself would try for 18."""
@@ -23,30 +24,6 @@ _ENDED = frozenset(
     + ("PREEMPTED", "REVOKED", "TIMEOUT")
 )
 """States that a job never leaves: squeue(1), JOB STATE CODES."""
-
-
-@dataclass(frozen=True)
-class Allocation:
-    """The allocation a process belongs to.
-
-    Attributes:
-        job: its job id; of a heterogeneous job, the id of the first component.
-        components: number of nodes of each component: one, but in heterogeneous jobs.
-        step: id of the job step we run in; empty in a batch script or an interactive shell.
-        restart: how often the job has been requeued.
-        node: the node we run on; empty where salloc's shell runs outside of the allocation.
-    """
-
-    job: str
-    components: tuple[int, ...]
-    step: str
-    restart: str
-    node: str
-
-    @property
-    def nodes(self) -> int:
-        """How many nodes it has; a node in two components counts twice."""
-        return sum(self.components)
 
 
 def allocation(environ: Mapping[str, str]) -> Allocation | None:
@@ -61,6 +38,7 @@ def allocation(environ: Mapping[str, str]) -> Allocation | None:
     counts = [environ.get(name, "") for name in names]
     restart = environ.get("SLURM_RESTART_COUNT", "")
     return Allocation(
+        SLURM,
         job,
         tuple(int(count) if count.isdigit() else 1 for count in counts),
         step_of(environ) if _is_in_step() is not False else "",

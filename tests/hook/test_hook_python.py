@@ -212,9 +212,9 @@ def test_a_job_holds_until_it_is_gone_or_the_node_boots() -> None:
     assert holder == f"slurm-12-{boot_id()[:8]}"
     asked: list[str] = []
 
-    def exists(job: str) -> bool | None:
-        asked.append(job)
-        return {"12": True, "13": False}.get(job)
+    def exists(scheduler: str, job: str) -> bool | None:
+        asked.append(f"{scheduler} {job}")
+        return {"12": True, "13": False, "13.server": True}.get(job)
 
     assert lease.is_alive(holder)
     assert lease.is_alive(holder, exists)
@@ -222,7 +222,7 @@ def test_a_job_holds_until_it_is_gone_or_the_node_boots() -> None:
     assert lease.is_alive(lease.of_job("slurm", "14"), exists)  # nobody could tell
     assert lease.is_alive(lease.of_job("pbs", "13.server"), exists)
     assert not lease.is_alive("slurm-12-00000000", exists)
-    assert asked == ["12", "13", "14"]
+    assert asked == ["slurm 12", "slurm 13", "slurm 14", "pbs 13.server"]
 
 
 # -- what root prepares

@@ -14,7 +14,7 @@ import pytest
 
 from stager import allocation, config, lease, schedulers
 from stager.errors import NoSpaceError, UsageError
-from stager.schedulers import slurm
+from stager.schedulers import Allocation, slurm
 from stager.store import Store
 
 Squeue = Callable[[str], None]
@@ -39,7 +39,7 @@ def test_no_job() -> None:
 
 
 def test_a_batch_script() -> None:
-    assert slurm.allocation(BATCH) == slurm.Allocation("17", (4,), "", "0", "n1")
+    assert slurm.allocation(BATCH) == Allocation("slurm", "17", (4,), "", "0", "n1")
 
 
 @pytest.mark.parametrize("special", ["-5", "-6", "4294967291", "4294967290", "", "x"])
@@ -51,7 +51,7 @@ def test_what_slurm_calls_a_step_but_is_none(special: str) -> None:
 
 def test_a_step_of_a_requeued_job() -> None:
     found = slurm.allocation({**STEP, "SLURM_RESTART_COUNT": "2"})
-    assert found == slurm.Allocation("17", (4,), "3", "2", "n1")
+    assert found == Allocation("slurm", "17", (4,), "3", "2", "n1")
 
 
 def test_a_heterogeneous_job() -> None:

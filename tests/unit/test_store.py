@@ -341,7 +341,7 @@ def test_jobs_that_the_scheduler_does_not_know_any_more_are_dead(node: Store) ->
     node.lease(A, JOB)
     node.lease(B, f"slurm-8-{boot_id()[:8]}")
     found = collect.collect(
-        node, max_size=0, min_free=0, exists={"7": False, "8": None}.__getitem__
+        node, max_size=0, min_free=0, exists=lambda _, job: {"7": False, "8": None}[job]
     )
     assert (found.trees, found.leases) == ((A,), 1)
 
@@ -452,14 +452,15 @@ def test_a_program_with_a_strange_name(tmp_path: Path) -> None:
         (JOB, True, True),
         (JOB, False, False),
         ("slurm-7-00000000", None, False),
-        (f"pbs-12.server-{boot_id()[:8]}", False, True),  # Slurm is not asked about it
+        (f"pbs-12.server-{boot_id()[:8]}", False, False),
+        (f"pbs-12.server-{boot_id()[:8]}", None, True),
         ("something else", False, True),
     ],
 )
 def test_a_job_is_alive_until_somebody_knows_better(
     holder: str, known: bool | None, alive: bool
 ) -> None:
-    assert lease.is_alive(holder, None if known is None else lambda job: known) is alive
+    assert lease.is_alive(holder, None if known is None else lambda scheduler, job: known) is alive
 
 
 def test_a_holder_is_the_job_and_outside_of_any_the_process(

@@ -104,8 +104,8 @@ def test_a_job_of_several(public_path: Path) -> None:
         everything.append((published, result))
     (_, one), (_, two) = everything
     directive = ref.parse_directive("one+two?verbose")
-    said = forjob._described(directive, everything, config)
-    value = said["staged"]
+    parts = [Part.staged(result) for _, result in everything]
+    value = forjob._activation(directive, parts, config)
     assert value["prefix"] == one.prefix
     assert value["python"] == f"{one.prefix}/bin/python"
     assert value["set"]["VIRTUAL_ENV"] == one.prefix
@@ -113,8 +113,10 @@ def test_a_job_of_several(public_path: Path) -> None:
     assert value["prepend"]["PATH"] == [f"{one.prefix}/bin", f"{two.prefix}/bin"]
     assert value["prepend"]["PYTHONPATH"] == [f"{two.prefix}/{tiny.SITE}"]
     assert {f"{public_path}/one", f"{public_path}/two"} <= set(value["leave"])
-    assert said["ref"] == "+".join(published.ref for published, _ in everything)
-    assert said["verbose"] is True
+    found, results = zip(*everything)
+    said = forjob._outcome(value, directive, list(found), list(results))
+    assert said["ref"] == "+".join(published.ref for published in found)
+    assert (said["staged"], said["verbose"]) == (value, True)
 
 
 # -- what the user typed

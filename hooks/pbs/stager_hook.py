@@ -1,0 +1,345 @@
+"""The PBS hook of stager: stages the environment that a job asks for by ``-l pyenv=REF``.
+
+One file that the server hands to every pbs_mom, for the Python inside of PBS (3.6 and newer) and
+nothing but its standard library. It decides nothing about environments: it has the ``stager`` that
+is installed on each node do that, and reads what that leaves below /run/stager/jobs.
+
+    queuejob, modifyjob         the server: -v PYENV=REF becomes -l pyenv=REF; its form is checked
+    execjob_begin               first node: starts staging, sets the job's variables, returns
+                                other nodes: the same, and waits, for this is what PBS waits for
+    execjob_prologue            first node: waits, which does not hold up pbs_mom there, and is
+                                where the user can be told something
+    execjob_preterm             ends staging when the job is deleted meanwhile
+    execjob_epilogue, _abort    gives back what the job holds
+    exechost_periodic           the same for jobs whose end nobody told
+
+Neither execjob_launch, where an exception deletes the job and which runs for every task, nor
+execjob_end, with which pbs_mom may keep jobs of several nodes for ever. No exception leaves this
+file; the only jobs that do not run are those that ask for ``?strict`` and cannot have it.
+"""
+
+import contextlib
+import os
+import re
+import sys
+import time
+
+import pbs
+
+SETTINGS = {
+    "stager": "/usr/bin/stager",  # the command on every node
+    "state": "/run/stager",  # where it keeps the states of jobs
+    "find": 2.0,  # seconds to look for what is published, before the job's variables are set
+    "limit": 840.0,  # seconds to wait for staging; less than the hook's alarm
+    "reruns": 2,  # how often a job may leave a node whose disk is broken
+}
+RESOURCE, ALIAS = "pyenv", "PYENV"
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}(@sha256:[0-9a-f]{12,64})?\Z")
+_OPTIONS = {
+    "strict": re.compile(r"\Z"),
+    "verbose": re.compile(r"\Z"),
+    "format": re.compile(r"(squashfs|tar\.zst)\Z"),
+    "timeout": re.compile(r"\d+(\.\d+)?\s*(ms|s|m|h|d|)\Z"),
+}
+_LONGEST = 1024
+_STARTING = 60.0  # seconds; measured: 0.2
+_DEAD = 15.0  # seconds for which a living worker does not leave its status alone
+
+
+# -- on the server -----------------------------------------------------------------------------
+
+
+def queued(event):
+    """Take the alias, and refuse what nothing could be staged by."""
+    wish = wanted(event.job)
+    if not wish:
+        wish = unescaped(str(event.job.Variable_List.get(ALIAS) or ""))
+        if not wish:
+            return
+        event.job.Resource_List[RESOURCE] = wish
+    refuse_malformed(event, wish)
+
+
+def modified(event):
+    wish = wanted(event.job)
+    if wish:
+        refuse_malformed(event, wish)
+
+
+def refuse_malformed(event, wish):
+    wrong = malformed(wish)
+    if wrong:
+        event.reject(f"stager: {wrong}")
+
+
+def malformed(wish):
+    """What is wrong with the form of REF[+REF...][?option&option=value]; empty where nothing is."""
+    if len(wish.encode("utf-8", "surrogateescape")) > _LONGEST:
+        return f"pyenv is longer than {_LONGEST} bytes"
+    if any(ord(char) < 32 or ord(char) == 127 for char in wish):
+        return "pyenv has control characters"
+    names, _, query = wish.partition("?")
+    for name in names.split("+"):
+        if name.startswith(("/", "./", "../", "~")) or name in (".", ".."):
+            continue
+        if not name:
+            return "pyenv names no environment: write pyenv=NAME or pyenv=/path"
+        if not _NAME.match(name):
+            return f"pyenv={name} is neither an environment's name nor a path beginning with /"
+    for item in query.split("&"):
+        key, _, value = item.partition("=")
+        if item and key not in _OPTIONS:
+            known = ", ".join(sorted(_OPTIONS))
+            return f"?{item} is no option of pyenv; options are {known}"
+        if item and not _OPTIONS[key].match(value):
+            return f"?{item} has no value that {key} may have"
+    return ""
+
+
+# -- on the nodes ------------------------------------------------------------------------------
+
+
+def begin(event):
+    """Start staging. The first node must not wait here: it would hold up every other job."""
+    job = event.job
+    wish = wanted(job)
+    if not wish:
+        return
+    first = job.in_ms_mom()
+    told = about(job)
+    told.update(pyenv=wish, first=bool(first), find=SETTINGS["find"])
+    if first:
+        told["variables"] = variables = {"PATH": os.environ.get("PATH", "/usr/bin:/bin")}
+        for name in list(job.Variable_List.keys()):
+            variables[name] = unescaped(str(job.Variable_List[name]))
+    answer = call("pbs-begin", told)
+    for name in answer.get("unset", ()):
+        if name in list(job.Variable_List.keys()):
+            del job.Variable_List[name]
+    for name, value in answer.get("set", {}).items():
+        job.Variable_List[name] = escaped(value)
+    if not first:
+        await_worker(job)
+    leave_broken_node(event)
+
+
+def prologue(event):
+    """Wait for the first node's staging, and tell the user what went wrong."""
+    job = event.job
+    wish = wanted(job)
+    if not wish or not job.in_ms_mom():
+        return
+    status, message = await_worker(job)
+    if status == "cancelled":
+        job.delete()
+        event.reject("stager: the job was deleted while it was staged")
+    leave_broken_node(event)
+    if status == "ready":
+        if message:
+            say(message)
+        return
+    if not status:
+        message = "stager could not be started on this node; tell your administrator"
+    elif status == "pending":
+        message = "staging does not come to an end; tell your administrator"
+    elif status == "dead":
+        message = "the staging worker was killed; tell your administrator"
+    if status == "strict" or "strict" in wish.partition("?")[2].split("&"):
+        say("not staged, and the job asked for strict: " + message)
+        job.delete()
+        event.reject("stager: not staged, and the job asked for strict")
+    try:
+        original = os.readlink(in_state(job, "env"))
+        say(f"not staged, running the original {original}: {message}")
+    except OSError:
+        say("not staged, running without: " + message)
+
+
+def preterm(event):
+    """The end of a job; of interest where it is staged still."""
+    if wanted(event.job) and status_of(event.job)[0] == "pending":
+        call("pbs-cancel", about(event.job))
+
+
+def ended(event):
+    """Epilogue or abort; may come twice, and for jobs that were never staged here."""
+    if os.path.isdir(in_state(event.job)):
+        call("pbs-end", about(event.job))
+
+
+def periodic(event):
+    """Look for states of jobs that this node does not have any more."""
+    try:
+        states = set(os.listdir(os.path.join(SETTINGS["state"], "jobs")))
+    except OSError:
+        return
+    known = list(event.job_list.keys()) if event.job_list else []
+    if states - {file_name(job) for job in known}:
+        call("pbs-sweep", {"jobs": known, "node": pbs.get_local_nodename()})
+
+
+def leave_broken_node(event):
+    """Where the site wants it: take a node offline whose disk is broken, and run elsewhere."""
+    job = event.job
+    reason = read(in_state(job, "fault"))
+    if not reason or int(job.run_count or 0) > SETTINGS["reruns"]:
+        return
+    node = pbs.get_local_nodename()
+    event.vnode_list[node].state = pbs.ND_OFFLINE
+    event.vnode_list[node].comment = "stager: " + reason
+    job.rerun()
+    event.reject(f"stager: {node}: {reason}")
+
+
+# -- the job, and what is known of it ----------------------------------------------------------
+
+
+def wanted(job):
+    """The value of the resource, or nothing."""
+    return str(job.Resource_List[RESOURCE] or "")
+
+
+def about(job):
+    return {
+        "id": str(job.id),
+        "user": str(job.euser or ""),
+        "work_dir": unescaped(str(job.Variable_List.get("PBS_O_WORKDIR") or "")),
+        "run_count": int(job.run_count or 0),
+        "node": pbs.get_local_nodename(),
+    }
+
+
+def escaped(value):
+    """PBS ends a variable's value at a comma."""
+    return value.replace("\\", "\\\\").replace(",", "\\,") if "," in value else value
+
+
+def unescaped(value):
+    return value.replace("\\,", ",")
+
+
+def file_name(job):
+    """As stager.schedulers.file_name: parts of arrays have brackets."""
+    return re.sub(r"[^A-Za-z0-9._-]", "_", str(job))[:100]
+
+
+def in_state(job, *names):
+    return os.path.join(SETTINGS["state"], "jobs", file_name(job.id), *names)
+
+
+def read(path):
+    try:
+        with open(path) as file:
+            return file.read().strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def status_of(job):
+    """One word, and how often the worker has said so."""
+    words = read(in_state(job, "status")).split()
+    return (words + ["", ""])[:2]
+
+
+def await_worker(job):
+    """Wait for the end of staging; returns the status and its message."""
+    until = time.time() + float(SETTINGS["limit"])
+    last, since = None, time.time()
+    while True:
+        status, beat = status_of(job)
+        now = time.time()
+        if status != "pending" or now > until:
+            return status, read(in_state(job, "message"))
+        if beat != last:
+            last, since = beat, now
+        elif now - since > _DEAD:
+            return "dead", ""
+        time.sleep(0.1)
+
+
+def call(verb, told):
+    """Have stager do something; returns its answer, which is nothing where it could not be had."""
+    import json
+    import subprocess
+    import threading
+
+    with open(os.devnull, "w") as nowhere:
+        process = subprocess.Popen(
+            [SETTINGS["stager"], "hook", verb, SETTINGS["state"]],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=nowhere,
+            close_fds=True,
+            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
+        )
+        killer = threading.Timer(_STARTING, process.kill)
+        killer.start()
+        try:
+            said = process.communicate(json.dumps(told).encode())[0]
+        finally:
+            killer.cancel()
+    answer = json.loads(said.decode())
+    if "error" in answer:
+        log(verb + ": " + answer["error"])
+    return answer
+
+
+def say(text):
+    """To the job's own error output, or the user's terminal: a prologue has them."""
+    sys.stderr.write(f"stager: {pbs.get_local_nodename()}: {text}\n")
+    sys.stderr.flush()
+
+
+def log(text):
+    pbs.logmsg(pbs.LOG_WARNING, "stager: " + text)
+
+
+def load_settings():
+    """What the site has set with ``qmgr -c 'import hook stager application/x-config'``."""
+    import json
+
+    path = getattr(pbs, "hook_config_filename", None)
+    if path:
+        with open(path) as file:
+            for name, value in json.load(file).items():
+                if name in SETTINGS:
+                    SETTINGS[name] = type(SETTINGS[name])(value)
+
+
+EVENTS = {
+    "QUEUEJOB": queued,
+    "MODIFYJOB": modified,
+    "EXECJOB_BEGIN": begin,
+    "EXECJOB_PROLOGUE": prologue,
+    "EXECJOB_PRETERM": preterm,
+    "EXECJOB_EPILOGUE": ended,
+    "EXECJOB_ABORT": ended,
+    "EXECHOST_PERIODIC": periodic,
+}
+
+
+def main():
+    event = pbs.event()
+    for name, handler in EVENTS.items():
+        if event.type == getattr(pbs, name, None):
+            if name != "EXECHOST_PERIODIC" and not concerned(event):
+                return
+            try:
+                load_settings()
+            except Exception as error:
+                log(f"its configuration is not used: {error}")
+            handler(event)
+
+
+def concerned(event):
+    """Whether a job has to do with us at all; most have not."""
+    job = event.job
+    return wanted(job) or (event.type == pbs.QUEUEJOB and job.Variable_List.get(ALIAS))
+
+
+try:
+    main()
+except Exception as error:  # accept() and reject() raise SystemExit
+    with contextlib.suppress(Exception):
+        log(f"{type(error).__name__}: {error}")
