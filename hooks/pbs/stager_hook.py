@@ -29,6 +29,7 @@ import pbs
 SETTINGS = {
     "stager": "/usr/bin/stager",  # the command on every node
     "state": "/run/stager",  # where it keeps the states of jobs
+    "stores": "/var/lib/stager",  # parent of the users' stores, where only root can make one
     "find": 2.0,  # seconds to look for what is published, before the job's variables are set
     "limit": 840.0,  # seconds to wait for staging; less than the hook's alarm
     "reruns": 2,  # how often a job may leave a node whose disk is broken
@@ -105,6 +106,7 @@ def begin(event):
     job = event.job
     wish = wanted(job)
     if not wish:
+        make_store(job)
         return
     first = job.in_ms_mom()
     told = about(job)
@@ -122,6 +124,20 @@ def begin(event):
     if not first:
         await_worker(job)
     leave_broken_node(event)
+
+
+def make_store(job):
+    """For stage-run in a job without the directive: one look where the user has a store."""
+    import pwd
+
+    user = pwd.getpwnam(str(job.euser))
+    store = os.path.join(SETTINGS["stores"], str(user.pw_uid))
+    if user.pw_uid == 0 or os.path.lexists(store):
+        return
+    parent = os.lstat(SETTINGS["stores"])
+    if parent.st_uid == 0 and not parent.st_mode & 0o022:  # elsewhere users make their own
+        os.mkdir(store, 0o700)
+        os.chown(store, user.pw_uid, user.pw_gid)
 
 
 def prologue(event):
@@ -323,7 +339,7 @@ def main():
     event = pbs.event()
     for name, handler in EVENTS.items():
         if event.type == getattr(pbs, name, None):
-            if name != "EXECHOST_PERIODIC" and not concerned(event):
+            if not concerned(name, event):
                 return
             try:
                 load_settings()
@@ -332,10 +348,11 @@ def main():
             handler(event)
 
 
-def concerned(event):
-    """Whether a job has to do with us at all; most have not."""
-    job = event.job
-    return wanted(job) or (event.type == pbs.QUEUEJOB and job.Variable_List.get(ALIAS))
+def concerned(name, event):
+    """Whether an event has to do with us at all; most have not."""
+    if name in ("EXECHOST_PERIODIC", "EXECJOB_BEGIN") or wanted(event.job):
+        return True
+    return name == "QUEUEJOB" and event.job.Variable_List.get(ALIAS)
 
 
 try:

@@ -54,24 +54,24 @@ def python_missing(site: Site) -> Iterator[None]:
 
 
 def program_damaged(site: Site) -> AbstractContextManager[None]:
-    return site.patched("hook", "raise SystemError('damaged')", "n2")
+    return site.patched("hooks/slurm", "raise SystemError('damaged')", "n2")
 
 
 def prolog_segfault(site: Site) -> AbstractContextManager[None]:
-    return site.patched("hook", f"def prolog(*arguments):\n{CRASH}", "n2")
+    return site.patched("hooks/slurm", f"def prolog(*arguments):\n{CRASH}", "n2")
 
 
 def prolog_traceback(site: Site) -> AbstractContextManager[None]:
-    return site.patched("hook", "def _start_worker(*arguments):\n    return 1 / 0", "n2")
+    return site.patched("hooks/worker", "def start(*arguments):\n    return 1 / 0", "n2")
 
 
 def prolog_killed(site: Site) -> AbstractContextManager[None]:
     code = "def _wait_for(*arguments):\n    os.kill(os.getpid(), 9)"
-    return site.patched("hook", code, "n2")
+    return site.patched("hooks/slurm", code, "n2")
 
 
 def worker_traceback(site: Site) -> AbstractContextManager[None]:
-    return site.patched("hook", "_Worker._listen = lambda self, talk: {}['x']", "n2")
+    return site.patched("hooks/worker", "Worker._listen = lambda self, talk: {}['x']", "n2")
 
 
 def staging_traceback(site: Site) -> AbstractContextManager[None]:

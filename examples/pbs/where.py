@@ -1,0 +1,8 @@
+"""Tell where this rank runs, and from which copy of the environment."""
+
+import os
+import sys
+
+node = os.environ.get("SLURMD_NODENAME", "-")
+rank = os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("SLURM_PROCID", "-")
+print("rank", node, rank, sys.prefix, *sys.argv[1:], flush=True)
