@@ -114,7 +114,7 @@ def main() -> None:
     with open(told["hook"], encoding="utf-8") as file:
         code = compile(file.read(), "<embedded code object>", "exec", optimize=2)
     try:
-        exec(code, {"__name__": "__main__"})  # noqa: S102 - as PBS does
+        exec(code, {"__name__": "__main__"})
     except SystemExit:
         pass
     except BaseException as error:  # what PBS calls a hook error
