@@ -53,7 +53,13 @@ _INHERITED = (
 
 
 def run(
-    job: Job, trusted: Config, talk: socket.socket, mounts: str, holder: str, directory: str
+    job: Job,
+    trusted: Config,
+    talk: socket.socket,
+    mounts: str,
+    holder: str,
+    directory: str,
+    broken: StagerError | None = None,
 ) -> None:
     """Do it all; everything that goes wrong is a message.
 
@@ -65,10 +71,11 @@ def run(
             the job.
         holder: who claims what is staged.
         directory: the job's own, where root makes links under PBS.
+        broken: why there is no store; then only the original is told.
     """
     try:
         privilege.become(job.uid, job.gid)
-        _send(talk, _work(job, trusted, talk, mounts, holder, directory))
+        _send(talk, _work(job, trusted, talk, mounts, holder, directory, broken))
     except StagerError as error:
         _send(talk, {"error": error.message, "hint": error.hint or "", "blame": error.blame})
     except BaseException as error:
@@ -91,7 +98,13 @@ def _send(talk: socket.socket, message: Mapping[str, Any]) -> None:
 
 
 def _work(
-    job: Job, trusted: Config, talk: socket.socket, mounts: str, holder: str, directory: str
+    job: Job,
+    trusted: Config,
+    talk: socket.socket,
+    mounts: str,
+    holder: str,
+    directory: str,
+    broken: StagerError | None,
 ) -> dict[str, Any]:
     directive = job.directive()
     if directive is None:
@@ -103,19 +116,34 @@ def _work(
     config = configuration.load(overrides=_overrides(directive, trusted))
     config.values["stage.timeout"] = min(config["stage.timeout"], options["timeout"])
     config.values["hook.pack"] = config["hook.pack"] and trusted["hook.pack"]
-    node = Store(config["store"])
-    found = [_published(wish, config, job, until) for wish in directive.refs]
+    node = None
+    try:
+        if broken is None:
+            node = Store(config["store"])
+    except StagerError as error:
+        broken = error
+    if broken is not None:
+        config.values["hook.pack"] = False
+    try:
+        found = [_published(wish, config, job, until) for wish in directive.refs]
+    except StagerError as error:
+        raise broken or error from error
     together.require([published.manifest for published in found])
     beforehand = None
     if job.scheduler == schedulers.PBS:
-        _send_trees(talk, found, node)
+        _send_trees(talk, found, config["store"], node)
         parts = [
             _linked(published.manifest, directory, part) for part, published in enumerate(found)
         ]
-        beforehand = _activation(directive, parts, config, bound=(os.path.join(node.root, "envs"),))
+        beforehand = _activation(
+            directive, parts, config, bound=(os.path.join(config["store"], "envs"),)
+        )
         _send(talk, {"beforehand": beforehand})
     elif len(found) == 1:
         _send(talk, {"original": _original(found[0].manifest)})
+    if node is None:
+        assert broken is not None
+        raise broken
     results = []
     for published in found:
         if config["stage.how"] != "extract":
@@ -298,22 +326,22 @@ def _value(patch: EnvPatch, prefix: str, executable: str, leave: tuple[str, ...]
     }
 
 
-def _send_trees(talk: socket.socket, found: list[Published], node: Store) -> None:
+def _send_trees(
+    talk: socket.socket, found: list[Published], store: str, node: Store | None
+) -> None:
     """Have root make links that lead to the originals, and to what is staged already."""
     message = []
     for published in found:
-        manifest = published.manifest
-        staged = manifest.staged_at(node.tree(manifest.top.id))
+        layers = published.manifest.layers
+        originals = activate.Part.original(published.manifest).trees
         message.append(
             [
                 (
-                    tree,
+                    os.path.join(store, "envs", layer.id),
                     original if os.path.isdir(original) else "",
-                    node.ready(layer.id) is not None,
+                    node is not None and node.ready(layer.id) is not None,
                 )
-                for layer, tree, original in zip(
-                    manifest.layers, staged, activate.Part.original(manifest).trees
-                )
+                for layer, original in zip(layers, originals)
             ]
         )
     _send(talk, {"trees": message})

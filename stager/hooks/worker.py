@@ -107,12 +107,15 @@ class Worker:
 
     def _work(self) -> dict[str, Any]:
         store = self.config["store"]
+        broken: StagerError | None = None
         try:
             self.proven = privilege.private_directory(store, self.job.uid)
         except OSError as error:
             self.proven = error.errno in (errno.EIO, errno.EROFS)
             blame = NODE if self.proven else SITE
-            raise fsutil.explain(error, f"make the store {store}", blame=blame) from error
+            broken = fsutil.explain(error, f"make the store {store}", blame=blame)
+        except StagerError as error:
+            broken = error
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         mounts = self.config["hook.mounts"]
         if mounts == "auto":
@@ -126,7 +129,7 @@ class Worker:
                 from stager import forjob
 
                 holder = lease.of_job(self.job.scheduler, self.job.key)
-                forjob.run(self.job, self.config, theirs, mounts, holder, self.state.path)
+                forjob.run(self.job, self.config, theirs, mounts, holder, self.state.path, broken)
             finally:
                 os._exit(0)
         theirs.close()
@@ -257,20 +260,18 @@ class Worker:
         self._kill()
         reason, hint = explained(error)
         blame = error.blame if isinstance(error, StagerError) else SITE
+        fault = blame == NODE and self.proven and self.config["hook.on_node_fault"] == "drain"
+        fault = fault and privilege.is_broken(os.path.dirname(self.config["store"]))
         with contextlib.suppress(OSError):
+            if fault:
+                self.state.write(FAULTY, events.clean(reason, 300) + "\n")
             text = f"{reason}; {hint}" if hint else reason
             self._unlink(text)
             self.state.finish(STRICT if self.strict else FAILED, text)
         self.fields.update(blame=blame, reason=reason)
         self.fields["seconds"] = f"{time.monotonic() - self.started:.2f}"
         emit(events.FAIL, self.fields, self.config, self.root)
-        if blame != NODE or not self.proven or self.config["hook.on_node_fault"] != "drain":
-            return False
-        broken = privilege.is_broken(os.path.dirname(self.config["store"]))
-        if broken:
-            with contextlib.suppress(OSError):
-                self.state.write(FAULTY, reason + "\n")
-        return broken
+        return fault
 
 
 def _decoded(data: bytes) -> dict[str, Any]:

@@ -30,12 +30,12 @@ def allocation(environ: Mapping[str, str]) -> Allocation | None:
     hosts = list(first_entries(environ))
     # A rerun may have other nodes; the number of its run is not told.
     run = zlib.crc32("\n".join(hosts).encode(errors="surrogateescape"))
-    task = environ.get("PBS_TASKNUM", "")
+    task = environ.get("PBS_TASKNUM", "").lstrip("0")  # OpenPBS: eight hex digits, the node first
     return Allocation(
         PBS,
         file_name(job),
         (max(1, len(hosts)),),
-        task if task.isdigit() and int(task) > 1 else "",
+        task if task != "1" else "",
         str(run),
         os.uname().nodename,
     )
