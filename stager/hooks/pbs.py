@@ -153,6 +153,9 @@ def sweep(
 ) -> dict[str, Any]:
     """Give back what jobs hold whose end nobody told: the node's mom was killed, say.
 
+    A mom that was killed forgets the jobs of which it was not the first node, and they run on
+    (measured): so PBS is asked, and where it does not answer, the user's processes tell.
+
     Args:
         told: ``jobs``, the ids of all jobs that this node's mom knows.
         root: where job states are kept.
@@ -170,7 +173,21 @@ def sweep(
                 continue
             if time.time() - os.lstat(state.path).st_mtime < float(told.get("grace", _GRACE)):
                 continue  # its begin may be newer than the list
+            if _may_run(name, state):
+                continue
             with contextlib.suppress(StagerError):
                 release(state, None, {"job": name, "node": told.get("node")}, root, site_directory)
                 swept.append(name)
     return {"swept": swept}
+
+
+def _may_run(job: str, state: State) -> bool:
+    exists = schedulers.job_exists(schedulers.PBS, job)
+    if exists is not None:
+        return exists
+    uid = state.record().get("uid")
+    for name in os.listdir("/proc"):
+        with contextlib.suppress(OSError):
+            if name.isdigit() and os.stat(f"/proc/{name}").st_uid == uid:
+                return True
+    return False
