@@ -55,11 +55,15 @@ def is_alive(holder: str, exists: Callable[[str, str], bool | None] | None = Non
 
 
 def start_time(pid: int) -> str:
-    """Clock ticks after boot at which a process started (proc(5), field 22), or ``0``."""
+    """Clock ticks after boot at which a process started (proc(5), field 22), or ``0``.
+
+    One that has ended and that nobody has waited for yet has none either.
+    """
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             # The second field is the program's name in brackets, which may hold spaces.
-            return file.read().rpartition(b")")[2].split()[19].decode()
+            fields = file.read().rpartition(b")")[2].split()
+        return "0" if fields[0] == b"Z" else fields[19].decode()
     except (OSError, IndexError):
         return "0"
 

@@ -205,6 +205,7 @@ def leave_broken_node(event):
     event.vnode_list[node].state = pbs.ND_OFFLINE
     event.vnode_list[node].comment = "stager: " + reason
     job.rerun()
+    call("pbs-end", about(job))  # no other event of this run comes to a node that rejects
     event.reject(f"stager: {node}: {reason}")
 
 
