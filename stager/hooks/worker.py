@@ -52,6 +52,8 @@ def start(
     if os.fork() == 0:
         try:
             os.setsid()
+            # pbs_mom starts its hooks with SIGTERM blocked (seen): we must hear it, and all we start.
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
             ours.close()
             detach(theirs.fileno())
             theirs.send(STARTED)
