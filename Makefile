@@ -17,6 +17,7 @@ WHEEL_SOURCES = $(shell find stager -name __pycache__ -prune -o -print) \
 	pyproject.toml $(wildcard README.md LICENSE)
 
 .PHONY: help setup tools lint test test-unit test-hook test-root test-environments test-slurm \
+	test-pbs \
 	test-slurm-24.11 \
 	bench-main comparison demo cluster cluster-down build clean FORCE
 .NOTPARALLEL:
@@ -27,7 +28,7 @@ help:
 	@echo 'make demo          the tour: pack, stage, run'
 	@echo 'make test          lint and every tier of tests'
 	@echo 'make lint          ruff, mypy, shellcheck'
-	@echo 'make test-unit     Python and a temporary directory; test-{hook,root,environments,slurm}'
+	@echo 'make test-unit     Python and a temporary directory; test-{hook,root,environments,slurm,pbs}'
 	@echo 'make bench-main    pack and stage against the plain tools; ENV=/path for one of yours'
 	@echo 'make cluster       a Slurm cluster on this machine; make cluster-down ends it'
 	@echo 'make build         sdist and wheel in dist/'
@@ -59,7 +60,7 @@ lint: setup
 	echo shellcheck -x $$files; \
 	shellcheck -x $$files
 
-test: lint test-unit test-hook test-root test-environments test-slurm
+test: lint test-unit test-hook test-root test-environments test-slurm test-pbs
 
 test-unit: setup
 	$(PYTEST) -m unit
@@ -76,6 +77,10 @@ test-environments: setup
 test-slurm: setup
 	tests/cluster/cluster setup
 	$(PYTEST_MAYBE) -m slurm
+
+test-pbs: setup
+	tests/cluster/cluster setup
+	$(PYTEST) -m pbs
 
 # The same on Debian 13's Slurm, from a root directory that is made once.
 test-slurm-24.11: setup

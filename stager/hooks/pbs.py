@@ -189,5 +189,7 @@ def _may_run(job: str, state: State) -> bool:
     for name in os.listdir("/proc"):
         with contextlib.suppress(OSError):
             if name.isdigit() and os.stat(f"/proc/{name}").st_uid == uid:
-                return True
+                with open(f"/proc/{name}/comm", encoding="utf-8", errors="replace") as file:
+                    if not file.read().startswith("squashfuse"):
+                        return True
     return False

@@ -52,7 +52,7 @@ def start(
     if os.fork() == 0:
         try:
             os.setsid()
-            # pbs_mom starts its hooks with SIGTERM blocked (seen): we must hear it, and all we start.
+            # pbs_mom starts its hooks with SIGTERM blocked (seen); we and all we start must hear.
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
             ours.close()
             detach(theirs.fileno())

@@ -71,6 +71,9 @@ class Ended:
 class Site:
     """The installed cluster."""
 
+    options: tuple[str, ...] = ()
+    """More of deploy/install."""
+
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
         self._marks: dict[str, int] = {}
@@ -87,7 +90,7 @@ class Site:
     def _install(self, host: str) -> None:
         self.root(
             host, f"{REPO}/deploy/install", "--packages", str(PACKAGES),
-            "--bindir", BIN, "--unitdir", "",
+            "--bindir", BIN, "--unitdir", "", *self.options,
         )  # fmt: skip
 
     def _start_syslog(self, node: str) -> None:

@@ -1,0 +1,392 @@
+"""The PBS hook, with the real stager behind it, under what a real PBS did."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import pytest
+
+from slurm.site import STORE, Site, until
+
+from .mom import RECORDINGS, Played, login_shell, of_run, play
+
+pytestmark = pytest.mark.usefixtures("nothing_is_left")
+
+ENVS = f"{STORE}/20001/envs"
+ORIGINAL = "/home/alice/envs/science"
+
+
+def staged(job: Played) -> bool:
+    """Whether every task of the last run ran from this node's own tree, by the job's one path."""
+    links = {task.prefix[0] for task in job.tasks}
+    assert all(task.status == 0 for task in job.tasks), job.tasks
+    return len(links) == 1 and set(of_run(job, -1)) == {ENVS}
+
+
+# -- jobs
+
+
+@pytest.mark.parametrize(
+    ("recording", "nodes"),
+    [("batch1", 1), ("batch3", 3), ("program", 1), ("interactive", 1), ("exported", 2)],
+)
+def test_every_task_on_every_node(site: Site, hidden: None, recording: str, nodes: int) -> None:
+    job = play(site, recording, "science")
+    assert len(job.tasks) == nodes
+    assert staged(job)
+    (link,) = {task.prefix[0] for task in job.tasks}
+    assert link.startswith("/run/stager/jobs/") and link.endswith("/env")
+    assert (job.output, job.rejected(), job.logged()) == ("", [], [])
+
+
+def test_an_array(site: Site, hidden: None) -> None:
+    """Its parts have brackets in their ids, and are on the node at the same time."""
+    job = play(site, "array", "science", script="echo $STAGER_PREFIX; python -c 'import science'")
+    paths = [task.out.strip() for tasks in job.runs for task in tasks]
+    assert len(paths) == 2 and not any("[" in path for path in paths)
+    assert all(task.status == 0 for tasks in job.runs for task in tasks)
+
+
+@pytest.mark.parametrize("recording", ["alias", "exported"])
+def test_the_alias(site: Site, hidden: None, recording: str) -> None:
+    job = play(site, recording, variables={"PYENV": "science"})
+    assert job.pyenv == "science"
+    assert staged(job)
+
+
+def test_variables_of_the_users_survive(site: Site, hidden: None) -> None:
+    """``qsub -V``: what is ours is added, and an activation that was inherited goes."""
+    variables = {
+        "ML": "one\ntwo", "LIST": "a\\,b", "BASH_FUNC_f%%": "() {  echo x\n}",
+        "VIRTUAL_ENV": ORIGINAL, "PATH": f"{ORIGINAL}/bin:/usr/bin:/bin",
+    }  # fmt: skip
+    script = 'printf "%s|" "$ML" "$LIST" "$VIRTUAL_ENV" "$PATH"'
+    job = play(site, "exported", "science", variables=variables, script=script)
+    ml, several, virtual, path, _ = job.tasks[0].out.split("|")
+    assert (ml, several) == ("one\ntwo", "a,b")
+    assert virtual.endswith("/env") and path == f"{virtual}/bin:/usr/bin:/bin"
+
+
+def test_login_shells_make_path_anew(site: Site) -> None:
+    # The user's own process stands for the job's shell while the job's links are there.
+    shown: list[str] = []
+    job = Played(site, list(RECORDINGS["batch1"]["events"]), "science")
+
+    def look() -> None:
+        shown.append(login_shell(site, "n1", job, "command -v python; echo $PATH"))
+
+    job.meanwhile = {"execjob_epilogue n1": look}
+    job.play()
+    found, path = shown[0].split("\n")
+    assert found.startswith("/run/stager/jobs/") and path.count("/run/stager/jobs/") == 1
+
+
+def test_a_job_that_nobody_asked_us_about(site: Site) -> None:
+    job = play(site, "batch3", script="env")
+    assert all("STAGER" not in task.out for task in job.tasks)
+    assert (job.output, job.rejected(), job.logged()) == ("", [], [])
+    for node in ("n1", "n2", "n3"):
+        owner = site.root(node, "stat", "-c", "%u %a", f"{STORE}/20001").split()
+        assert owner == ["20001", "700"]  # for stage-run in its script
+
+
+def test_a_path_that_was_never_packed(site: Site) -> None:
+    site.shell("alice", "/usr/bin/python3 -m venv --without-pip envs/fresh")
+    job = play(site, "batch3", "/home/alice/envs/fresh")
+    assert staged(job)
+
+
+def test_several_together(site: Site, hidden: None) -> None:
+    site.make_environment("alice", "extra")
+    (site.home("alice") / "envs/extra").rename(site.home("alice") / "envs/extra-hidden")
+    script = "python -c 'import science, extra; print(science.__file__, extra.__file__)'"
+    for _ in ("cold", "warm"):
+        job = play(site, "batch3", "science+extra", script=script)
+        for task in job.tasks:
+            assert task.status == 0, task.err
+            assert "/env/" in task.out and "/env2/" in task.out
+
+
+# -- the end of jobs
+
+
+@pytest.mark.parametrize("recording", ["deleted while running", "walltime"])
+def test_ends_of_running_jobs(site: Site, hidden: None, recording: str) -> None:
+    assert staged(play(site, recording, "science"))
+
+
+@pytest.mark.parametrize("recording", ["requeued", "mom killed"])
+def test_a_second_run(site: Site, hidden: None, recording: str) -> None:
+    """PBS keeps what a hook has set, so the second run begins with the first one's variables."""
+    job = play(site, recording, "science", script='python -c "print(1)"; echo "$PATH"')
+    assert len(job.runs) == 2
+    first, second = (tasks[0].out.split("\n") for tasks in job.runs)
+    assert first == second and first[0] == "1"
+    assert first[1].count("/run/stager/jobs") == 1
+
+
+def test_a_node_that_forgot_the_job(site: Site, hidden: None) -> None:
+    """The job goes on; where PBS cannot be asked, as here, the user's processes tell."""
+    job = Played(site, list(RECORDINGS["other mom killed"]["events"]), "science")
+    jobs: list[list[str]] = []
+
+    def age() -> None:
+        site.root("n2", "sh", "-c", "touch -d '-1 hour' /run/stager/jobs/*")
+
+    def swept() -> None:
+        jobs.append(site.job_states("n2"))
+        # No event of that job comes to the node any more: this is what the sweep is for.
+        site.root("n2", "sh", "-c", "touch -d '-1 hour' /run/stager/jobs/*")
+
+    user = "while [ -e run ]; do sleep 0.1; done"
+    (site.home("alice") / "run").touch()
+    detached = ["setsid", "-f", "sh", "-c", f"exec </dev/null >/dev/null 2>&1; {user}"]
+    site.cluster.exec("n2", "alice", detached)
+    seen = 0
+    try:
+        for event in job.events:
+            job.outcomes.append(job._one(event))
+            if event["event"] == "exechost_periodic" and event["node"] == "n2":
+                seen += 1
+                if seen == 1:
+                    age()
+        swept()
+        assert jobs == [[job.events[2]["id"]]]  # the user still has a process there
+    finally:
+        (site.home("alice") / "run").unlink()
+    until(lambda: not site.root("n2", "sh", "-c", "pgrep -u alice -x sh || true").strip())
+    job._one({"event": "exechost_periodic", "node": "n2", "jobs": []})
+    assert site.job_states("n2") == []
+
+
+def test_deleted_while_it_is_staged(site: Site, hidden: None) -> None:
+    with site.slow(600, "n1"):
+        job = play(
+            site,
+            "deleted while staged",
+            "science",
+            meanwhile={
+                "execjob_preterm n1": lambda: until(
+                    lambda: site.root("n1", "sh", "-c", "cat /run/stager/jobs/*/worker || true")
+                )
+            },
+        )
+    assert job.runs == []
+    assert job.rejected() == [("execjob_prologue", "n1", ["delete"])]
+
+
+# -- failures
+
+
+def failing(site: Site, *nodes: str) -> AbstractContextManager[None]:
+    code = "def copy(*a, **k):\n    raise NotFoundError('the line is cut')\n"
+    return site.patched("transfer/__init__", code, *nodes)
+
+
+def damaged(site: Site, *nodes: str) -> AbstractContextManager[None]:
+    return site.patched("hooks/pbs", "raise SystemError('damaged')", *nodes)
+
+
+def crashing(site: Site, *nodes: str) -> AbstractContextManager[None]:
+    code = "def copy(*a, **k):\n    import ctypes\n    ctypes.string_at(0)\n"
+    return site.patched("transfer/__init__", code, *nodes)
+
+
+@contextlib.contextmanager
+def late(site: Site, *nodes: str) -> Iterator[None]:
+    with site.slow(600, *nodes), site.configured("hook: {deadline: 2s}", *nodes):
+        yield
+
+
+@contextlib.contextmanager
+def mounted(site: Site, node: str, *options: str) -> Iterator[None]:
+    site.root(node, "mount", "-t", "tmpfs", "-o", ",".join((*options, "mode=0755")), "x", STORE)
+    try:
+        yield
+    finally:
+        site.root(node, "umount", "-l", STORE)
+
+
+def full(site: Site, *nodes: str) -> AbstractContextManager[None]:
+    return mounted(site, nodes[0], "size=300k")
+
+
+def read_only(site: Site, *nodes: str) -> AbstractContextManager[None]:
+    return mounted(site, nodes[0], "ro")
+
+
+@contextlib.contextmanager
+def gone(site: Site, *nodes: str) -> Iterator[None]:
+    command = site.place(nodes[0], "/usr/libexec/stager/bin/stager")
+    away = command.with_name("gone")
+    command.rename(away)
+    try:
+        yield
+    finally:
+        away.rename(command)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What happens where, and what the user reads of it."""
+
+    break_it: Callable[..., AbstractContextManager[None]]
+    reason: str
+
+
+CASES = {
+    "failing": Case(failing, "the line is cut"),
+    "crashing": Case(crashing, "SIGSEGV"),
+    "late": Case(late, "longer than 2 s"),
+    "full": Case(full, "space"),
+    "read_only": Case(read_only, "Read-only file system"),
+    "gone": Case(gone, "could not be started"),
+    "damaged": Case(damaged, "could not be started"),
+}
+TELLS_NOTHING = ("gone", "damaged")
+"""Where stager is not there, nobody knows the original, and nothing is set."""
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_first_node_fails(site: Site, name: str) -> None:
+    """The job runs on the original, on every node where it is not staged, and one line says so."""
+    script = 'python3 -c "import os, sys; print(0, sys.prefix, os.path.realpath(sys.prefix))"'
+    with CASES[name].break_it(site, "n1"):
+        job = play(site, "batch3", "science", script=script)
+    (line,) = job.output.splitlines()
+    assert line.startswith("stager: n1: not staged") and CASES[name].reason in line
+    assert job.rejected() == []
+    assert all(task.status == 0 for task in job.tasks)
+    if name not in TELLS_NOTHING:
+        assert job.tasks[0].prefix[1] == ORIGINAL
+        assert {task.prefix[1].rpartition("/")[0] for task in job.tasks[1:]} == {ENVS}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_another_node_fails(site: Site, name: str) -> None:
+    script = 'python3 -c "import os, sys; print(0, sys.prefix, os.path.realpath(sys.prefix))"'
+    with CASES[name].break_it(site, "n2"):
+        job = play(site, "batch3", "science", script=script)
+    assert (job.output, job.rejected()) == ("", [])
+    first, second, third = (task.prefix[1] for task in sorted(job.tasks, key=lambda one: one.node))
+    assert {first.rpartition("/")[0], third.rpartition("/")[0]} == {ENVS}
+    if name not in TELLS_NOTHING:
+        assert second == ORIGINAL
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_strict_job_ends_before_its_script(site: Site, name: str) -> None:
+    with CASES[name].break_it(site, "n1"):
+        job = play(site, "rejected by the prologue", "science?strict")
+    assert job.runs == []
+    assert job.rejected() == [("execjob_prologue", "n1", ["delete"])]
+    (line,) = job.output.splitlines()
+    assert "asked for strict" in line and CASES[name].reason in line
+
+
+def test_a_strict_job_on_a_node_that_is_not_the_first(site: Site) -> None:
+    with failing(site, "n2"):
+        job = play(site, "batch3", "science?strict")
+    assert job.rejected() == []
+    second = next(task for task in job.tasks if task.node == "n2")
+    assert (second.status, second.out) == (1, "")
+    assert second.err == "stager: n2: not staged, and the job asked for strict: the line is cut\n"
+
+
+def test_a_killed_worker(site: Site) -> None:
+    def kill() -> None:
+        until(
+            lambda: site.root("n1", "sh", "-c", "cat /run/stager/jobs/*/worker 2>/dev/null || true")
+        )
+        site.root("n1", "sh", "-c", "kill -9 $(cut -d' ' -f1 /run/stager/jobs/*/worker)")
+
+    with site.slow(600, "n1"):
+        job = play(site, "batch1", "science", meanwhile={"execjob_prologue n1": kill})
+    assert "the staging worker was killed" in job.output
+    assert job.tasks[0].prefix[1] == ORIGINAL
+
+
+def test_nothing_to_fall_back_to(site: Site) -> None:
+    job = play(site, "batch1", "no-such-name", script="echo it runs")
+    assert job.output.startswith(
+        "stager: n1: not staged, running without: environment `no-such-name`"
+    )
+    assert job.tasks[0].out == "it runs\n"
+
+
+@pytest.mark.parametrize(
+    ("recording", "node"), [("broken first node", "n1"), ("broken other node", "n2")]
+)
+def test_a_broken_node(site: Site, hidden: None, recording: str, node: str) -> None:
+    """It is set offline and the job runs elsewhere, where the site wants that."""
+    with read_only(site, node), site.configured("hook: {on_node_fault: drain}"):
+        job = play(site, recording, "science")
+    assert job.rejected() == [("execjob_begin", node, ["rerun"])]
+    (vnode,) = [one["vnode"] for one in job.outcomes if not one["accepted"]]
+    assert vnode["state"] == "offline"
+    assert vnode["comment"].startswith("stager: cannot make the store")
+    assert len(job.runs) == 1 and staged(job)
+
+
+def test_a_job_that_found_only_broken_nodes(site: Site) -> None:
+    """After two reruns it takes what there is: 21 are what PBS would make of it."""
+    events = [{**event} for event in RECORDINGS["batch1"]["events"]]
+    for event in events:
+        if "run_count" in event:
+            event["run_count"] = 3
+    with read_only(site, "n1"), site.configured("hook: {on_node_fault: drain}"):
+        job = Played(site, events, "science").play()
+    assert job.rejected() == []
+    assert job.tasks[0].prefix[1] == ORIGINAL
+
+
+def test_shared_storage_hangs(site: Site) -> None:
+    """The first node's begin holds pbs_mom up for no longer than it may."""
+    code = "def find(*a, **k):\n    import time\n    time.sleep(600)\n"
+    with site.patched("lookup", code, "n1"), site.configured("hook: {deadline: 4s}", "n1"):
+        job = Played(site, list(RECORDINGS["batch1"]["events"]), "science", script="echo it runs")
+        began: list[float] = []
+        job.meanwhile = {
+            "execjob_begin n1": lambda: began.append(time.monotonic()),
+            "execjob_prologue n1": lambda: began.append(time.monotonic()),
+        }
+        job.play()
+    assert began[1] - began[0] < 3.9  # of the four seconds; two are the limit
+    assert "longer than 4 s" in job.output
+    assert job.tasks[0].out == "it runs\n"
+
+
+# -- on the server
+
+
+@pytest.mark.parametrize(
+    "wish",
+    ["a/b", "x+", "+x", "x?what", "x?strict=1", "x?timeout=soon", "x?format=zip", "-l", "a" * 2000],
+)
+def test_a_malformed_directive_is_refused(site: Site, wish: str) -> None:
+    events = RECORDINGS["batch1"]["events"][:1]
+    job = Played(site, events, wish).play()
+    (outcome,) = job.outcomes
+    assert not outcome["accepted"] and outcome["message"].startswith("stager: ")
+    job = Played(site, events, variables={"PYENV": wish}).play()
+    assert not job.outcomes[0]["accepted"]
+
+
+def test_qalter(site: Site) -> None:
+    events = RECORDINGS["qalter"]["events"]
+    modify = [event for event in events if event["event"] == "modifyjob"]
+    assert modify
+    for wish, accepted in (("science", True), ("a/b", False), ("", True)):
+        job = Played(site, modify[:1], wish).play()
+        assert [one["accepted"] for one in job.outcomes] == [accepted]
+
+
+def test_a_site_without_the_resource(site: Site) -> None:
+    """The alias is left to stage-run."""
+    job = play(site, "batch1", variables={"PYENV": "science"}, known=False, script="echo $PYENV")
+    assert job.rejected() == []
+    assert job.tasks[0].out == "science\n"
