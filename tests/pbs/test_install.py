@@ -42,7 +42,8 @@ if m and m[1] == "create":
     if name in kind:
         fail(f"Error (15{'185' if m[2] == 'resource' else '157'}) returned from server")
     values = dict(pair.split("=", 1) for pair in (m[4] or "").split(",") if pair)
-    if m[2] == "resource" and values.get("type") not in ("string", "long", "float", "boolean", "size"):
+    types = ("string", "long", "float", "boolean", "size")
+    if m[2] == "resource" and values.get("type") not in types:
         fail("Invalid value for attribute")
     kind[name] = values if m[2] == "resource" else {"enabled": "true", "event": "", "alarm": "30"}
     pending("resourcedef" if m[2] == "resource" else name, 8)
