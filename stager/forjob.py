@@ -239,9 +239,33 @@ def _published(wish: Ref, config: Config, job: Job, until: float) -> Published:
         pause = min(2.0, pause * 1.5)
 
 
-def _note(config: Config, job: Job) -> str:
-    """Where the first node tells the others, in the user's own repository, that packing failed."""
-    return os.path.join(config["repository"], "tmp", f"job-{job.key}-{job.restart}.failed")
+def _note(config: Config, job: Job, node: str = "") -> str:
+    """Where a node tells the others, in the user's own repository, that it failed."""
+    name = f"job-{job.key}-{job.restart}{'.' if node else ''}{node}.failed"
+    return os.path.join(config["repository"], "tmp", name)
+
+
+def leave_note(job: Job, reason: str) -> int:
+    """Tell the job's first node that this one is not staged; called as the user."""
+    config = configuration.load()
+    _leave_note(_note(config, job, job.node), StagerError(reason))
+    return 1
+
+
+def take_notes(job: Job) -> str:
+    """What other nodes have told, ``NODE: REASON`` in a line each; called as the user."""
+    directory, name = os.path.split(_note(configuration.load(), job))
+    beginning, found = name[: -len("failed")], []
+    with contextlib.suppress(OSError):
+        for one in sorted(os.listdir(directory)):
+            node = one[len(beginning) : -len(".failed")]
+            if one.startswith(beginning) and node:
+                try:
+                    _read_note(os.path.join(directory, one))
+                except StagerError as error:
+                    found.append(f"{node}: {error.message}")
+                os.unlink(os.path.join(directory, one))
+    return "\n".join(found)
 
 
 def _leave_note(path: str, error: Exception) -> None:

@@ -151,20 +151,28 @@ def prologue(event):
         job.delete()
         event.reject("stager: the job was deleted while it was staged")
     leave_broken_node(event)
-    if status == "ready":
-        if message:
-            say(message)
-        return
+    elsewhere = []
+    if len(event.vnode_list) > 1:
+        elsewhere = call("pbs-notes", about(job)).get("notes", [])
+    for note in elsewhere:
+        node, _, reason = note.partition(": ")
+        say("not staged there: " + reason, node)
     if not status:
         message = "stager could not be started on this node; tell your administrator"
     elif status == "pending":
         message = "staging does not come to an end; tell your administrator"
     elif status == "dead":
         message = "the staging worker was killed; tell your administrator"
-    if status == "strict" or "strict" in wish.partition("?")[2].split("&"):
-        say("not staged, and the job asked for strict: " + message)
+    strict = "strict" in wish.partition("?")[2].split("&")
+    if status == "strict" or (strict and (status != "ready" or elsewhere)):
+        if status != "ready":
+            say("not staged, and the job asked for strict: " + message)
         job.delete()
         event.reject("stager: not staged, and the job asked for strict")
+    if status == "ready":
+        if message:
+            say(message)
+        return
     try:
         original = os.readlink(in_state(job, "env"))
         say(f"not staged, running the original {original}: {message}")
@@ -277,6 +285,16 @@ def await_worker(job):
 
 def call(verb, told):
     """Have stager do something; returns its answer, which is nothing where it could not be had."""
+    try:
+        answer = ask(verb, told)
+    except Exception as error:  # it is not installed here, was killed, says something else
+        answer = {"error": f"{type(error).__name__}: {error}"}
+    if "error" in answer:
+        log(verb + ": " + answer["error"])
+    return answer
+
+
+def ask(verb, told):
     import json
     import subprocess
     import threading
@@ -296,15 +314,12 @@ def call(verb, told):
             said = process.communicate(json.dumps(told).encode())[0]
         finally:
             killer.cancel()
-    answer = json.loads(said.decode())
-    if "error" in answer:
-        log(verb + ": " + answer["error"])
-    return answer
+    return json.loads(said.decode())
 
 
-def say(text):
+def say(text, node=None):
     """To the job's own error output, or the user's terminal: a prologue has them."""
-    sys.stderr.write(f"stager: {pbs.get_local_nodename()}: {text}\n")
+    sys.stderr.write(f"stager: {node or pbs.get_local_nodename()}: {text}\n")
     sys.stderr.flush()
 
 

@@ -17,6 +17,8 @@ from stager.config import Config
 from stager.errors import SITE, StagerError
 from stager.jobstate import State
 
+_LONGEST = 4000
+
 
 def load(uid: int, root: str, site_directory: str) -> Config:
     """The site's configuration, for a user's store; root keeps it beside the job states.
@@ -89,7 +91,7 @@ def release(
     try:
         if store and isinstance(owner, int) and uid in (None, owner):
             holder = lease.of_job(str(record.get("scheduler", "slurm")), str(record["key"]))
-            dropped = as_user(owner, record.get("gid"), _release, store, holder)
+            dropped = int(as_user(owner, record.get("gid"), _release, store, holder))
     finally:
         state.remove()
     config: Config | None = None
@@ -107,8 +109,8 @@ def _release(store: str, holder: str) -> int:
 # -- Working as other users ------------------------------------------------------------------
 
 
-def as_user(uid: int, gid: int | None, work: Any, *arguments: Any, limit: float = 20.0) -> Any:
-    """Call a function in a process that has become the user; its result is a whole number.
+def as_user(uid: int, gid: int | None, work: Any, *arguments: Any, limit: float = 20.0) -> str:
+    """Call a function in a process that has become the user; its result is a short text.
 
     Raises:
         StagerError: it failed, or took longer than ``limit`` seconds.
@@ -121,16 +123,16 @@ def as_user(uid: int, gid: int | None, work: Any, *arguments: Any, limit: float 
             detach(writer)
             try:
                 privilege.become(uid, gid)
-                answer = f"+{int(work(*arguments))}"
+                answer = f"+{work(*arguments)}"
             except BaseException as error:
                 answer = "-" + events.clean(explained(error)[0])
-            os.write(writer, answer.encode())
+            os.write(writer, answer.encode(errors="replace")[:_LONGEST])
         finally:
             os._exit(0)
     os.close(writer)
     try:
         ready = select.select([reader], [], [], limit)[0]
-        answer = os.read(reader, 4000).decode(errors="replace") if ready else ""
+        answer = os.read(reader, _LONGEST).decode(errors="replace") if ready else ""
     finally:
         os.close(reader)
     if not ready:
@@ -140,7 +142,7 @@ def as_user(uid: int, gid: int | None, work: Any, *arguments: Any, limit: float 
     os.waitpid(child, 0)
     if not answer.startswith("+"):
         raise StagerError(answer[1:] or f"the process of uid {uid} was ended")
-    return int(answer[1:])
+    return answer[1:]
 
 
 def collect_all_users(config: Config, *, everything: bool = False) -> dict[int, int]:
@@ -176,7 +178,8 @@ def collect_all_users(config: Config, *, everything: bool = False) -> dict[int, 
         if uid == 0 or info.st_uid != uid or not os.path.isdir(path) or os.path.islink(path):
             continue  # planted by somebody else; nobody uses it
         try:
-            result[uid] = as_user(uid, None, _collect, path, config, everything, limit=600)
+            done = as_user(uid, None, _collect, path, config, everything, limit=600)
+            result[uid] = int(done)
         except StagerError as error:
             fields = {"uid": uid, "reason": f"collect: {error.message}", "blame": SITE}
             emit(events.FAIL, fields, config, jobstate.ROOT)

@@ -23,12 +23,14 @@ from stager import config as configuration
 from stager import envpatch, events, jobstate, schedulers
 from stager.errors import SITE, StagerError
 from stager.hooks import worker
-from stager.hooks.common import emit, end, explained, load, release
+from stager.hooks.common import as_user, emit, end, explained, load, release
 from stager.jobstate import CANCELLED, PENDING, Activation, Job, State
 
 JOB_PATH = "STAGER_PATH"
 """What goes first in PATH: login shells make theirs anew, and /etc/profile.d adds it again."""
 
+_NOTES = 10.0
+"""Seconds to look for notes on shared storage."""
 _GRACE = 600.0
 """Seconds for which a job's directory stays though pbs_mom does not list the job."""
 
@@ -37,13 +39,13 @@ def main(verb: str, root: str) -> int:
     """Run one verb: what it is told comes on standard input, what it answers goes to the output.
 
     Args:
-        verb: ``begin``, ``cancel``, ``end`` or ``sweep``.
+        verb: ``begin``, ``notes``, ``cancel``, ``end`` or ``sweep``.
         root: where job states are kept.
 
     Returns:
         0, or 2 where there is no such verb.
     """
-    verbs = {"begin": begin, "cancel": cancel, "end": finish, "sweep": sweep}
+    verbs = {"begin": begin, "notes": notes, "cancel": cancel, "end": finish, "sweep": sweep}
     if verb not in verbs:
         return 2
     told: dict[str, Any] = {}
@@ -124,6 +126,15 @@ def _beforehand(talk: Any, state: State, seconds: float) -> Activation:
         unset=(),
         prepend={"PATH": (f"{prefix}/bin",)},
     )
+
+
+def notes(told: Mapping[str, Any], root: str) -> dict[str, Any]:
+    """What the other nodes of a job have to tell its user: ``notes``, ``NODE: REASON`` each."""
+    from stager import forjob
+
+    job = Job.of_pbs(told)
+    found = as_user(job.uid, job.gid, forjob.take_notes, job, limit=_NOTES)
+    return {"notes": [events.clean(line, 600) for line in found.splitlines()]}
 
 
 def cancel(told: Mapping[str, Any], root: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any, Callable, NoReturn
 from stager import events, fsutil, jobstate, lease, privilege, schedulers
 from stager.config import Config
 from stager.errors import JOB, NODE, SITE, StagerError
-from stager.hooks.common import detach, emit, explained
+from stager.hooks.common import as_user, detach, emit, explained
 from stager.jobstate import (
     FAILED,
     FAULTY,
@@ -31,6 +31,8 @@ from stager.jobstate import (
 
 STARTED, MAY_MOUNT, BEFOREHAND, DONE, FAULT = b"s", b"m", b"b", b"d", b"f"
 """What the worker tells the hook that started it."""
+_NOTE = 10.0
+"""Seconds for a small file on shared storage."""
 
 
 def start(
@@ -211,6 +213,15 @@ class Worker:
             who = f"stager: {self.job.node}"
             self.state.refuse(f"{who}: not staged, and the job asked for strict: {reason}")
 
+    def _tell_first_node(self, reason: str) -> None:
+        """PBS shows the user only what the first node's prologue says."""
+        if self.job.scheduler != schedulers.PBS or self.job.first:
+            return
+        with contextlib.suppress(StagerError):
+            from stager import forjob
+
+            as_user(self.job.uid, self.job.gid, forjob.leave_note, self.job, reason, limit=_NOTE)
+
     def _tell(self, what: bytes) -> None:
         with contextlib.suppress(OSError):  # the hook has returned
             self.hook.send(what)
@@ -269,6 +280,7 @@ class Worker:
                 self.state.write(FAULTY, events.clean(reason, 300) + "\n")
             text = f"{reason}; {hint}" if hint else reason
             self._unlink(text)
+            self._tell_first_node(text)
             self.state.finish(STRICT if self.strict else FAILED, text)
         self.fields.update(blame=blame, reason=reason)
         self.fields["seconds"] = f"{time.monotonic() - self.started:.2f}"

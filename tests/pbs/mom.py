@@ -156,6 +156,7 @@ class Played:
                 "known": self.known,
             },
             "job_list": event.get("jobs", []),
+            "nodes": self._nodes((event.get("id", ""), event.get("run_count", 0))),
             "config": CONFIG,
             "hook": str(REPO / "hooks/pbs/stager_hook.py"),
         }

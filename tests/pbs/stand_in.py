@@ -91,7 +91,8 @@ def main() -> None:
     else:
         event.job = Job(told["job"], name)
     if name not in SERVER:
-        event.vnode_list = {told["node"]: vnode}
+        others = {name: types.SimpleNamespace() for name in told.get("nodes", [])}
+        event.vnode_list = {**others, told["node"]: vnode}
 
     def end(accepted: bool, message: str = "") -> None:
         outcome.update(accepted=accepted, message=message)

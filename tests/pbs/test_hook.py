@@ -271,7 +271,12 @@ def test_another_node_fails(site: Site, name: str) -> None:
     script = 'python3 -c "import os, sys; print(0, sys.prefix, os.path.realpath(sys.prefix))"'
     with CASES[name].break_it(site, "n2"):
         job = play(site, "batch3", "science", script=script)
-    assert (job.output, job.rejected()) == ("", [])
+    assert job.rejected() == []
+    if name in TELLS_NOTHING:
+        assert job.output == ""
+    else:
+        (line,) = job.output.splitlines()
+        assert line.startswith("stager: n2: not staged there: ") and CASES[name].reason in line
     first, second, third = (task.prefix[1] for task in sorted(job.tasks, key=lambda one: one.node))
     assert {first.rpartition("/")[0], third.rpartition("/")[0]} == {ENVS}
     if name not in TELLS_NOTHING:
@@ -290,8 +295,22 @@ def test_a_strict_job_ends_before_its_script(site: Site, name: str) -> None:
 
 def test_a_strict_job_on_a_node_that_is_not_the_first(site: Site) -> None:
     with failing(site, "n2"):
-        job = play(site, "batch3", "science?strict")
-    assert job.rejected() == []
+        job = play(site, "rejected by the prologue", "science?strict")
+    assert job.runs == []
+    assert job.output == "stager: n2: not staged there: the line is cut\n"
+    assert job.rejected() == [("execjob_prologue", "n1", ["delete"])]
+
+
+def test_a_strict_job_whose_other_node_cannot_tell(site: Site) -> None:
+    """The repository, where nodes tell each other, cannot be written: Python itself refuses."""
+    tmp = site.home("alice") / ".local/share/stager/tmp"
+    tmp.mkdir(exist_ok=True)
+    tmp.chmod(0o500)
+    try:
+        with failing(site, "n2"):
+            job = play(site, "batch3", "science?strict")
+    finally:
+        tmp.chmod(0o700)
     second = next(task for task in job.tasks if task.node == "n2")
     assert (second.status, second.out) == (1, "")
     assert second.err == "stager: n2: not staged, and the job asked for strict: the line is cut\n"
