@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -48,6 +49,12 @@ def pytest_configure(config: pytest.Config) -> None:
             f"the tests must run against the wheel installed in {VENV}, not {stager.__file__}: "
             "use `make test-unit`, or .venv/bin/pytest after `make setup`"
         )
+
+    # A shell starts what runs in the background with ^C ignored, nohup with SIGHUP ignored, and
+    # every process that a test starts would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
     if _is_worker(config):
         session = Path(os.environ[SESSION_VARIABLE])
