@@ -3,6 +3,6 @@
 import os
 import sys
 
-node = os.environ.get("SLURMD_NODENAME", "-")
+node = os.uname().nodename
 rank = os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("SLURM_PROCID", "-")
 print("rank", node, rank, sys.prefix, *sys.argv[1:], flush=True)
