@@ -379,6 +379,35 @@ def test_shared_storage_hangs(site: Site) -> None:
     assert job.tasks[0].out == "it runs\n"
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        "{'trees': [[['/etc', '', True]]]}",
+        "{'trees': [[['/var/lib/stager/20001/envs/../../../../../etc', '', True]]]}",
+        "{'trees': [[['', 'relative', False]]]}",
+        "{'trees': 5}",
+        "{'beforehand': {'python': '/bin/sh'}}",
+    ],
+)
+def test_a_process_of_the_users_is_not_believed(site: Site, told: str) -> None:
+    """Had a user taken over the process that works for them: no link of root's leads elsewhere."""
+    evil = f"def _work(*a):\n    _send(a[2], {told})\n    a[2].recv(1)\n    return {{}}\n"
+    seen: list[str] = []
+    with site.patched("forjob", evil, "n1"):
+        play(
+            site,
+            "batch1",
+            "science",
+            script="true",
+            meanwhile={
+                "execjob_epilogue n1": lambda: seen.append(
+                    site.root("n1", "sh", "-c", "readlink /run/stager/jobs/*/env || true")
+                )
+            },
+        )
+    assert seen == [""]
+
+
 # -- on the server
 
 

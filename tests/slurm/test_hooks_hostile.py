@@ -315,7 +315,7 @@ def test_an_image_with_what_none_should_have(site: Site) -> None:
 def test_a_message_of_the_users_process_is_not_believed(site: Site) -> None:
     """Had a user taken over the process that works for them: root checks every word."""
     evil = (
-        "def _work(job, trusted, talk, mounts, holder):\n"
+        "def _work(*a):\n"
         "    return {'how': 'x\\nevent=fake', 'staged': {'python': '/bin/sh', 'prefix': '/etc',\n"
         "        'leave': [], 'set': {'A': 'x\\nexport B=1'}, 'unset': [], 'prepend': {}}}\n"
     )

@@ -14,7 +14,7 @@ import pytest
 
 from stager import allocation, config, lease, schedulers
 from stager.errors import NoSpaceError, UsageError
-from stager.schedulers import Allocation, slurm
+from stager.schedulers import Allocation, pbs, slurm
 from stager.store import Store
 
 Squeue = Callable[[str], None]
@@ -278,3 +278,75 @@ def test_where_space_is_short_the_claims_of_ended_jobs_go(
     with pytest.raises(NoSpaceError):
         allocation.stage_with_room(published, settings, holder="me")
     assert len(tries) == 3
+
+
+# -- PBS
+
+
+PBS_SCRIPT = {"PBS_JOBID": "12.head", "PBS_TASKNUM": "00000001", "PBS_NODENUM": "0"}
+
+
+@pytest.fixture
+def nodefile(tmp_path: Path) -> str:
+    path = tmp_path / "nodes"
+    path.write_text("n1\nn1\nn2\n\nn3\nn2\n")
+    return str(path)
+
+
+def test_a_pbs_script(nodefile: str) -> None:
+    found = pbs.allocation({**PBS_SCRIPT, "PBS_NODEFILE": nodefile})
+    assert found is not None
+    assert (found.scheduler, found.job, found.nodes, found.step) == ("pbs", "12.head", 3, "")
+    assert found.node == os.uname().nodename
+    assert allocation.needs_every_node(found, ["python"])
+
+
+def test_the_lines_that_pbsdsh_counts(nodefile: str) -> None:
+    assert pbs.first_entries({"PBS_NODEFILE": nodefile}) == {"n1": 0, "n2": 2, "n3": 3}
+    assert pbs.first_entries({}) == pbs.first_entries({"PBS_NODEFILE": "/no/such"}) == {}
+
+
+def test_another_run_on_other_nodes(nodefile: str, tmp_path: Path) -> None:
+    environ = {**PBS_SCRIPT, "PBS_NODEFILE": nodefile}
+    first = pbs.allocation(environ)
+    Path(nodefile).write_text("n1\nn4\n")
+    second = pbs.allocation(environ)
+    assert first is not None and second is not None and first.restart != second.restart
+
+
+@pytest.mark.parametrize("task", ["00000002", "20000001", "A0000003", "2"])
+def test_a_pbs_task(task: str) -> None:
+    found = pbs.allocation({**PBS_SCRIPT, "PBS_TASKNUM": task})
+    assert found is not None and found.step and found.nodes == 1
+    assert not allocation.needs_every_node(found, ["python"])
+
+
+@pytest.mark.parametrize("job", ["", "head", "$(id)", "../x"])
+def test_no_pbs_job(job: str) -> None:
+    assert pbs.allocation({"PBS_JOBID": job}) is None
+
+
+def test_an_array_of_pbs_is_a_file_name() -> None:
+    found = schedulers.current({"PBS_JOBID": "12[3].head"})
+    assert found is not None and found.id == "12_3_.head"
+
+
+@pytest.mark.parametrize(
+    ("status", "exists"), [(0, True), (153, False), (35, False), (1, None), (255, None)]
+)
+def test_asking_qstat(
+    status: int, exists: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qstat = tmp_path / "qstat"
+    qstat.write_text(f'#!/bin/sh\necho "$@" >"{tmp_path}/asked"\nexit {status}\n')
+    qstat.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert pbs.job_exists("12_3_.head") is exists
+    assert (tmp_path / "asked").read_text() == "12[3].head\n"
+    assert schedulers.job_exists("pbs", "12.head") is exists
+    assert pbs.job_exists("$(id)") is None
+
+
+def test_without_qstat(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert pbs.job_exists("12.head") is None
