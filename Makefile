@@ -17,7 +17,7 @@ WHEEL_SOURCES = $(shell find stager -name __pycache__ -prune -o -print) \
 	pyproject.toml $(wildcard README.md LICENSE)
 
 .PHONY: help setup tools lint test test-unit test-hook test-root test-environments test-slurm \
-	test-slurm-24.11 \
+	test-slurm-24.11 test-push \
 	bench-main comparison demo cluster cluster-down build clean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -27,7 +27,7 @@ help:
 	@echo 'make demo          the tour: pack, stage, run'
 	@echo 'make test          lint and every tier of tests'
 	@echo 'make lint          ruff, mypy, shellcheck'
-	@echo 'make test-unit     Python and a temporary directory; test-{hook,root,environments,slurm}'
+	@echo 'make test-unit     Python and a temporary directory; test-{hook,root,environments,push,slurm}'
 	@echo 'make bench-main    pack and stage against the plain tools; ENV=/path for one of yours'
 	@echo 'make cluster       a Slurm cluster on this machine; make cluster-down ends it'
 	@echo 'make build         sdist and wheel in dist/'
@@ -59,7 +59,7 @@ lint: setup
 	echo shellcheck -x $$files; \
 	shellcheck -x $$files
 
-test: lint test-unit test-hook test-root test-environments test-slurm
+test: lint test-unit test-hook test-root test-environments test-push test-slurm
 
 test-unit: setup
 	$(PYTEST) -m unit
@@ -72,6 +72,9 @@ test-root: setup
 
 test-environments: setup
 	$(PYTEST) -m environments
+
+test-push: setup
+	$(PYTEST) -m push
 
 test-slurm: setup
 	tests/cluster/cluster setup

@@ -1,0 +1,259 @@
+"""The node's side of a push: ``stager receive``, started by ssh, at work on its standard streams.
+
+A complete and verified image is left in the store with a stamp, so that the next ``stager stage``
+mounts or extracts it without reading anything from shared storage, and without verifying it again
+in this boot. What can be done now and lasts, extracting, is done now; a mount is left to the job:
+one made here would be served by a process of the login's session, and end with it wherever
+sessions are cleaned up (``KillUserProcesses`` of logind, ``pam_slurm_adopt``), and a job with a
+mount namespace of its own would not see it. Mounting takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import threading
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any, Callable
+
+from stager import fitness, fsutil, lease, manifest, store, transfer, trees
+from stager import stage as staging
+from stager.config import Config
+from stager.errors import NODE, BusyError, IntegrityError, NoSpaceError, StagerError
+from stager.manifest import Layer, Manifest
+from stager.push import protocol
+from stager.push.protocol import Outcome, Reader, Request
+from stager.repository import Published, Repository
+from stager.stage import HIT
+from stager.store import EXTRACTED, MOUNTED, RECEIVED, Stamp, Store
+
+_PIECE = 1 << 20
+HAD = "had"
+
+
+class Receiver:
+    """One push into this node's store.
+
+    Args:
+        config: ``store``, ``stage.*`` and ``collect.*`` are used.
+        source: file descriptor that the pusher's words come from.
+        target: file descriptor for our answers.
+    """
+
+    def __init__(self, config: Config, source: int, target: int) -> None:
+        self._config = config
+        self._source, self._target = source, target
+        self._reader = Reader(self._receive)
+        self._idle = protocol.Settings().idle_timeout
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._gone: list[Callable[[], None]] = []
+
+    def run(self) -> int:
+        """Receive; returns the exit status. Errors are told to the pusher."""
+        try:
+            self._answer(protocol.greeting())
+            self._answer({"done": self._push()})
+        except StagerError as error:
+            with contextlib.suppress(OSError):
+                self._answer(protocol.told(error))
+            return error.exit_code
+        except OSError as error:
+            failure = fsutil.explain(error, "receive", blame=NODE)
+            with contextlib.suppress(OSError):
+                self._answer(protocol.told(failure))
+            return failure.exit_code
+        finally:
+            self._ended.set()
+        return 0
+
+    def _push(self) -> str:
+        request, published = self._request()
+        found = published.manifest
+        fitness.require(found)
+        node = Store(self._config["store"])
+        holder = lease.of_process(os.getpid())
+        with self._alive(), _claimed(found, node, holder):
+            received = [self._take(layer, node) for layer in found.layers]
+            if request.share:
+                self._hand_on(request, published, node)
+            how = self._stage(request, published, node, holder)
+        return how or (store.RECEIVED if any(received) else HAD)
+
+    def _request(self) -> tuple[Request, Published]:
+        request = protocol.read_request(protocol.decode(self._reader.line()))
+        self._idle = request.settings.idle_timeout
+        data = self._reader.exactly(request.size)
+        if manifest.digest(data) != request.digest:
+            raise IntegrityError("the manifest did not arrive whole", hint="push again")
+        # Every image is in the store before anything would look for it elsewhere.
+        nowhere = Repository(os.path.join(self._config["store"], "received"))
+        return request, Published(manifest.decode(data, "that was sent"), data, nowhere)
+
+    # -- one layer ---------------------------------------------------------------------------
+
+    def _take(self, layer: Layer, node: Store) -> bool:
+        """Receive a layer's image, unless the node has it; whether it was received."""
+        doing = "receive into the store"
+        with (
+            store.blame_node(doing),
+            node.lock(layer.id, timeout=self._config["stage.timeout"]),
+        ):
+            if self._has(layer, node):
+                self._answer({"layer": layer.id, "has": True})
+                return False
+            path = node.partial(layer.id, layer.filename)
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            fd = os.open(path, flags, 0o600)
+            try:
+                self._fill(fd, layer, node)
+            except (NoSpaceError, IntegrityError, OSError):
+                os.unlink(path)  # the space is needed, or the bytes are wrong
+                raise
+            finally:
+                os.close(fd)
+            stamp = node.stamp(layer.id)
+            # One that is mounted elsewhere, in a job's own mount namespace, goes on being used.
+            mounted = stamp is not None and stamp.boot == store.boot_id() and stamp.how == MOUNTED
+            how = MOUNTED if mounted else RECEIVED
+            node.place(
+                layer.id, path, Stamp(layer.filename, how, store.boot_id(), layer.image.size)
+            )
+            self._answer({"layer": layer.id, "has": True})
+            return True
+
+    def _has(self, layer: Layer, node: Store) -> bool:
+        if node.ready(layer.id) is not None:
+            return True
+        image, stamp = node.image(layer.id), node.stamp(layer.id)
+        if stamp is not None and (stamp.image, stamp.boot) == (layer.filename, store.boot_id()):
+            return os.path.exists(image)
+        if not transfer.is_image(image, layer.image):
+            return False
+        node.set_ready(layer.id, _stamp(layer, RECEIVED))
+        return True
+
+    def _fill(self, fd: int, layer: Layer, node: Store) -> None:
+        """Take in what is missing of an image, and verify all of it."""
+        size = layer.image.size
+        if os.fstat(fd).st_size > size:
+            os.ftruncate(fd, 0)
+        total, offset = 0, 0
+        while piece := os.read(fd, _PIECE):  # what an earlier push has brought
+            total, offset = zlib.crc32(piece, total), offset + len(piece)
+        trees.make_room(layer, MOUNTED, node, self._config, present=offset)
+        self._answer({"layer": layer.id, "send": offset})
+        while offset < size:
+            piece = self._reader.some(min(_PIECE, size - offset))
+            if not piece:
+                raise StagerError(
+                    f"the connection ended after {offset} of {size} bytes", hint="push again"
+                )
+            total, offset = zlib.crc32(piece, total), offset + len(piece)
+            view = memoryview(piece)
+            while view:
+                view = view[os.write(fd, view) :]
+        if total != layer.image.crc32:
+            raise IntegrityError(
+                f"the image arrived damaged: its checksum is {total:08x}, not"
+                f" {layer.image.crc32:08x}",
+                hint="push again; if that does not help, pack the environment again",
+            )
+        os.fsync(fd)
+
+    # -- all of them -------------------------------------------------------------------------
+
+    def _stage(self, request: Request, published: Published, node: Store, holder: str) -> str:
+        """Do what is wanted with the images; how, or empty where nothing had to be done."""
+        wanted = request.settings.stage
+        if wanted == protocol.NOTHING:
+            return ""
+        extracts = all(
+            trees.choose(layer, self._config["stage.how"], layer.destination != node.tree(layer.id))
+            == EXTRACTED
+            for layer in published.manifest.layers
+        )
+        if wanted == protocol.LASTING and not extracts:
+            return ""
+        done = staging.stage(published, node, self._config, holder=holder)
+        return "" if done.how == HIT else done.how
+
+    def _hand_on(self, request: Request, published: Published, node: Store) -> None:
+        """Serve other nodes from our store."""
+        from stager.push.sending import Parcel, Pusher
+
+        try:
+            from stager.push.ssh import Network
+
+            network = Network(request.settings)
+            self._gone.append(network.close)
+            parcel = Parcel(published.manifest, published.data, lambda one: node.image(one.id))
+            pusher = Pusher(parcel, request.settings, network, self)
+            pusher.check()
+            pusher.relay(request.share)
+        except StagerError as error:
+            self.note(f"cannot serve other nodes: {error.message}")
+
+    # what a Pusher reports
+
+    def sent(self, node: str, count: int) -> None:
+        """Only the whole is told."""
+
+    def done(self, outcome: Outcome) -> None:
+        """A node that was served by us has it."""
+        self._answer({"relayed": asdict(outcome)})
+
+    def note(self, message: str) -> None:
+        """Something the pusher may want to know."""
+        self._answer({"note": message})
+
+    # -- both directions ---------------------------------------------------------------------
+
+    def _receive(self, count: int) -> bytes:
+        readable, _, _ = select.select([self._source], [], [], self._idle)
+        if not readable:
+            raise BusyError(f"nothing came from the pusher for {self._idle:g} s")
+        return os.read(self._source, count)
+
+    def _answer(self, message: Mapping[str, Any]) -> None:
+        view = memoryview(protocol.encode(message))
+        with self._lock:
+            while view:
+                view = view[os.write(self._target, view) :]
+
+    @contextlib.contextmanager
+    def _alive(self) -> Iterator[None]:
+        """Say something now and then: waiting for a lock or extracting may take a while."""
+
+        def beat() -> None:
+            while not self._ended.wait(max(0.05, self._idle / 4)):
+                try:
+                    self._answer({"alive": time.monotonic()})
+                except OSError:  # nobody listens any more
+                    for end in self._gone:
+                        end()
+                    return
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        yield
+
+
+def _stamp(layer: Layer, how: str) -> Stamp:
+    return Stamp(layer.filename, how, store.boot_id(), layer.image.size)
+
+
+@contextlib.contextmanager
+def _claimed(found: Manifest, node: Store, holder: str) -> Iterator[None]:
+    """Nothing of it is collected while the rest arrives. It is then as if it was just used."""
+    for layer in found.layers:
+        node.lease(layer.id, holder)
+    try:
+        yield
+    finally:
+        for layer in found.layers:
+            node.release(holder, layer.id)
