@@ -193,6 +193,8 @@ def collect(arguments: argparse.Namespace) -> int:
     from stager import collect as collection
     from stager.schedulers import slurm
 
+    if arguments.nodes:
+        return _collect_elsewhere(arguments)
     if arguments.all_users:
         return _collect_all_users(arguments)
     config = load_config(arguments)

@@ -281,11 +281,15 @@ class Reader:
         return b"".join(pieces)
 
     def greeting(self) -> dict[str, Any] | None:
-        """The node's first line, after whatever its login shell has printed; None at the end."""
+        """The node's first line, after whatever its login shell has printed; None at the end.
+
+        Raises:
+            StagerError: it prints too much.
+        """
         for _ in range(_MAX_NOISE):
             line = self.line()
             if not line:
                 return None
             if line.startswith(b'{"' + GREETING.encode()):
                 return decode(line)
-        return None
+        raise _nonsense(line)

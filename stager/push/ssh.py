@@ -14,6 +14,7 @@ import os
 import re
 import socket
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ _SYSTEM_KNOWN_HOSTS = "/etc/ssh/ssh_known_hosts /etc/ssh/ssh_known_hosts2"
 _MAX_INCLUDES = 16  # as in ssh(1)
 _MAX_HOPS = 8
 _MAX_SAID = 1 << 16
+_FAREWELL = 5.0  # seconds from the end of a command's output to its exit status
 
 
 def _paramiko() -> Any:
@@ -58,6 +60,7 @@ class Network:
         self._lock = threading.Lock()
         self._known: dict[str, Any] = {}
         self._open: set[Connection] = set()
+        self._watched = False
         self.closed = False
 
     def _read_config(self, path: str) -> Any:
@@ -89,8 +92,25 @@ class Network:
             if self.closed:
                 made.close()
                 raise StagerError("interrupted")
+            if not self._watched:
+                self._watched = True
+                threading.Thread(target=self._watch, daemon=True).start()
             self._open.add(made)
         return made
+
+    def _watch(self) -> None:
+        """Close connections that take nothing any more.
+
+        paramiko has a limit for a window that stays closed, and none for a socket that takes no
+        bytes: a node that lost its network would be waited for until TCP gives up.
+        """
+        limit = self._settings.idle_timeout
+        while not self.closed:
+            time.sleep(min(1.0, limit / 4))
+            with self._lock:
+                stuck = [one for one in self._open if one.is_stuck(limit)]
+            for one in stuck:
+                one.close()
 
     def forget(self, connection: Connection) -> None:
         """Close one connection."""
@@ -308,6 +328,7 @@ class Connection:
     _client: Any
     _before: Connection | None
     _settings: Settings
+    _session: Session | None = None
 
     def tunnel(self, host: str, port: int) -> Any:
         """A channel from there to another host."""
@@ -333,7 +354,13 @@ class Connection:
             raise StagerError(
                 f"no command can be started there: {error or 'the connection broke'}", blame=NODE
             ) from error
-        return Session(channel, self._settings.idle_timeout)
+        self._session = Session(channel, self._settings.idle_timeout)
+        return self._session
+
+    def is_stuck(self, limit: float) -> bool:
+        """Whether what we send has not been taken for so many seconds."""
+        since = self._session.sending_since if self._session is not None else None
+        return since is not None and time.monotonic() - since > limit
 
     def close(self) -> None:
         """End it, and what was started there."""
@@ -354,6 +381,7 @@ class Session:
     def __init__(self, channel: Any, idle: float) -> None:
         self._channel = channel
         self._idle = idle
+        self.sending_since: float | None = None
         self.reader = Reader(self._receive)
 
     def send(self, data: bytes | memoryview) -> None:
@@ -363,12 +391,17 @@ class Session:
             BusyError: it takes none.
             BrokenPipeError: it has ended, or the connection broke.
         """
+        started = self.sending_since = time.monotonic()
         try:
             self._channel.sendall(data)
         except socket.timeout as error:
             raise self._silent() from error
         except (OSError, EOFError) as error:
+            if time.monotonic() - started > self._idle:  # we were stuck, and closed it
+                raise self._silent() from error
             raise BrokenPipeError from error
+        finally:
+            self.sending_since = None
 
     def _receive(self, count: int) -> bytes:
         try:
@@ -394,7 +427,8 @@ class Session:
             self._channel.shutdown_write()
 
     def status(self) -> tuple[int, str]:
-        """Wait for its end: its exit status, -1 for none; and what it wrote to standard error."""
+        """Of one that has said its last: its exit status, -1 for none, and its standard error."""
+        self._channel.settimeout(_FAREWELL)
         said = b""
         with contextlib.suppress(socket.timeout, OSError):
             while len(said) < _MAX_SAID:
@@ -402,6 +436,6 @@ class Session:
                 if not more:
                     break
                 said += more
-        known = self._channel.status_event.wait(self._idle)
+        known = self._channel.status_event.wait(_FAREWELL)
         status = self._channel.recv_exit_status() if known else -1
         return status, said.decode(errors="replace")

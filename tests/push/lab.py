@@ -82,9 +82,10 @@ class Host:
 
     def end(self) -> None:
         """End it with everything in it."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
-        self.process.wait()
+        if self.process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            self.process.wait()
 
 
 @dataclass
@@ -141,6 +142,7 @@ class Lab:
             ["unshare", "--net", "--fork", "--kill-child", "sleep", "infinity"],
             env=clean_environ(),
             stdin=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         host = Host(name, "", process, self._inner(process), Path("/nonexistent"))
         self.hosts[name] = host
@@ -192,10 +194,16 @@ class Lab:
             ip link add {port} type veth peer name eth0 netns /proc/{host.pid}/ns/net
             ip link set {port} master br0 up""")  # fmt: skip
 
-    def limit(self, rate: str) -> None:
-        """Limit every link in both directions, with tc-tbf(8); a rate as in ``200mbit``."""
+    def limit(self, rate: str, *names: str) -> None:
+        """Limit links in both directions, with tc-tbf(8).
+
+        Args:
+            rate: as in ``200mbit``.
+            names: hosts; without any, all of them.
+        """
         shape = f"root tbf rate {rate} burst 256k latency 50ms"
-        for host in [self.login, *self.nodes.values()]:
+        chosen = names or ["login", *self.nodes]
+        for host in [self.hosts[name] for name in chosen]:
             host.run("tc", "qdisc", "replace", "dev", "eth0", *shape.split())
             self.switch.run("tc", "qdisc", "replace", "dev", f"to-{host.name}", *shape.split())
 
@@ -242,11 +250,31 @@ class Lab:
         assert done.returncode == status, (done.returncode, done.stdout, done.stderr)
         return done
 
+    def store(self, node: str) -> Path:
+        """A node's store, seen from outside."""
+        return Path(f"/proc/{self.nodes[node].pid}/root/tmp/stager-{os.getuid()}")
+
+    def arriving(self, node: str) -> int:
+        """How many bytes there are of images that are not complete."""
+        return sum(path.stat().st_size for path in self.store(node).glob("tmp/*/*"))
+
+    def receivers(self, node: str) -> list[int]:
+        """The processes that receive on a node, by their numbers here."""
+        space = os.readlink(f"/proc/{self.nodes[node].pid}/ns/pid")
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                words = (process / "cmdline").read_bytes().split(b"\0")
+                if os.readlink(process / "ns/pid") == space and b"receive" in words:
+                    found.append(int(process.name))
+        return found
+
     def trees(self, node: str) -> list[dict[str, Any]]:
         """What a node's store has."""
         found: list[dict[str, Any]] = json.loads(self.on(node, "status", "--json").stdout)["trees"]
         return found
 
     def close(self) -> None:
+        """End all hosts; again does nothing."""
         for host in self.hosts.values():
             host.end()
