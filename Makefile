@@ -18,7 +18,7 @@ WHEEL_SOURCES = $(shell find stager -name __pycache__ -prune -o -print) \
 
 .PHONY: help setup tools lint test test-unit test-hook test-root test-environments test-slurm \
 	test-slurm-24.11 test-push \
-	bench-main comparison demo cluster cluster-down build clean FORCE
+	bench-main bench-push comparison demo cluster cluster-down build clean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -29,6 +29,7 @@ help:
 	@echo 'make lint          ruff, mypy, shellcheck'
 	@echo 'make test-unit     Python and a temporary directory; test-{hook,root,environments,push,slurm}'
 	@echo 'make bench-main    pack and stage against the plain tools; ENV=/path for one of yours'
+	@echo 'make bench-push    push to eight nodes over slow links, flat and as a tree'
 	@echo 'make cluster       a Slurm cluster on this machine; make cluster-down ends it'
 	@echo 'make build         sdist and wheel in dist/'
 	@echo 'make clean         removes everything made here'
@@ -88,6 +89,10 @@ test-slurm-24.11: setup
 # ENV=/path/to/venv measures one of yours.
 bench-main: setup
 	$(VENV)/bin/python tests/benchmarks/main_job.py $(ENV)
+
+# Flat and by way of the nodes, over links that are limited: nodes, MiB, rate.
+bench-push: setup
+	$(VENV)/bin/python tests/benchmarks/push.py 8 64 200mbit
 
 # Writes docs/comparison.md from what comes out.
 comparison: setup

@@ -37,8 +37,7 @@ def push(arguments: argparse.Namespace) -> int:
             published = up_to_date(wish, config, bars)
         finally:
             bars.finish()
-        repository = published.repository
-        parcel = Parcel(published.manifest, published.data, repository.image)
+        parcel = Parcel.of(published)
         name = published.manifest.name
         said = f"stager: pushing `{name}` ({size(parcel.size)}) to {nodes.folded(targets)}"
         board = _Board(said, parcel.size, len(targets))

@@ -51,6 +51,7 @@ class Receiver:
         self._idle = protocol.Settings().idle_timeout
         self._lock = threading.Lock()
         self._ended = threading.Event()
+        self._arrivals = _Arrivals()
         self._gone: list[Callable[[], None]] = []
 
     def run(self) -> int:
@@ -78,9 +79,8 @@ class Receiver:
         node = Store(self._config["store"])
         holder = lease.of_process(os.getpid())
         with self._alive(), _claimed(found, node, holder):
-            received = [self._take(layer, node) for layer in found.layers]
-            if request.share:
-                self._hand_on(request, published, node)
+            with self._handing_on(request, published):
+                received = [self._take(layer, node) for layer in found.layers]
             how = self._stage(request, published, node, holder)
         return how or (store.RECEIVED if any(received) else HAD)
 
@@ -104,6 +104,7 @@ class Receiver:
             node.lock(layer.id, timeout=self._config["stage.timeout"]),
         ):
             if self._has(layer, node):
+                self._arrivals.has(layer, node.image(layer.id))
                 self._answer({"layer": layer.id, "has": True})
                 return False
             path = node.partial(layer.id, layer.filename)
@@ -146,6 +147,7 @@ class Receiver:
         while piece := os.read(fd, _PIECE):  # what an earlier push has brought
             total, offset = zlib.crc32(piece, total), offset + len(piece)
         trees.make_room(layer, MOUNTED, node, self._config, present=offset)
+        self._arrivals.begin(layer, fd, offset)
         self._answer({"layer": layer.id, "send": offset})
         while offset < size:
             piece = self._reader.some(min(_PIECE, size - offset))
@@ -157,6 +159,7 @@ class Receiver:
             view = memoryview(piece)
             while view:
                 view = view[os.write(fd, view) :]
+            self._arrivals.grow(layer, offset)
         if total != layer.image.crc32:
             raise IntegrityError(
                 f"the image arrived damaged: its checksum is {total:08x}, not"
@@ -182,21 +185,41 @@ class Receiver:
         done = staging.stage(published, node, self._config, holder=holder)
         return "" if done.how == HIT else done.how
 
-    def _hand_on(self, request: Request, published: Published, node: Store) -> None:
-        """Serve other nodes from our store."""
-        from stager.push.sending import Parcel, Pusher
-
+    @contextlib.contextmanager
+    def _handing_on(self, request: Request, published: Published) -> Iterator[None]:
+        """Serve other nodes with what arrives, while it arrives; each of them verifies it."""
+        if not request.share:
+            yield
+            return
         try:
+            from stager.push.sending import Parcel, Pusher
             from stager.push.ssh import Network
 
             network = Network(request.settings)
-            self._gone.append(network.close)
-            parcel = Parcel(published.manifest, published.data, lambda one: node.image(one.id))
-            pusher = Pusher(parcel, request.settings, network, self)
-            pusher.check()
-            pusher.relay(request.share)
         except StagerError as error:
             self.note(f"cannot serve other nodes: {error.message}")
+            yield
+            return
+        self._gone.append(network.close)
+        self._arrivals.wanted = True
+        parcel = Parcel(published.manifest, published.data, self._arrivals.open)
+        pusher = Pusher(parcel, request.settings, network, self)
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):  # nobody listens any more
+                pusher.relay(request.share)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        try:
+            yield
+        except BaseException:
+            self._arrivals.fail()
+            network.close()
+            raise
+        finally:
+            thread.join()
+            self._arrivals.close()
 
     # what a Pusher reports
 
@@ -241,6 +264,80 @@ class Receiver:
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()
         yield
+
+
+class _Arrivals:
+    """The images as they arrive, for those who read them meanwhile, where that is wanted."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._files: dict[str, int] = {}
+        self._sizes: dict[str, int] = {}
+        self._failed = False
+        self.wanted = False
+
+    def has(self, layer: Layer, path: str) -> None:
+        """An image was here already; where only the tree is, nobody can be served."""
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            self.fail()
+            return
+        self.begin(layer, fd, layer.image.size)
+        os.close(fd)
+
+    def begin(self, layer: Layer, fd: int, size: int) -> None:
+        """An image begins to arrive; so much of it is there."""
+        if not self.wanted:
+            return
+        with self._changed:
+            self._files[layer.id] = os.dup(fd)  # ours, wherever the file goes
+            self._sizes[layer.id] = size
+            self._changed.notify_all()
+
+    def grow(self, layer: Layer, size: int) -> None:
+        """So much of it is there now."""
+        with self._changed:
+            self._sizes[layer.id] = size
+            self._changed.notify_all()
+
+    def fail(self) -> None:
+        """Nothing more comes."""
+        with self._changed:
+            self._failed = True
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Nobody reads any more."""
+        for fd in self._files.values():
+            os.close(fd)
+
+    @contextlib.contextmanager
+    def open(self, layer: Layer) -> Iterator[_Arrival]:
+        """Read an image that is arriving, or will."""
+        yield _Arrival(self, layer.id)
+
+    def read(self, layer_id: str, offset: int, count: int) -> bytes:
+        """At least one byte from there, once it has come.
+
+        Raises:
+            StagerError: it will not.
+        """
+        with self._changed:
+            while self._sizes.get(layer_id, 0) <= offset:
+                if self._failed:
+                    raise StagerError("the image did not arrive at the node that hands it on")
+                self._changed.wait()
+            count = min(count, self._sizes[layer_id] - offset)
+        return os.pread(self._files[layer_id], count, offset)
+
+
+class _Arrival:
+    def __init__(self, arrivals: _Arrivals, layer_id: str) -> None:
+        self._arrivals, self._layer_id = arrivals, layer_id
+
+    def read(self, offset: int, count: int) -> bytes:
+        return self._arrivals.read(self._layer_id, offset, count)
 
 
 def _stamp(layer: Layer, how: str) -> Stamp:

@@ -3,7 +3,7 @@
 ::
 
     Pusher.push(nodes)
-        tree: K nodes are served, each with a share of the rest that it serves in turn
+        tree: K nodes are served, each with a share of the rest, to which it hands on what arrives
         flat: whoever has not got it by then is served from here, so many at a time
 """
 
@@ -34,11 +34,19 @@ from stager.manifest import Layer, Manifest
 from stager.push import protocol
 from stager.push.protocol import Outcome, Request, Settings
 from stager.push.ssh import Connection, Network, Session
+from stager.repository import Published
 
 _T = TypeVar("_T")
 
 _PIECE = 1 << 20
 _PACKET = 1 << 15  # what OpenSSH's server takes at once
+
+
+class Source(Protocol):
+    """An image that is read."""
+
+    def read(self, offset: int, count: int) -> bytes:
+        """At least one and at most so many bytes from there; waits where they are yet to come."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +56,21 @@ class Parcel:
     Attributes:
         manifest: the environment's.
         data: its bytes, as they are published.
-        image: the path of a layer's image here.
+        open: opens a layer's image.
     """
 
     manifest: Manifest
     data: bytes
-    image: Callable[[Layer], str]
+    open: Callable[[Layer], contextlib.AbstractContextManager[Source]]
+
+    @classmethod
+    def of(cls, published: Published) -> Parcel:
+        """What a repository has."""
+        return cls(
+            published.manifest,
+            published.data,
+            lambda layer: _opened(published.repository.image(layer), layer),
+        )
 
     @property
     def size(self) -> int:
@@ -100,7 +117,9 @@ class Pusher:
             NotFoundError: an image is missing here.
             IntegrityError: an image here has another size than it should have.
         """
-        self.check()
+        for layer in self._parcel.manifest.layers:
+            with self._parcel.open(layer):
+                pass  # told before any node is asked
         left: Sequence[str] = nodes
         if self._settings.tree:
             left = self.relay(nodes)
@@ -121,12 +140,6 @@ class Pusher:
 
         in_parallel(serve, shares, len(shares), self._network)
         return left
-
-    def check(self) -> None:
-        """Look at the images here, before any node is asked."""
-        for layer in self._parcel.manifest.layers:
-            with _opened(self._parcel, layer):
-                pass
 
     # -- one node ----------------------------------------------------------------------------
 
@@ -220,12 +233,9 @@ class _Visit:
         layer = next((one for one in parcel.manifest.layers if one.id == layer_id), None)
         if layer is None or not isinstance(offset, int) or not 0 <= offset <= layer.image.size:
             raise StagerError("the node asks for what was not offered", blame=NODE)
-        with _opened(parcel, layer) as file:
-            file.seek(offset)
+        with parcel.open(layer) as source:
             while offset < layer.image.size:
-                piece = memoryview(file.read(min(_PIECE, layer.image.size - offset)))
-                if not piece:
-                    raise _truncated(parcel.image(layer))
+                piece = memoryview(source.read(offset, _PIECE))
                 for start in range(0, len(piece), _PACKET):
                     packet = bytes(piece[start : start + _PACKET])
                     session.send(packet)
@@ -339,9 +349,19 @@ def split(nodes: Sequence[str], count: int) -> list[list[str]]:
     return [list(nodes[start:end]) for start, end in zip(bounds, bounds[1:])]
 
 
+class _File:
+    def __init__(self, file: IO[bytes], path: str) -> None:
+        self._file, self._path = file, path
+
+    def read(self, offset: int, count: int) -> bytes:
+        piece = os.pread(self._file.fileno(), count, offset)
+        if not piece:
+            raise _truncated(self._path)
+        return piece
+
+
 @contextlib.contextmanager
-def _opened(parcel: Parcel, layer: Layer) -> Iterator[IO[bytes]]:
-    path = parcel.image(layer)
+def _opened(path: str, layer: Layer) -> Iterator[Source]:
     try:
         file = open(path, "rb", buffering=0)  # noqa: SIM115 - below
     except FileNotFoundError as error:
@@ -353,7 +373,7 @@ def _opened(parcel: Parcel, layer: Layer) -> Iterator[IO[bytes]]:
     with file:
         if os.fstat(file.fileno()).st_size != layer.image.size:
             raise _truncated(path)
-        yield file
+        yield _File(file, path)
 
 
 def _truncated(path: str) -> IntegrityError:

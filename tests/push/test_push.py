@@ -329,6 +329,33 @@ def test_whoever_cannot_be_reached_through_others_is_reached_directly(lab: Lab) 
     assert [one["nodes"] for one in said["failed"]] == ["node3"]
 
 
+def test_a_node_that_fails_while_it_serves_others_is_gone_on_without(lab: Lab) -> None:
+    """It, and whom it served, get from others what they have not got yet."""
+    lab.limit("10mbit", "login")
+    push = start(lab, "--tree=1", nodes="node[1-3]")
+    in_the_middle(lab, "node2")
+    for process in lab.receivers("node1"):
+        os.kill(process, signal.SIGKILL)
+    out, err = push.communicate()
+    assert push.returncode == 0, err
+    said = json.loads(out)
+    assert {one["how"] for one in said["nodes"].values()} == {"received"}
+    via = {node: one["via"] for node, one in said["nodes"].items()}
+    assert via == {"node1": "", "node2": "", "node3": "node2"}
+    assert all(said["nodes"][node]["sent"] < size(lab) for node in ("node1", "node2"))
+
+
+def test_a_node_that_has_only_the_tree_serves_nobody(lab: Lab) -> None:
+    pack(lab, "--format", "tar.zst", name="archive")
+    lab.push(nodes="node1", ref="archive")
+    said = lab.push("--tree=1", ref="archive")
+    assert how(said) == {
+        "node1": ("had", 0),
+        **dict.fromkeys(("node2", "node3", "node4"), ("extracted", size(lab, "archive"))),
+    }
+    assert {one["via"] for one in said["nodes"].values()} == {""}
+
+
 # Other verbs on nodes
 
 
