@@ -46,6 +46,8 @@ def lab(new_lab: Callable[[int], Lab]) -> Iterator[Lab]:
 def pack(lab: Lab, *options: str, name: str = "it", ballast: int = BALLAST) -> None:
     """Publish a small environment as `name`."""
     prefix = tiny.environment(lab.home / "envs" / name)
-    data = random.Random(name).randbytes(ballast)
-    (prefix / tiny.SITE / "ballast.bin").write_bytes(data)
+    with (prefix / tiny.SITE / "ballast.bin").open("wb") as file:
+        source = random.Random(name)
+        for start in range(0, ballast, 1 << 20):
+            file.write(source.randbytes(min(1 << 20, ballast - start)))
     lab.stager("pack", prefix, "--name", name, *options)
