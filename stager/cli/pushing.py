@@ -129,6 +129,7 @@ class _Board:
         self._task: Any = None
         self._sent: dict[str, int] = {}
         self._notes: set[str] = set()
+        self._drawn = 0.0
 
     def __enter__(self) -> _Board:
         if not self._draw:
@@ -164,7 +165,9 @@ class _Board:
         return text
 
     def _update(self) -> None:
-        if self._bar is not None:
+        now = time.monotonic()
+        if self._bar is not None and now - self._drawn > 0.1:
+            self._drawn = now
             # A node that is done, or will not be, has nothing left to wait for.
             over = {one.node for one in self.outcomes}
             going = sum(each for node, each in self._sent.items() if node not in over)

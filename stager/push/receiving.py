@@ -253,7 +253,8 @@ class Receiver:
         """Say something now and then: waiting for a lock or extracting may take a while."""
 
         def beat() -> None:
-            while not self._ended.wait(max(0.05, self._idle / 4)):
+            # Often, for it is also how one notices that the pusher has gone.
+            while not self._ended.wait(min(2.0, self._idle / 4)):
                 try:
                     self._answer({"alive": time.monotonic()})
                 except OSError:  # nobody listens any more

@@ -27,7 +27,8 @@ from typing import Any
 from environments import REPO, VENV, clean_environ, run
 from workbench import until
 
-SSHD = "/usr/sbin/sshd"
+_WITH_US = ("setpriv", "--pdeathsig=KILL")
+"""A host ends when its tests are killed."""
 
 # $1 work directory, $2 address, $3... directories to keep when /tmp and /run are the node's own
 _NODE = """
@@ -139,7 +140,7 @@ class Lab:
     def _bare(self, name: str) -> Host:
         """A host that has only a network of its own."""
         process = subprocess.Popen(
-            ["unshare", "--net", "--fork", "--kill-child", "sleep", "infinity"],
+            [*_WITH_US, "unshare", "--net", "--fork", "--kill-child", "sleep", "infinity"],
             env=clean_environ(),
             stdin=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -165,9 +166,9 @@ class Lab:
             f"SetEnv HOME={self.home} {' '.join(self._variables())}\n"
         )
         log = (work / "log").open("ab")
-        keep = [str(REPO), str(self.root), str(Path(sys.executable).parent.parent)]
+        keep = [str(REPO), str(self.root), sys.base_prefix]
         process = subprocess.Popen(
-            ["unshare", "--net", "--mount", "--propagation=private", "--pid", "--fork",
+            [*_WITH_US, "unshare", "--net", "--mount", "--propagation=private", "--pid", "--fork",
              "--kill-child", "sh", "-c", _NODE, "sh", work, address, *keep],
             env=clean_environ(),
             stdin=subprocess.DEVNULL,

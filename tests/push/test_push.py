@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -242,6 +243,42 @@ def test_an_interruption_ends_all_and_what_arrived_is_kept(lab: Lab) -> None:
     arrived = {name: lab.arriving(name) for name in lab.nodes}
     expected = {name: ("received", size(lab) - arrived[name]) for name in lab.nodes}
     assert how(lab.push()) == expected
+
+
+def test_an_interruption_ends_those_who_hand_on(lab: Lab) -> None:
+    lab.limit("2mbit", "node4")  # the last one
+    push = start(lab, "--tree=1", nodes="node[1-4]")
+    in_the_middle(lab, "node4")
+    until("node3 has it and only hands it on", lambda: has_image(lab, "node3"))
+    push.send_signal(signal.SIGINT)
+    assert push.communicate()[0] == ""
+    assert push.returncode == 130
+    for name in lab.nodes:
+        until("the receiver ends", lambda name=name: not lab.receivers(name))
+    assert not has_image(lab, "node4")
+
+
+def test_a_terminal_shows_how_far_it_is(lab: Lab) -> None:
+    lab.limit("20mbit", "login")
+    ours, theirs = os.openpty()
+    push = subprocess.Popen(
+        lab.command(*lab.push_words(nodes="node[1-2]")),
+        env=lab.environ(TERM="xterm", COLUMNS="120"),
+        cwd="/",
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # EIO: the other end is closed
+        while piece := os.read(ours, 1 << 16):
+            shown += piece
+    os.close(ours)
+    assert push.wait() == 0
+    assert b"sending to node[1-2]" in shown
+    assert b"/6.3 MB" in shown
+    assert b"2 of 2 nodes have `it`" in shown
 
 
 def test_two_pushes_at_once_send_it_once(lab: Lab) -> None:
