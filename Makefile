@@ -17,9 +17,8 @@ WHEEL_SOURCES = $(shell find stager -name __pycache__ -prune -o -print) \
 	pyproject.toml $(wildcard README.md LICENSE)
 
 .PHONY: help setup tools lint test test-unit test-hook test-root test-environments test-slurm \
-	test-pbs \
-	test-slurm-24.11 \
-	bench-main comparison demo cluster cluster-down build clean FORCE
+	test-pbs test-push test-slurm-24.11 \
+	bench-main bench-push comparison demo cluster cluster-down build clean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -28,8 +27,9 @@ help:
 	@echo 'make demo          the tour: pack, stage, run'
 	@echo 'make test          lint and every tier of tests'
 	@echo 'make lint          ruff, mypy, shellcheck'
-	@echo 'make test-unit     Python and a temporary directory; test-{hook,root,environments,slurm,pbs}'
+	@echo 'make test-unit     Python and a temporary directory; test-{hook,root,environments,push,slurm,pbs}'
 	@echo 'make bench-main    pack and stage against the plain tools; ENV=/path for one of yours'
+	@echo 'make bench-push    push to eight nodes over slow links, flat and as a tree'
 	@echo 'make cluster       a Slurm cluster on this machine; make cluster-down ends it'
 	@echo 'make build         sdist and wheel in dist/'
 	@echo 'make clean         removes everything made here'
@@ -60,7 +60,7 @@ lint: setup
 	echo shellcheck -x $$files; \
 	shellcheck -x $$files
 
-test: lint test-unit test-hook test-root test-environments test-slurm test-pbs
+test: lint test-unit test-hook test-root test-environments test-push test-slurm test-pbs
 
 test-unit: setup
 	$(PYTEST) -m unit
@@ -73,6 +73,9 @@ test-root: setup
 
 test-environments: setup
 	$(PYTEST) -m environments
+
+test-push: setup
+	$(PYTEST) -m push
 
 test-slurm: setup
 	tests/cluster/cluster setup
@@ -90,6 +93,10 @@ test-slurm-24.11: setup
 # ENV=/path/to/venv measures one of yours.
 bench-main: setup
 	$(VENV)/bin/python tests/benchmarks/main_job.py $(ENV)
+
+# Flat and by way of the nodes, over links that are limited: nodes, MiB, rate.
+bench-push: setup
+	$(VENV)/bin/python tests/benchmarks/push.py 8 64 200mbit
 
 # Writes docs/comparison.md from what comes out.
 comparison: setup

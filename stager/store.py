@@ -2,7 +2,7 @@
 
 ::
 
-    images/<layer id>        the copy of a squashfs image that is mounted, complete and verified
+    images/<layer id>        the copy of an image that is mounted, or was pushed; verified
     envs/<layer id>/         a mounted or extracted tree; its path is what was rewritten into it
     ready/<layer id>         the stamp of a complete tree, written last; JSON
     leases/<layer id>/<who>  claims that protect a tree from collection
@@ -32,7 +32,7 @@ FORMAT = 1
 _ROOMS = ("images", "envs", "ready", "leases", "locks", "tmp")
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
-MOUNTED, EXTRACTED = "mounted", "extracted"
+MOUNTED, EXTRACTED, RECEIVED = "mounted", "extracted", "received"
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Stamp:
 
     Attributes:
         image: the file name of the image it was made from.
-        how: :data:`MOUNTED` or :data:`EXTRACTED`.
+        how: :data:`MOUNTED`, :data:`EXTRACTED`; or :data:`RECEIVED` where there is no tree yet, but
+            its image, verified.
         boot: the boot it was made in; after another one nothing is trusted unverified.
         size: bytes it takes in the store.
         format: version of the store's format.
@@ -102,7 +103,7 @@ class Store:
         namespace holds.
         """
         stamp = self.stamp(layer_id)
-        if stamp is None or stamp.boot != boot_id():
+        if stamp is None or stamp.boot != boot_id() or stamp.how == RECEIVED:
             return None
         tree = self.tree(layer_id)
         if stamp.how == MOUNTED:
@@ -147,6 +148,26 @@ class Store:
         fsutil.remove_tree(path)
         os.mkdir(path, 0o700)
         return path
+
+    def partial(self, layer_id: str, name: str) -> str:
+        """Where an image arrives piece by piece; what came in this boot is kept. Needs the lock."""
+        directory = os.path.join(self.root, "tmp", layer_id)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(directory, 0o700)
+        return os.path.join(directory, f"{name}-{boot_id()[:8]}")
+
+    def place(self, layer_id: str, path: str, stamp: Stamp) -> None:
+        """Take in a verified image, for a tree to be made of it later. Needs the lock.
+
+        Args:
+            layer_id: the tree.
+            path: the image, in this store.
+            stamp: names the image; from here on it is not verified again in this boot.
+        """
+        self.withdraw(layer_id)
+        os.rename(path, self.image(layer_id))
+        self.set_ready(layer_id, stamp)
+        fsutil.remove_tree(os.path.dirname(path))
 
     def set_ready(self, layer_id: str, stamp: Stamp) -> None:
         """Write the stamp: from here on the tree is taken for complete. Needs the lock."""

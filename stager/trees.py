@@ -41,32 +41,37 @@ def make(
     published: Published, layer: Layer, node: Store, config: Config, progress: Progress | None
 ) -> str:
     """Make one tree, holding its lock; returns how."""
+    from stager import transfer  # a warm start does without
+
     moved = layer.destination != node.tree(layer.id)
-    how = _choose(layer, config["stage.how"], moved, progress)
+    how = choose(layer, config["stage.how"], moved, progress)
     trusted = node.stamp(layer.id)
     # What an interrupted run left is not looked at; an image of another boot is verified again.
     verified = (
         trusted is not None and trusted.boot == store.boot_id() and trusted.image == layer.filename
     )
     node.clear(layer.id)
-    make_room(layer, how, node, config)
     tree, image = node.tree(layer.id), node.image(layer.id)
+    here = os.path.exists(image) and (verified or transfer.is_image(image, layer.image))
+    make_room(layer, how, node, config, present=layer.image.size if here else 0)
     workspace = node.workspace(layer.id)
     try:
         if layer.image.format == "squashfs":
-            if not (verified and os.path.exists(image)):
+            if not here:
                 fetch(published, layer, node, workspace, progress)
             if how == MOUNTED and not _mounted(image, tree, config["stage.how"], progress):
                 how = EXTRACTED
-                make_room(layer, how, node, config)
+                make_room(layer, how, node, config, present=layer.image.size)
             if how == EXTRACTED:
                 squashfs.extract(image, os.path.join(workspace, "tree"))
                 os.unlink(image)
         else:
             allowed = _links_out(published.manifest, layer, config["local_prefixes"])
-            source = published.repository.image(layer)
+            source = image if here else published.repository.image(layer)
             advance = progress.copying(layer.origin, layer.image.size) if progress else None
             _extract_archive(source, layer, os.path.join(workspace, "tree"), allowed, advance)
+            if here:
+                os.unlink(image)
         if how == EXTRACTED:
             if moved:
                 from stager import retarget
@@ -173,7 +178,7 @@ def _extract_archive(
         ) from error
 
 
-def _choose(layer: Layer, wanted: str, moved: bool, progress: Progress | None) -> str:
+def choose(layer: Layer, wanted: str, moved: bool, progress: Progress | None = None) -> str:
     """How to make a tree here: what is asked for, else what works, mounting first."""
     if layer.image.format != "squashfs":
         if wanted == "mount":
@@ -198,9 +203,23 @@ def _choose(layer: Layer, wanted: str, moved: bool, progress: Progress | None) -
     return EXTRACTED
 
 
-def make_room(layer: Layer, how: str, node: Store, config: Config) -> None:
-    """Make sure that there is space for a tree, evicting unclaimed ones where needed."""
-    size = layer.image.size if how == MOUNTED else layer.size + layer.image.size
+def make_room(layer: Layer, how: str, node: Store, config: Config, *, present: int = 0) -> None:
+    """Make sure that there is space for a tree, evicting unclaimed ones where needed.
+
+    Args:
+        layer: what the tree is of.
+        how: mounted, or extracted.
+        node: the store.
+        config: bounds of the store.
+        present: bytes of the image that are in the store already.
+
+    Raises:
+        NoSpaceError: there is not.
+        IncompatibleError: nothing could be run from there.
+    """
+    size = layer.image.size - present
+    if how == EXTRACTED:
+        size += layer.size
     files = 0 if how == MOUNTED else layer.files
     if how == EXTRACTED and os.statvfs(node.root).f_flag & os.ST_NOEXEC:
         raise IncompatibleError(

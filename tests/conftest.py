@@ -25,7 +25,7 @@ import environments
 import stager
 from environments import REPO, VENV, Environment, Workshop
 
-TIERS = ("unit", "hook", "root", "environments", "slurm", "pbs", "benchmarks")
+TIERS = ("unit", "hook", "root", "environments", "slurm", "pbs", "push", "benchmarks")
 SESSIONS = "stager-tests-"
 """How the directory of a session is named; another session may be running beside this one."""
 SESSION_VARIABLE = "TESTING_DIRECTORY"
@@ -99,7 +99,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("root") and os.geteuid() != 0:
+    needs_root = item.get_closest_marker("root") or item.get_closest_marker("push")
+    if needs_root and os.geteuid() != 0:
         pytest.fail("this tier needs root", pytrace=False)
 
 

@@ -42,6 +42,9 @@ zstd zstd
 bsdtar libarchive-tools
 pgrep procps
 strace strace
+/usr/sbin/sshd openssh-server
+ssh openssh-client
+ip iproute2
 shellcheck shellcheck
 busybox busybox
 dash dash

@@ -19,8 +19,8 @@ examples:
   stage-run --env torch python t.py  run from a node-local copy
   eval "$(stager activate torch)"    the same for this shell
 
-exit codes: 0 ok, 1 failed, 2 usage, 10 not found, 11 busy or timed out, 12 integrity,
-13 no space, 14 permission, 15 cannot run on this machine, 130 interrupted
+exit codes: 0 ok, 1 failed, 2 usage, 3 some nodes failed, 10 not found, 11 busy or timed out,
+12 integrity, 13 no space, 14 permission, 15 cannot run on this machine, 130 interrupted
 """
 
 
@@ -189,7 +189,64 @@ def _parser() -> argparse.ArgumentParser:
     collect.add_argument("--max-size", metavar="SIZE")
     collect.add_argument("--min-free", metavar="SIZE")
     as_json(collect)
-    as_json(verb("status", "staging", "Show what is staged on this node.", store=True))
+    status = verb("status", "staging", "Show what is staged on this node, or others.", store=True)
+    as_json(status)
+
+    def on_nodes(command: argparse.ArgumentParser, *, required: bool = False) -> None:
+        command.add_argument(
+            "-w", "--nodes", metavar="NODES", required=required,
+            help="nodes to reach by ssh: node[01-64], a,b, @group",
+        )  # fmt: skip
+        command.add_argument("--fanout", metavar="N", type=int, default=32, help="nodes at a time")
+        command.add_argument(
+            "--min-success",
+            metavar="N|P%",
+            default="100%",
+            help="nodes that must succeed for exit status 0",
+        )
+        command.add_argument("--connect-timeout", metavar="DURATION", default="10s")
+        command.add_argument(
+            "--idle-timeout", metavar="DURATION", default="60s", help="longest silence of a node"
+        )
+        command.add_argument(
+            "--remote-stager", metavar="COMMAND", default="stager", help="stager on the nodes"
+        )
+        command.add_argument("--ssh-config", metavar="FILE", help="instead of ~/.ssh/config")
+
+    on_nodes(collect)
+    on_nodes(status)
+    push = verb("push", "pushing", "Send an environment to nodes, ahead of their jobs.", store=True)
+    push.add_argument("ref", nargs="?", metavar="REF")
+    on_nodes(push, required=True)
+    push.add_argument(
+        "--tree",
+        metavar="K",
+        nargs="?",
+        type=int,
+        const=2,
+        help="serve K nodes (2), each of which serves a share of the others",
+    )
+    push.add_argument(
+        "--forward-agent", action="store_true", help="with --tree: lend nodes the ssh agent"
+    )
+    then = push.add_mutually_exclusive_group()
+    then.add_argument(
+        "--stage",
+        action="store_const",
+        const="everything",
+        default="lasting",
+        help="stage on the nodes, mounts too; default: extract where that will be needed",
+    )
+    then.add_argument(
+        "--no-stage",
+        dest="stage",
+        action="store_const",
+        const="nothing",
+        help="only put the images into the stores",
+    )
+    push.add_argument("--on-stale", choices=("repack", "warn", "fallback"))
+    as_json(push)
+    verb("receive", "pushing", "Take in what a push sends: what push starts.", store=True)
 
     verify = verb(
         "verify", "verifying", "Import from the staged tree, tracing every open.", store=True

@@ -6,6 +6,8 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Iterable
+from typing import Any
 
 from stager import activate as activation
 from stager import allocation, envpatch, lease, lookup, schedulers, together
@@ -16,7 +18,7 @@ from stager.errors import StagerError
 from stager.ref import Ref
 from stager.repository import Published
 from stager.schedulers import Allocation
-from stager.store import Store
+from stager.store import RECEIVED, Store
 
 
 def prepare(
@@ -44,7 +46,7 @@ def prepare(
     bars = Bars(quiet=quiet)
     try:
         wishes = lookup.wanted(text, os.environ)
-        found = [_up_to_date(wish, config, bars, quiet=quiet) for wish in wishes]
+        found = [up_to_date(wish, config, bars, quiet=quiet) for wish in wishes]
         together.require([published.manifest for published in found])
         if everywhere is not None:
             from stager import keeper
@@ -66,7 +68,18 @@ def prepare(
         bars.finish()
 
 
-def _up_to_date(wish: Ref, config: Config, bars: Bars, *, quiet: bool) -> Published:
+def up_to_date(wish: Ref, config: Config, bars: Bars, *, quiet: bool = False) -> Published:
+    """Find an environment, and bring it up to date where that is the policy.
+
+    Args:
+        wish: what the user named.
+        config: see :mod:`stager.config`.
+        bars: told how far it is.
+        quiet: no warnings.
+
+    Raises:
+        StagerError: it is not published, or has changed and must not be used then.
+    """
     published, changes = lookup.fresh(wish, config, progress=bars)
     if changes and config["stage.on_stale"] == "fallback":
         raise StagerError(
@@ -178,6 +191,8 @@ def collect(arguments: argparse.Namespace) -> int:
     """Evict trees."""
     from stager import collect as collection
 
+    if arguments.nodes:
+        return _collect_elsewhere(arguments)
     if arguments.all_users:
         return _collect_all_users(arguments)
     config = load_config(arguments)
@@ -191,8 +206,30 @@ def collect(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json({"trees": [*result.trees], "freed": result.size, "leases": result.leases})
     else:
-        say(f"stager: evicted {count(len(result.trees), 'tree')}, freed {size(result.size)}")
+        say(f"stager: {_evicted(len(result.trees), result.size)}")
     return 0
+
+
+def _evicted(trees: int, freed: int) -> str:
+    return f"evicted {count(trees, 'tree')}, freed {size(freed)}"
+
+
+def _collect_elsewhere(arguments: argparse.Namespace) -> int:
+    from stager.cli import pushing
+
+    words = ["collect"]
+    for option in ("--all", "--all-users"):
+        words += [option] * getattr(arguments, option[2:].replace("-", "_"))
+    for option in ("--max-size", "--min-free"):
+        value = getattr(arguments, option[2:].replace("-", "_"))
+        words += [option, value] if value is not None else []
+
+    def shown(answer: dict[str, Any]) -> str:
+        if "users" in answer:
+            return f"evicted {sum(max(0, one) for one in answer['users'].values())} trees"
+        return _evicted(len(answer["trees"]), answer["freed"])
+
+    return pushing.everywhere(arguments, words, shown)
 
 
 def _collect_all_users(arguments: argparse.Namespace) -> int:
@@ -217,9 +254,13 @@ def _collect_all_users(arguments: argparse.Namespace) -> int:
 
 def status(arguments: argparse.Namespace) -> int:
     """Show what is in the store."""
+    if arguments.nodes:
+        from stager.cli import pushing
+
+        return pushing.everywhere(arguments, ["status"], lambda one: "\n".join(_status(one)))
     config = load_config(arguments)
     node = Store(config["store"])
-    entries = []
+    entries: list[dict[str, Any]] = []
     for held in node.held():
         ready = node.ready(held.id) is not None
         entries.append(
@@ -239,16 +280,28 @@ def status(arguments: argparse.Namespace) -> int:
         print_json({"store": node.root, "free": node.free(), "trees": entries})
         return 0
     print(f"store {node.root}: {size(node.size())} used, {size(node.free())} free")
-    rows = [
-        [
-            str(one["id"]),
-            str(one["how"]) + ("" if one["ready"] else " (not usable)"),
-            size(int(str(one["size"]))),
-            str(sum(held[1] for held in dict(one["leases"]).items())),  # type: ignore[call-overload]
-            time.strftime("%Y-%m-%d %H:%M", time.localtime(float(str(one["used"])))),
-        ]
-        for one in entries
-    ]
-    for line in table(rows, ["TREE", "STATE", "SIZE", "CLAIMS", "LAST USED"]):
+    for line in _trees(entries, used=True):
         print(line)
     return 0
+
+
+def _status(answer: dict[str, Any]) -> Iterable[str]:
+    """What a node has, without what differs on each: when it was used, how much is free."""
+    yield f"store {answer['store']}"
+    yield from _trees(answer["trees"], used=False)
+
+
+def _trees(entries: list[dict[str, Any]], *, used: bool) -> Iterable[str]:
+    rows = []
+    for one in entries:
+        usable = one["ready"] or one["how"] == RECEIVED  # an image for the next stage
+        row = [
+            one["id"],
+            one["how"] + ("" if usable else " (not usable)"),
+            size(one["size"]),
+            str(sum(one["leases"].values())),
+        ]
+        if used:
+            row.append(time.strftime("%Y-%m-%d %H:%M", time.localtime(one["used"])))
+        rows.append(row)
+    return table(rows, ["TREE", "STATE", "SIZE", "CLAIMS", *(["LAST USED"] if used else [])])

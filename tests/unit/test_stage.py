@@ -35,7 +35,7 @@ from stager.errors import (
 from stager.formats import squashfs, tarzst
 from stager.formats.tarzst import extracting
 from stager.manifest import Layer, Manifest
-from stager.repository import Published
+from stager.repository import Published, Repository
 from stager.stage import EXTRACTED, HIT, Staged
 from stager.store import Store
 
@@ -545,6 +545,56 @@ def test_a_python_that_does_not_end(site: Site, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(subprocess, "run", expire)
     with pytest.raises(IncompatibleError, match="does not end"):
         stage.stage(published, node, site.config, holder=ME)
+
+
+# Images that were sent ahead
+
+
+def sent_ahead(site: Site, format: str, *, boot: str = "") -> Published:
+    """Put the image into the store as a push does; what is returned has no repository."""
+    published = site.published[format]
+    layer, node = published.manifest.top, site.node
+    with node.lock(layer.id, timeout=1):
+        arrived = node.partial(layer.id, layer.filename)
+        shutil.copy(published.repository.image(layer), arrived)
+        boot = boot or store.boot_id()
+        node.place(layer.id, arrived, store.Stamp(layer.filename, store.RECEIVED, boot, 1))
+    return Published(published.manifest, published.data, Repository("/nonexistent"))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_image_that_was_sent_ahead_is_used_and_not_verified_again(
+    site: Site, format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published, node = sent_ahead(site, format), site.node
+    assert node.ready(site.layer.id) is None
+
+    def verify(*_: object) -> bool:
+        raise AssertionError("it was verified when it arrived")
+
+    monkeypatch.setattr(transfer, "is_image", verify)
+    assert works(stage.stage(published, node, site.config, holder=ME))
+    assert not os.path.exists(node.image(site.layer.id))  # it is extracted now
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_after_a_reboot_an_image_that_was_sent_ahead_is_verified(site: Site, format: str) -> None:
+    published, node = sent_ahead(site, format, boot="another"), site.node
+    flip(Path(node.image(site.layer.id)))
+    with pytest.raises(NotFoundError):  # the damaged one is not used
+        stage.stage(published, node, site.config, holder=ME)
+    published = sent_ahead(site, format, boot="another")
+    assert works(stage.stage(published, node, site.config, holder=ME))
+
+
+def test_no_room_is_asked_for_an_image_that_is_there(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes its space already: the tree has to fit beside it, not a second copy."""
+    published, node = sent_ahead(site, "squashfs"), site.node
+    assert site.layer.size < 4096 <= site.layer.image.size
+    monkeypatch.setattr(os, "statvfs", Disk(site, room=(16 << 20) + 4096))
+    assert works(stage.stage(published, node, site.config, holder=ME))
 
 
 # Space

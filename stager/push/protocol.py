@@ -1,0 +1,295 @@
+"""What pusher and node say to each other. The protocol: ``docs/formats/push.md``.
+
+Both sides speak JSON objects, one on each line; the bytes of the manifest and of images go between
+them, in the numbers that the lines tell. Nothing here reads or writes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Callable
+
+import stager
+from stager.errors import (
+    NODE,
+    SITE,
+    BusyError,
+    DeniedError,
+    IncompatibleError,
+    IntegrityError,
+    NoSpaceError,
+    NotFoundError,
+    StagerError,
+    UsageError,
+)
+
+VERSION = 1
+GREETING = "stager-push"
+"""The key of the node's first line; what the login shell prints before it is passed over."""
+
+MAX_LINE = 1 << 20
+MAX_MANIFEST = 64 << 20
+_MAX_NOISE = 1000
+
+LASTING, EVERYTHING, NOTHING = "lasting", "everything", "nothing"
+"""What the node does with complete images: what lasts without a process (extracting), all of
+``stager stage``, or nothing."""
+
+_KINDS: tuple[type[StagerError], ...] = (
+    UsageError,
+    NotFoundError,
+    BusyError,
+    IntegrityError,
+    NoSpaceError,
+    DeniedError,
+    IncompatibleError,
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to reach nodes, and what is wanted of them. Nodes that hand images on get the same.
+
+    Attributes:
+        remote: the command that is stager on a node, for its shell.
+        store: the store there; empty is the one that it is configured to use.
+        stage: :data:`LASTING`, :data:`EVERYTHING` or :data:`NOTHING`.
+        fanout: nodes that are served at the same time.
+        tree: how many nodes each serves before they serve others; 0 is all.
+        ssh_config: the configuration of the ssh client; empty is the user's.
+        connect_timeout: seconds until a node must have let us in.
+        idle_timeout: seconds for which either side may be silent.
+        forward_agent: let nodes use the agent to reach others.
+    """
+
+    remote: str = "stager"
+    store: str = ""
+    stage: str = LASTING
+    fanout: int = 32
+    tree: int = 0
+    ssh_config: str = ""
+    connect_timeout: float = 10.0
+    idle_timeout: float = 60.0
+    forward_agent: bool = False
+
+
+@dataclass(frozen=True)
+class Request:
+    """The pusher's first line; the manifest follows it.
+
+    Attributes:
+        size: bytes of the manifest.
+        digest: their sha256.
+        settings: see :class:`Settings`.
+        share: the nodes that this one is to serve when it has the images.
+    """
+
+    size: int
+    digest: str
+    settings: Settings
+    share: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one node.
+
+    Attributes:
+        node: its name.
+        how: ``had`` (nothing was sent), ``received``, ``extracted``, ``mounted``; empty where it
+            failed.
+        sent: bytes of images that went there.
+        seconds: how long it took.
+        via: the node that served it; empty is ours.
+        error: why it failed, or empty.
+        hint: what to do about it.
+        blame: whose fault it is, see :mod:`stager.errors`.
+        code: the exit code of that error.
+    """
+
+    node: str
+    how: str = ""
+    sent: int = 0
+    seconds: float = 0.0
+    via: str = ""
+    error: str = ""
+    hint: str = ""
+    blame: str = ""
+    code: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """Whether the node has it."""
+        return not self.code
+
+    @classmethod
+    def failed(cls, node: str, error: StagerError, *, sent: int = 0) -> Outcome:
+        """Of a node that failed."""
+        return cls(node, sent=sent, **told(error))
+
+    def through(self, node: str) -> Outcome:
+        """The same, told by the node that served it."""
+        return replace(self, via=self.via or node)
+
+
+def encode(message: Mapping[str, Any]) -> bytes:
+    """One line."""
+    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
+
+
+def decode(line: bytes) -> dict[str, Any]:
+    """Read one line.
+
+    Raises:
+        StagerError: it is none of the protocol's.
+    """
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise _nonsense(line) from error
+    if not isinstance(message, dict):
+        raise _nonsense(line)
+    return message
+
+
+def _nonsense(line: bytes) -> StagerError:
+    shown = line[:80].decode(errors="replace").strip()
+    return StagerError(
+        f"the other side does not speak the protocol: {shown!r}",
+        hint="something else writes to standard output there",
+    )
+
+
+def greeting() -> dict[str, Any]:
+    """The node's first line."""
+    return {GREETING: VERSION, "stager": stager.__version__}
+
+
+def check_greeting(message: Mapping[str, Any]) -> None:
+    """Refuse a node that speaks another version.
+
+    Raises:
+        IncompatibleError: it does.
+    """
+    if message[GREETING] != VERSION:
+        raise IncompatibleError(
+            f"the node's stager {message.get('stager')} speaks version {message[GREETING]} of the"
+            f" protocol, this one ({stager.__version__}) version {VERSION}",
+            hint="install the same stager on both, or name another with --remote-stager",
+            blame=SITE,
+        )
+
+
+def request(value: Request) -> dict[str, Any]:
+    """The pusher's first line."""
+    return {"request": VERSION, **asdict(value)}
+
+
+def read_request(message: Mapping[str, Any]) -> Request:
+    """Read the pusher's first line.
+
+    Raises:
+        StagerError: it is none.
+    """
+    try:
+        settings = Settings(**message["settings"])
+        share = tuple(str(node) for node in message["share"])
+        found = Request(int(message["size"]), str(message["digest"]), settings, share)
+    except (KeyError, TypeError, ValueError) as error:
+        raise _nonsense(json.dumps(message).encode()) from error
+    if not 0 < found.size <= MAX_MANIFEST:
+        raise _nonsense(json.dumps(message).encode())
+    return found
+
+
+def told(error: StagerError) -> dict[str, Any]:
+    """An error, as a message and in an :class:`Outcome`."""
+    return {
+        "error": error.message,
+        "hint": error.hint or "",
+        "blame": error.blame,
+        "code": error.exit_code,
+    }
+
+
+def raised(message: Mapping[str, Any]) -> StagerError:
+    """The error that the other side told of."""
+    code = message.get("code")
+    kind = next((one for one in _KINDS if one.exit_code == code), StagerError)
+    hint, blame = str(message.get("hint", "")), str(message.get("blame", NODE))
+    return kind(str(message["error"]), hint=hint or None, blame=blame)
+
+
+def outcome(message: Mapping[str, Any]) -> Outcome:
+    """Read what a node tells of another.
+
+    Raises:
+        StagerError: it is none.
+    """
+    try:
+        return Outcome(**message)
+    except TypeError as error:
+        raise _nonsense(json.dumps(message).encode()) from error
+
+
+@dataclass
+class Reader:
+    """Lines, and bytes between them, from anything that is read piece by piece.
+
+    Args:
+        receive: gives at most so many bytes, and none at the end.
+    """
+
+    receive: Callable[[int], bytes]
+    _buffer: bytes = field(default=b"", init=False)
+
+    def line(self) -> bytes:
+        """The next line; an empty one is the end.
+
+        Raises:
+            StagerError: it is too long to be one of the protocol's.
+        """
+        while b"\n" not in self._buffer:
+            if len(self._buffer) > MAX_LINE:
+                raise _nonsense(self._buffer)
+            more = self.receive(1 << 16)
+            if not more:
+                line, self._buffer = self._buffer, b""
+                return line if line.endswith(b"\n") else b""
+            self._buffer += more
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return line + b"\n"
+
+    def some(self, count: int) -> bytes:
+        """At most so many of the next bytes; none at the end."""
+        if self._buffer:
+            piece, self._buffer = self._buffer[:count], self._buffer[count:]
+            return piece
+        return self.receive(count)
+
+    def exactly(self, count: int) -> bytes:
+        """So many bytes, or fewer at the end."""
+        pieces = []
+        while count:
+            piece = self.some(count)
+            if not piece:
+                break
+            pieces.append(piece)
+            count -= len(piece)
+        return b"".join(pieces)
+
+    def greeting(self) -> dict[str, Any] | None:
+        """The node's first line, after whatever its login shell has printed; None at the end.
+
+        Raises:
+            StagerError: it prints too much.
+        """
+        for _ in range(_MAX_NOISE):
+            line = self.line()
+            if not line:
+                return None
+            if line.startswith(b'{"' + GREETING.encode()):
+                return decode(line)
+        raise _nonsense(line)
