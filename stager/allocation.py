@@ -10,25 +10,22 @@ place; once the owner is gone, it is mounted again from the image in the store.
 
 *Every node.* See :mod:`stager.keeper`.
 
-*Every rank.* :func:`write_session` leaves what one rank found out for the others of its node.
+*Every rank.* :mod:`stager.sessions` has what one rank found out for the others of its node.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import sys
-import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
-import stager
-from stager import envpatch, fsutil, ref, schedulers, store, trees
+from stager import fsutil, ref, schedulers, store, trees
 from stager import stage as staging
 from stager.config import Config
 from stager.errors import NoSpaceError, StagerError
 from stager.formats import squashfs
 from stager.manifest import Layer, Manifest
+from stager.processes import KEEPER, Owner, own_command, owner_of, processes
 from stager.ref import Directive
 from stager.repository import Published
 from stager.schedulers import Allocation
@@ -36,12 +33,8 @@ from stager.stage import Staged
 from stager.store import EXTRACTED, MOUNTED, Stamp, Store
 from stager.trees import Progress
 
-KEEPER = "STAGER_KEEPER"
-"""The job at whose end, and not at a step's, what a process mounts goes away."""
-
 LAUNCHERS = frozenset(("srun", "mpirun", "mpiexec", "orterun", "prterun", "prun"))
 _RANKS = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "PALS_RANKID")
-_OLD = 86400.0
 
 
 # -- the environment that a job asked for ----------------------------------------------------
@@ -66,83 +59,6 @@ def directive(environ: Mapping[str, str]) -> Directive | None:
 
 
 # -- whose mount -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Owner:
-    """A job, and its step where something lasts only as long as that."""
-
-    job: str
-    step: str
-
-
-def owner_of(environ: Mapping[str, str]) -> Owner | None:
-    """Who a process with these variables belongs to; None outside of any job."""
-    if environ.get(KEEPER):
-        return Owner(environ[KEEPER], "")
-    job = schedulers.current(environ)
-    if job is None:
-        return None
-    if job.scheduler == schedulers.PBS:
-        return Owner(job.id, "")  # what a task leaves behind outlives it
-    from stager.schedulers import slurm
-
-    return Owner(job.id, slurm.step_of(environ))
-
-
-@dataclass(frozen=True)
-class Process:
-    """One of our user's processes: its number, its command line, the variables it began with."""
-
-    pid: int
-    arguments: list[str]
-    environ: dict[str, str]
-
-    @property
-    def is_server(self) -> bool:
-        """Whether it serves a FUSE mount of ours."""
-        return os.path.basename(self.arguments[0]).startswith("squashfuse")
-
-
-def processes() -> Iterator[Process]:
-    """Our user's processes on this node."""
-    for name in os.listdir("/proc"):
-        if not name.isdigit():
-            continue
-        try:
-            if os.stat(f"/proc/{name}").st_uid != os.geteuid():
-                continue
-            arguments = _strings(f"/proc/{name}/cmdline")
-            pairs = (item.partition("=") for item in _strings(f"/proc/{name}/environ"))
-            variables = {key: value for key, _, value in pairs}
-        except OSError:
-            continue  # it ended, or does not let itself be looked at
-        if arguments:
-            yield Process(int(name), arguments, variables)
-
-
-def _strings(path: str) -> list[str]:
-    with open(path, "rb") as file:
-        return os.fsdecode(file.read()).rstrip("\0").split("\0")
-
-
-def has_tasks(job: str) -> bool:
-    """Tell whether processes of a job run here, other than those that hold its mounts."""
-    for process in processes():
-        if KEEPER in process.environ or process.is_server:
-            continue
-        found = owner_of(process.environ)
-        if found is not None and found.job == job:
-            return True
-    return False
-
-
-def own_command() -> list[str]:
-    """How this program is started on another node: from the same files, with the same Python."""
-    place = os.path.dirname(os.path.dirname(os.path.abspath(stager.__file__)))
-    if os.path.exists(os.path.join(place, "__main__.py")):  # installed by an administrator
-        return [sys.executable, "-I", "-S", "-B", place]
-    return [sys.executable, "-I", "-m", "stager"]
 
 
 def _server_owner(tree: str) -> Owner | None:
@@ -323,69 +239,3 @@ def also_outside(
         first, _, rest = after.get("PATH", "").partition(":")
         after["PATH"] = ":".join([first, os.path.join(manifest.origin, "bin"), rest])
     return after
-
-
-def session_directory() -> str:
-    """Where the ranks of a step find what one of them found out: private, and fixed, for ``sh``.
-
-    Raises:
-        DeniedError: somebody else has made it.
-    """
-    path = f"/tmp/stager-{os.getuid()}"  # noqa: S108 - refused unless it is ours alone
-    fsutil.own_directory(path, "directory")
-    fsutil.own_directory(os.path.join(path, "sessions"), "directory")
-    return os.path.join(path, "sessions")
-
-
-def write_session(
-    path: str,
-    options: str,
-    before: Mapping[str, str],
-    after: Mapping[str, str] | None,
-    *,
-    prefix: str = "",
-) -> None:
-    """Leave the outcome for the other ranks of the node, as lines of ``sh``.
-
-    Args:
-        path: the file ``stage-run`` waits for.
-        options: its options; a rank with others does not use it. The file also uses its functions.
-        before: our environment.
-        after: the environment to run in; None means that every rank is to fail.
-        prefix: a staged tree that must be there, if any.
-    """
-    from shlex import quote
-
-    lines = [f'[ "$options" = {quote(options)} ] || return 1']
-    if after is None:
-        lines.append("exit 125")
-    else:
-        changed, unset = envpatch.changes(before, after)
-        names = (*changed, *unset)
-        # A rank that started from other values would end up with ours.
-        lines += [
-            f'[ "${{{name}-}}" = {quote(before.get(name, ""))} ] || return 1' for name in names
-        ]
-        if prefix:
-            lines.append(f"alive {quote(prefix)} || return 1")
-        lines += [f"unset {name}" for name in unset if name in names]
-        lines += [f"export {name}={quote(changed[name])}" for name in names if name in changed]
-    try:
-        fsutil.write_atomic(path, ("\n".join(lines) + "\n").encode(), mode=0o600, durable=False)
-        _sweep(os.path.dirname(path))
-    except OSError:
-        # Without the other file they do not wait for this one.
-        with contextlib.suppress(OSError):
-            os.unlink(f"{path}.leader")
-
-
-def _sweep(directory: str) -> None:
-    """Remove what jobs of the past have left here, and images that nobody took in."""
-    import glob
-
-    sent = glob.glob(f"/tmp/stager-{os.getuid()}-*")  # noqa: S108 - only our own are removed
-    for path in (*glob.glob(os.path.join(glob.escape(directory), "*")), *sent):
-        with contextlib.suppress(OSError):
-            info = os.lstat(path)
-            if info.st_uid == os.geteuid() and time.time() - info.st_mtime > _OLD:
-                os.unlink(path)

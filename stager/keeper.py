@@ -23,13 +23,14 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from stager import allocation, fsutil, lease, schedulers, store
-from stager.allocation import KEEPER, owner_of, session_directory
+from stager import fsutil, lease, schedulers, store
 from stager.config import Config
 from stager.errors import BusyError, StagerError
 from stager.formats import squashfs
+from stager.processes import KEEPER, has_tasks, own_command, owner_of
 from stager.repository import Published
 from stager.schedulers import Allocation
+from stager.sessions import session_directory
 from stager.stage import Staged
 from stager.store import EXTRACTED, MOUNTED, Store
 from stager.trees import Progress
@@ -91,7 +92,7 @@ def _keep(
     record: str,
 ) -> dict[str, Any]:
     arguments = [
-        *allocation.own_command(), "keep", published.ref,
+        *own_command(), "keep", published.ref,
         "--repository", published.repository.root,
         "--store", config["store"],
         "--how", config["stage.how"],
@@ -289,7 +290,7 @@ def hold(layers: list[str], node: Store, holder: str) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.sigwait({signal.SIGTERM})
-    while allocation.has_tasks(me.job):
+    while has_tasks(me.job):
         time.sleep(0.2)
     for layer in layers:
         with contextlib.suppress(StagerError), node.lock(layer, timeout=1.0):

@@ -12,7 +12,7 @@ import os
 import subprocess
 import time
 
-from stager import allocation, jobstate, lease, schedulers
+from stager import jobstate, lease, processes, schedulers, sessions
 from stager.errors import StagerError
 from stager.formats import squashfs
 from stager.schedulers import Allocation
@@ -31,7 +31,7 @@ def start(where: Allocation, store: str, command: list[str]) -> None:
     """
     if jobstate.State(jobstate.ROOT, where.job).exists():
         return
-    mark = os.path.join(allocation.session_directory(), f"{where.job}.{where.node}.watched")
+    mark = os.path.join(sessions.session_directory(), f"{where.job}.{where.node}.watched")
     try:
         os.close(os.open(mark, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     except FileExistsError:
@@ -46,7 +46,7 @@ def start(where: Allocation, store: str, command: list[str]) -> None:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env={**environ, allocation.KEEPER: where.job},
+            env={**environ, processes.KEEPER: where.job},
             cwd="/",
             start_new_session=True,
         )
@@ -64,12 +64,12 @@ def watch(session: str, mark: str, node: Store, job: str) -> None:
     pid, _, since = session.partition(" ")
     while lease.start_time(int(pid)) == since and since != "0":
         time.sleep(_PAUSE)
-    while allocation.has_tasks(job):
+    while processes.has_tasks(job):
         time.sleep(_PAUSE)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(mark)
-    for process in list(allocation.processes()):
-        owner = allocation.owner_of(process.environ)
+    for process in list(processes.processes()):
+        owner = processes.owner_of(process.environ)
         tree = process.arguments[-1]
         if not process.is_server or owner is None or owner.job != job:
             continue

@@ -21,7 +21,7 @@ from stager.push.protocol import Outcome, Settings
 
 def push(arguments: argparse.Namespace) -> int:
     """Send environments to nodes."""
-    from stager.cli.staging import up_to_date
+    from stager.cli.preparing import up_to_date
     from stager.push.sending import Parcel, Pusher
     from stager.push.ssh import Network
 

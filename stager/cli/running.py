@@ -11,11 +11,12 @@ import sys
 from collections.abc import Mapping
 
 from stager import activate as activation
-from stager import allocation, containers, fsutil, lease, lookup, schedulers
+from stager import allocation, containers, fsutil, lease, lookup, schedulers, sessions
 from stager.cli import report
 from stager.cli.common import Bars, load_config, say
-from stager.cli.staging import ask_job, prepare
+from stager.cli.preparing import ask_job, prepare
 from stager.errors import StagerError, UsageError
+from stager.processes import KEEPER
 from stager.stage import Staged
 
 FAILED, NOT_EXECUTABLE, NOT_FOUND = 125, 126, 127
@@ -68,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
             return FAILED
         environ = _without(arguments, error, strict=strict)
     if session:
-        allocation.write_session(session, options, os.environ, environ, prefix=prefix)
+        sessions.write_session(session, options, os.environ, environ, prefix=prefix)
     return FAILED if environ is None else _exec(command, environ)
 
 
@@ -155,7 +156,7 @@ def watch(arguments: argparse.Namespace) -> int:
     from stager.store import Store
 
     config = load_config(arguments)
-    job = os.environ.get(allocation.KEEPER, "")
+    job = os.environ.get(KEEPER, "")
     if not job:
         raise UsageError("only stage-run and `stager activate` start this, in a job")
     watcher.watch(arguments.session, arguments.mark, Store(config["store"]), job)
@@ -169,7 +170,7 @@ def keep(arguments: argparse.Namespace) -> int:
     from stager.store import Store
 
     where = schedulers.allocation(os.environ)
-    if where is None or allocation.KEEPER not in os.environ:
+    if where is None or KEEPER not in os.environ:
         raise UsageError("only stage-run and `stager activate` start this, in an allocation")
     keeper.ignore_end()
     held: list[str] = []
@@ -179,7 +180,7 @@ def keep(arguments: argparse.Namespace) -> int:
         node = Store(config["store"])
         keeper.receive(arguments.received, node)
         published = lookup.find(parse(arguments.ref), config)
-        holder = lease.of_job(where.scheduler, os.environ[allocation.KEEPER])
+        holder = lease.of_job(where.scheduler, os.environ[KEEPER])
         result = allocation.stage_with_room(published, config, holder=holder, progress=bars)
         held = keeper.mounted_layers(result, node)
         line = keeper.report(result, holds=bool(held) or where.scheduler == schedulers.PBS)

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from stager import activate, lease, lookup
 from stager import verify as verifier
 from stager.cli.common import count, load_config, print_json, say
-from stager.cli.staging import prepare
+from stager.cli.preparing import prepare
 from stager.config import Config
 from stager.errors import IntegrityError, StagerError
 from stager.store import Store
