@@ -142,15 +142,15 @@ def _not_installed() -> list[str]:
 def _leftovers(directory: Path | None = None) -> set[str]:
     """Mounts, processes and files there are now that look like ours; one line each.
 
-    Others use the machine at the same time, so a mount counts if it lies in `directory` or if it
-    is the kind of mount that stager makes; what belongs to another session never counts.
+    Others use the machine at the same time, so a mount counts if it lies in `directory` or where
+    stager would make one if nobody told it a place; what belongs to another session never counts.
     A process counts if `directory` is in its variables (TMPDIR at least, unless a test scrubbed
     them), its arguments, or the path of its working directory.
     """
     own = str(directory)
     found = set()
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        if own in line or (("stager" in line or "squashf" in line) and SESSIONS not in line):
+        if own in line or ("stager" in line.split()[4] and SESSIONS not in line):
             found.add(f"mount {line}")
     for place in {"/tmp", "/var/tmp", "/dev/shm", "/run", tempfile.gettempdir()}:
         for path in Path(place).glob("stager*"):
