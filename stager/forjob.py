@@ -246,7 +246,7 @@ def _note(config: Config, job: Job, node: str = "") -> str:
 
 
 def leave_note(job: Job, reason: str) -> int:
-    """Tell the job's first node that this one is not staged; called as the user."""
+    """Tell the job's first node why this one is not staged, or that it is; called as the user."""
     config = configuration.load()
     _leave_note(_note(config, job, job.node), StagerError(reason))
     return 1
@@ -287,7 +287,7 @@ def _read_note(path: str) -> None:
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as f:
             value = json.loads(f.read(MAX_MESSAGE))
         raise StagerError(str(value["error"]), hint=str(value["hint"]), blame=JOB)
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return
 
 

@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import re
-import shlex
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -257,10 +256,10 @@ def link_name(part: int, layer: int, layers: int) -> str:
     return name if layer == layers - 1 else f"{name}.base{layer}"
 
 
-def _write(path: str, text: str, mode: int = 0o644) -> None:
+def _write(path: str, text: str) -> None:
     temporary = f"{path}.new"
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open(temporary, flags, mode)
+    fd = os.open(temporary, flags, 0o644)
     with open(fd, "w", encoding="utf-8", errors="surrogateescape") as file:
         file.write(text)
     os.rename(temporary, path)
@@ -331,15 +330,6 @@ class State:
             os.unlink(f"{path}.new")
         os.symlink(target, f"{path}.new")
         os.rename(f"{path}.new", path)
-
-    def refuse(self, reason: str) -> None:
-        """Let the link of the environment lead to a Python that only says why there is none."""
-        directory = os.path.join(self.path, "refused")
-        os.makedirs(os.path.join(directory, "bin"), 0o755, exist_ok=True)
-        for name in ("python", "python3"):
-            script = f"#!/bin/sh\nprintf '%s\\n' {shlex.quote(reason)} >&2\nexit 1\n"
-            _write(os.path.join(directory, "bin", name), script, 0o755)
-        self.link("env", directory)
 
     def read(self, name: str) -> str:
         """The text of a file; empty where there is none."""

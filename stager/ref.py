@@ -5,7 +5,7 @@ Grammar (one parser for the command line, job comments, and PBS resources)::
     ref       = name [ "@sha256:" hex ] | path
     name      = [A-Za-z0-9][A-Za-z0-9._-]{0,127}
     path      = "/..." | "./..." | "../..." | "~/..."
-    directive = "pyenv:" ref { "+" ref } [ "?" option { "&" option } ]
+    directive = "pyenv:" ref { "+" ref } [ "?" option { ( "&" | "?" ) option } ]
 
 A directive is one token of a job comment that other tools share: tokens are split at white space,
 commas and semicolons, and a JSON object with the key ``pyenv`` is accepted too. It is user input
@@ -108,7 +108,7 @@ def parse_directive(text: str, *, cwd: str | None = None) -> Directive:
     names, _, query = text.partition("?")
     refs = tuple(parse(part, cwd=cwd) for part in names.split("+"))
     options: dict[str, str] = {}
-    for item in filter(None, query.split("&")):
+    for item in filter(None, re.split("[&?]", query)):
         key, _, value = item.partition("=")
         if not re.match(r"[a-z][a-z_-]*\Z", key):
             raise UsageError(

@@ -36,6 +36,8 @@ _INHERITED = "/.stager-inherited"
 """Stands for what a task has in a list that is not known yet."""
 _LONGEST = 4096
 """A scheduler passes variables on as lines, and not longer ones."""
+_COMPLETE = "/complete"
+"""No variable is told like this."""
 _SYSTEM = "/usr/local/bin:/usr/bin:/bin"
 
 
@@ -51,12 +53,14 @@ def enter(environ: Mapping[str, str], prefix: str) -> dict[str, str]:
 def leave(environ: Mapping[str, str]) -> dict[str, str]:
     """The environment after the deactivation scripts of the conda environment active in it.
 
-    Raises:
-        StagerError: they do not come to an end.
+    Where they do not come to an end it is left as it is: another environment is wanted.
     """
     prefix = environ.get("CONDA_PREFIX", "")
     scripts = _scripts(prefix, DEACTIVATE) if prefix.startswith("/") else []
-    return _source(environ, reversed(scripts))
+    try:
+        return _source(environ, reversed(scripts))
+    except StagerError:
+        return dict(environ)
 
 
 def known_beforehand(patch: EnvPatch, prefix: str, user: Mapping[str, str]) -> EnvPatch:
@@ -104,15 +108,19 @@ def _source(environ: Mapping[str, str], scripts: Iterable[str]) -> dict[str, str
     scripts = list(scripts)
     if not scripts:
         return dict(environ)
-    # Packages' scripts are written for bash, whatever their name says.
+    # Packages' scripts are written for bash, whatever their name says. They may set traps, write
+    # to any descriptor, start programs that go on: what counts is what is in the file at the end.
     shell = shutil.which("bash", path=_SYSTEM) or "/bin/sh"
-    code = "exec 3>&1 1>&2\ntrap 'command -p env -0 >&3' EXIT\n"
-    code += "".join(f". {shlex.quote(script)}\n" for script in scripts)
-    code += "printf 'complete\\0' >&3\n"
     given = {name: value for name, value in environ.items() if name not in _SHELLS_OWN}
-    said = _run([shell, "-c", code], given, os.path.dirname(scripts[0]))
-    first, *entries = os.fsdecode(said).split("\0")
-    if first != "complete":
+    with open(os.memfd_create("variables"), "rb") as file:
+        code = "".join(f". {shlex.quote(script)}\n" for script in scripts)
+        code += (
+            f"{{ command -p env -0; printf '{_COMPLETE}\\0'; }} >/proc/self/fd/{file.fileno()}\n"
+        )
+        _run([shell, "-c", code], given, os.path.dirname(scripts[0]), file.fileno())
+        file.seek(0)
+        *entries, last, _ = ["", *os.fsdecode(file.read()).split("\0")]
+    if last != _COMPLETE:
         raise StagerError(
             f"one of the scripts in {os.path.dirname(scripts[0])} ends the shell",
             hint="`bash -c '. SCRIPT; echo good'` shows which",
@@ -124,22 +132,22 @@ def _source(environ: Mapping[str, str], scripts: Iterable[str]) -> dict[str, str
     return {**after, **kept}
 
 
-def _run(command: list[str], environ: Mapping[str, str], where: str) -> bytes:
+def _run(command: list[str], environ: Mapping[str, str], where: str, variables: int) -> None:
     shell = subprocess.Popen(
         command,
         env=environ,
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
+        stdout=2,  # what they print is for people
         start_new_session=True,
+        pass_fds=(variables,),
     )
     try:
-        return shell.communicate(timeout=LIMIT)[0]
+        shell.wait(LIMIT)
     except subprocess.TimeoutExpired as error:
         raise StagerError(
             f"the scripts in {where} do not end within {LIMIT:.0f} s", blame=JOB
         ) from error
     finally:
-        if shell.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(shell.pid, signal.SIGKILL)
-            shell.communicate()
+        with contextlib.suppress(ProcessLookupError):  # what they have left running, too
+            os.killpg(shell.pid, signal.SIGKILL)
+        shell.wait()

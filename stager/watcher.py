@@ -8,6 +8,7 @@ was started from, and then every other process of the job, is gone.
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import subprocess
 import time
@@ -66,8 +67,9 @@ def watch(session: str, mark: str, node: Store, job: str) -> None:
         time.sleep(_PAUSE)
     while processes.has_tasks(job):
         time.sleep(_PAUSE)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(mark)
+    for path in (mark, *glob.glob(os.path.join(glob.escape(os.path.dirname(mark)), f"{job}.*"))):
+        with contextlib.suppress(OSError):
+            os.unlink(path)
     for process in list(processes.processes()):
         owner = processes.owner_of(process.environ)
         tree = process.arguments[-1]

@@ -48,6 +48,12 @@ _STARTING = 60.0  # seconds; measured: 0.2
 _DEAD = 15.0  # seconds for which a living worker does not leave its status alone
 
 
+MESSAGES = {
+    "": "stager could not be started on this node; tell your administrator",
+    "pending": "staging does not come to an end; tell your administrator",
+    "dead": "the staging worker was killed; tell your administrator",
+}
+
 # -- on the server -----------------------------------------------------------------------------
 
 
@@ -74,21 +80,29 @@ def refuse_malformed(event, wish):
         event.reject(f"stager: {wrong}")
 
 
+def options(wish):
+    """The options of a directive; qsub lets no ampersand pass, so they may be parted by ``?``."""
+    return re.split("[&?]", wish.partition("?")[2])
+
+
+def is_strict(wish):
+    return any(item.partition("=")[0] == "strict" for item in options(wish))
+
+
 def malformed(wish):
     """What is wrong with the form of REF[+REF...][?option&option=value]; empty where nothing is."""
     if len(wish.encode("utf-8", "surrogateescape")) > _LONGEST:
         return f"pyenv is longer than {_LONGEST} bytes"
     if any(ord(char) < 32 or ord(char) == 127 for char in wish):
         return "pyenv has control characters"
-    names, _, query = wish.partition("?")
-    for name in names.split("+"):
+    for name in wish.partition("?")[0].split("+"):
         if name.startswith(("/", "./", "../", "~")) or name in (".", ".."):
             continue
         if not name:
             return "pyenv names no environment: write pyenv=NAME or pyenv=/path"
         if not _NAME.match(name):
             return f"pyenv={name} is neither an environment's name nor a path beginning with /"
-    for item in query.split("&"):
+    for item in options(wish):
         key, _, value = item.partition("=")
         if item and key not in _OPTIONS:
             known = ", ".join(sorted(_OPTIONS))
@@ -106,6 +120,7 @@ def begin(event):
     job = event.job
     wish = wanted(job)
     if not wish:
+        forget(job)
         make_store(job)
         return
     first = job.in_ms_mom()
@@ -122,8 +137,27 @@ def begin(event):
     for name, value in answer.get("set", {}).items():
         job.Variable_List[name] = escaped(value)
     if not first:
-        await_worker(job)
+        status, _ = await_worker(job)
+        if status not in ("ready", "failed", "strict"):  # then nobody has told the first node
+            reason = "the staging worker was killed or never began; tell your administrator"
+            call("pbs-note", dict(about(job), pyenv=wish, reason=reason))
+    elif ALIAS in list(job.Variable_List.keys()):
+        job.Variable_List[ALIAS] = escaped(wish)  # what stage-run in the job goes by
     leave_broken_node(event)
+
+
+def forget(job):
+    """Take back what an earlier run of the job has set, when it asked for an environment."""
+    jobs = os.path.join(SETTINGS["state"], "jobs") + "/"
+    for name in list(job.Variable_List.keys()):
+        value = unescaped(str(job.Variable_List[name]))
+        if jobs not in value:
+            continue
+        rest = ":".join(item for item in value.split(":") if not item.startswith(jobs))
+        if name == "PATH" and rest:
+            job.Variable_List[name] = escaped(rest)
+        else:
+            del job.Variable_List[name]
 
 
 def make_store(job):
@@ -151,20 +185,9 @@ def prologue(event):
         job.delete()
         event.reject("stager: the job was deleted while it was staged")
     leave_broken_node(event)
-    elsewhere = []
-    if len(event.vnode_list) > 1:
-        elsewhere = call("pbs-notes", about(job)).get("notes", [])
-    for note in elsewhere:
-        node, _, reason = note.partition(": ")
-        say("not staged there: " + reason, node)
-    if not status:
-        message = "stager could not be started on this node; tell your administrator"
-    elif status == "pending":
-        message = "staging does not come to an end; tell your administrator"
-    elif status == "dead":
-        message = "the staging worker was killed; tell your administrator"
-    strict = "strict" in wish.partition("?")[2].split("&")
-    if status == "strict" or (strict and (status != "ready" or elsewhere)):
+    message = MESSAGES.get(status, message)
+    failed = tell_of_others(job, is_strict(wish) and status == "ready")
+    if is_strict(wish) and (status != "ready" or failed):
         if status != "ready":
             say("not staged, and the job asked for strict: " + message)
         job.delete()
@@ -178,6 +201,24 @@ def prologue(event):
         say(f"not staged, running the original {original}: {message}")
     except OSError:
         say("not staged, running without: " + message)
+
+
+def tell_of_others(job, strict):
+    """Say which other nodes are not staged; returns whether any is not, as far as is known.
+
+    All nodes of a strict job tell how it went; those of others, where it went wrong.
+    """
+    silent, failed = others(job), False
+    for note in call("pbs-notes", about(job)).get("notes", []) if silent else []:
+        node, _, reason = note.partition(": ")
+        silent.discard(node)
+        if reason:
+            failed = True
+            say("not staged there: " + reason, node)
+    if strict and silent:
+        failed = True
+        say("not known to be staged, and the job asked for strict", ",".join(sorted(silent)))
+    return failed
 
 
 def preterm(event):
@@ -235,9 +276,17 @@ def about(job):
     }
 
 
+def others(job):
+    """The job's nodes but this one: ``exec_host2`` is ``n1:15002/0*2+n2:15002/0``."""
+    hosts = {
+        part.partition(":")[0].partition("/")[0] for part in str(job.exec_host2 or "").split("+")
+    }
+    return hosts - {"", pbs.get_local_nodename(), pbs.get_local_nodename().partition(".")[0]}
+
+
 def escaped(value):
     """PBS ends a variable's value at a comma."""
-    return value.replace("\\", "\\\\").replace(",", "\\,") if "," in value else value
+    return value.replace(",", "\\,")
 
 
 def unescaped(value):

@@ -56,6 +56,10 @@ def _request(arguments: argparse.Namespace, config: Config) -> Request:
         )
     if arguments.python and not (arguments.user or arguments.tree):
         raise UsageError("--python is for --user and --tree", hint="an environment has its own")
+    if "" in (arguments.tree or ()) or arguments.named == "":
+        raise UsageError(
+            "an empty name is given", hint="a directory, or the name of an environment"
+        )
     python = arguments.python or ""
     if arguments.user:
         return Request.here([os.path.abspath(userbase.of_user(os.environ))], USER, python)

@@ -90,8 +90,8 @@ def _settings(arguments: argparse.Namespace, config: Config) -> Settings:
         except ValueError as error:
             option = "--" + name.replace("_", "-")
             raise UsageError(f"{option} cannot be {value!r}", hint=str(error)) from error
-        if found <= 0:
-            raise UsageError("a time limit cannot be 0")
+        if not 0 < found <= protocol.LONGEST_WAIT:
+            raise UsageError(f"a time limit cannot be {value}")
         return found
 
     # Where the store is, a node's own configuration says, unless this command's line or variable.
@@ -264,7 +264,17 @@ def everywhere(
     if arguments.json:
         print_json({"nodes": answers, "failed": _failed(outcomes)})
     else:
-        texts = [(node, shown(answer)) for node, answer in answers.items()]
+        texts = []
+        for node, answer in answers.items():
+            try:
+                texts.append((node, shown(answer)))
+            except (KeyError, TypeError, ValueError, AttributeError):
+                other = StagerError(
+                    "it answers in another form", hint="is another version of stager there?"
+                )
+                outcomes = [
+                    Outcome.failed(node, other) if one.node == node else one for one in outcomes
+                ]
         for where, number, text in nodes.grouped(texts):
             print(f"{where} ({number}):\n{text}")
     sys.stdout.flush()

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from stager.config import Config
 from stager.environments import PATH, Environment, Tree, is_local, spellings
+from stager.errors import UsageError
 from stager.manifest import Finding
 
 VARIABLES = ("PYTHONPATH", "LD_LIBRARY_PATH")
@@ -35,13 +36,16 @@ def settle(environment: Environment, variables: Mapping[str, str], config: Confi
         findings = tuple(_finding(path, names, loaded) for path, names in found.items())
         environment = replace(environment, findings=(*environment.findings, *findings))
     else:
+        own = [spelling for tree in environment.trees for spelling in tree.spellings]
+        for path, names in found.items():
+            _require_modules(path, names, (*own, config["repository"], os.path.expanduser("~")))
         trees = [_tree(path, names) for path, names in found.items()]
         base = [tree for tree in environment.trees if tree.role == "base"]
-        own = environment.trees[len(base) :]
+        above = environment.trees[len(base) :]
         environment = replace(
             environment,
             # The first one to be searched is the upper one.
-            trees=(*base, *trees[::-1], *own),
+            trees=(*base, *trees[::-1], *above),
             watched=(*environment.watched, *found),
         )
     return _searched(environment)
@@ -62,6 +66,20 @@ def _beside(
                 continue
             found[path].append(variable)
     return {path: names for path, names in found.items() if names}
+
+
+def _require_modules(path: str, names: list[str], within: Iterable[str]) -> None:
+    """Refuse to take in a directory that holds much more than modules.
+
+    Raises:
+        UsageError: it is a home, or one that the environment or the repository is in.
+    """
+    for one in within:
+        if _is_below(one if os.path.isabs(one) else "/", [path]):
+            raise UsageError(
+                f"{path}, which {' and '.join(names)} names, is not taken in: {one} is in it",
+                hint="name a directory that has nothing but modules, or leave it out",
+            )
 
 
 def _is_below(path: str, directories: Iterable[str]) -> bool:

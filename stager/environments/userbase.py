@@ -86,8 +86,11 @@ def _scripts(path: str, interpreter: Interpreter) -> Iterator[str]:
         script = os.path.join(directory, name)
         if os.path.islink(script) or not os.path.isfile(script):
             continue
-        with open(script, "rb") as file:
-            python = relocate.shebang(file.read(4096))
+        try:
+            with open(script, "rb") as file:
+                python = relocate.shebang(file.read(4096))
+        except OSError:
+            continue  # what its owner cannot read is not Python's
         if python and os.path.realpath(python) == interpreter.base_executable:
             yield f"bin/{name}"
 
@@ -106,5 +109,8 @@ def _recorded(path: str, site: str) -> Iterator[str]:
             continue
         for one in names:
             found = os.path.normpath(os.path.join(site, one))
-            if one.startswith("../") and not found.startswith(("../", "/", f"{site}/")):
+            if not one.startswith("../") or found.startswith(("../", "/", f"{site}/")):
+                continue
+            listed = os.path.join(path, found)
+            if os.path.isfile(listed) or os.path.islink(listed):  # no row stands for a directory
                 yield found

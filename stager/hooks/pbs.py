@@ -39,13 +39,16 @@ def main(verb: str, root: str) -> int:
     """Run one verb: what it is told comes on standard input, what it answers goes to the output.
 
     Args:
-        verb: ``begin``, ``notes``, ``cancel``, ``end`` or ``sweep``.
+        verb: ``begin``, ``note``, ``notes``, ``cancel``, ``end`` or ``sweep``.
         root: where job states are kept.
 
     Returns:
         0, or 2 where there is no such verb.
     """
-    verbs = {"begin": begin, "notes": notes, "cancel": cancel, "end": finish, "sweep": sweep}
+    verbs = {
+        "begin": begin, "note": note, "notes": notes, "cancel": cancel, "end": finish,
+        "sweep": sweep,
+    }  # fmt: skip
     if verb not in verbs:
         return 2
     told: dict[str, Any] = {}
@@ -128,8 +131,20 @@ def _beforehand(talk: Any, state: State, seconds: float) -> Activation:
     )
 
 
+def note(told: Mapping[str, Any], root: str) -> dict[str, Any]:
+    """Tell the job's first node that this one is not staged, where the worker could not."""
+    from stager import forjob
+
+    job = Job.of_pbs(told)
+    as_user(job.uid, job.gid, forjob.leave_note, job, str(told["reason"]), limit=_NOTES)
+    return {}
+
+
 def notes(told: Mapping[str, Any], root: str) -> dict[str, Any]:
-    """What the other nodes of a job have to tell its user: ``notes``, ``NODE: REASON`` each."""
+    """What the other nodes of a job have told: ``notes``, ``NODE: REASON`` each.
+
+    There is no reason where a node of a strict job tells that it is staged.
+    """
     from stager import forjob
 
     job = Job.of_pbs(told)
@@ -180,7 +195,11 @@ def sweep(
     with contextlib.suppress(FileNotFoundError):
         for name in sorted(os.listdir(os.path.join(root, "jobs"))):
             state = State(root, name)
-            if name in known or state.record().get("scheduler") != schedulers.PBS:
+            if (
+                name in known
+                or name.endswith(".new")
+                or state.record().get("scheduler") != schedulers.PBS
+            ):
                 continue
             if time.time() - os.lstat(state.path).st_mtime < float(told.get("grace", _GRACE)):
                 continue  # its begin may be newer than the list

@@ -204,14 +204,11 @@ class Worker:
                     self.state.link(name, staged if ready is True else jobstate.path(original))
         self.trees = trees
 
-    def _unlink(self, reason: str) -> None:
-        """Let the links lead to the originals, or for a strict job to what fails."""
+    def _unlink(self) -> None:
+        """Let the links lead to the originals."""
         for name, _, original in self.trees:
             if original:
                 self.state.link(name, original)
-        if self.job.scheduler == schedulers.PBS and self.strict:
-            who = f"stager: {self.job.node}"
-            self.state.refuse(f"{who}: not staged, and the job asked for strict: {reason}")
 
     def _tell_first_node(self, reason: str) -> None:
         """PBS shows the user only what the first node's prologue says."""
@@ -262,6 +259,8 @@ class Worker:
         how = events.clean(end.get("how"), 20)
         seconds = f"{time.monotonic() - self.started:.2f}"
         self.state.write(STAGED, staged.lines())
+        if self.strict:
+            self._tell_first_node("")
         self.fields.update(ref=end.get("ref"), how=how, seconds=seconds)
         self.fields["bytes"] = int(end.get("bytes") or 0)
         note = f"staged {events.clean(end.get('ref'))} ({how}, {seconds} s)"
@@ -279,7 +278,7 @@ class Worker:
             if fault:
                 self.state.write(FAULTY, events.clean(reason, 300) + "\n")
             text = f"{reason}; {hint}" if hint else reason
-            self._unlink(text)
+            self._unlink()
             self._tell_first_node(text)
             self.state.finish(STRICT if self.strict else FAILED, text)
         self.fields.update(blame=blame, reason=reason)

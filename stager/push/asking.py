@@ -35,8 +35,8 @@ def ask(
         try:
             answers[node] = _ask_one(node, words, settings, network)
             outcomes[node] = Outcome(node, how="answered")
-        except StagerError as error:
-            outcomes[node] = Outcome.failed(node, error)
+        except Exception as error:
+            outcomes[node] = Outcome.failed(node, sending.known(error))
 
     sending.in_parallel(work, nodes, settings.fanout, network)
     found = {node: answers[node] for node in nodes if node in answers}
@@ -51,13 +51,8 @@ def _ask_one(
         session = connection.start(sending.command(settings, *words, "--json"))
         session.finish()
         said = session.reader.exactly(_MAX_ANSWER)
-        # A login shell may have printed something before.
-        start = said.find(b"{\n")
-        try:
-            answer = json.loads(said[max(start, 0) :])
-        except ValueError:
-            answer = None
-        if isinstance(answer, dict):
+        answer = _answer(said)
+        if answer is not None:
             return answer
         status, complaint = session.status()
         error = _complaint(complaint)
@@ -66,6 +61,21 @@ def _ask_one(
         raise sending.not_started(status, complaint, settings, words[0])
     finally:
         network.forget(connection)
+
+
+def _answer(said: bytes) -> dict[str, Any] | None:
+    """The JSON object at the end of what a node has printed; its login shell comes before."""
+    start = said.find(b"{")
+    while start >= 0:
+        if start == 0 or said[start - 1 : start] == b"\n":
+            try:
+                answer = json.loads(said[start:])
+            except (ValueError, RecursionError):
+                answer = None
+            if isinstance(answer, dict):
+                return answer
+        start = said.find(b"\n{", start) + 1 or -1
+    return None
 
 
 def _complaint(text: str) -> StagerError | None:

@@ -27,6 +27,9 @@ def _library() -> Any:
     return NodeSet
 
 
+_MOST = 100_000
+
+
 def parse(text: str) -> list[str]:
     """The nodes of a set such as ``node[01-64]``, ``a,b``, ``@compute`` or ``@compute!node07``.
 
@@ -42,7 +45,10 @@ def parse(text: str) -> list[str]:
 
     hint = "as in -w node[01-64], -w a,b or -w @group; `nodeset -L` lists the groups"
     try:
-        found = list(library.NodeSet(text))
+        wanted = library.NodeSet(text)
+        if len(wanted) > _MOST:
+            raise UsageError(f"{text!r} is more than {_MOST} nodes", hint=hint)
+        found = list(wanted)
     except (library.NodeSetException, GroupResolverError, GroupSourceError) as error:
         raise UsageError(f"{text!r} is not a set of nodes: {error}", hint=hint) from error
     if not found:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Callable
+from typing import Any, Callable, TypeVar
 
 import stager
 from stager.errors import (
@@ -37,6 +37,11 @@ LASTING, EVERYTHING, NOTHING = "lasting", "everything", "nothing"
 """What the node does with complete images: what lasts without a process (extracting), all of
 ``stager stage``, or nothing."""
 
+STAGING = (LASTING, EVERYTHING, NOTHING)
+LONGEST_WAIT = 1e6
+"""Seconds that either side may be told to wait."""
+
+_T = TypeVar("_T")
 _KINDS: tuple[type[StagerError], ...] = (
     UsageError,
     NotFoundError,
@@ -194,14 +199,33 @@ def read_request(message: Mapping[str, Any]) -> Request:
         StagerError: it is none.
     """
     try:
-        settings = Settings(**message["settings"])
+        settings = _made(Settings, message["settings"])
         share = tuple(str(node) for node in message["share"])
-        found = Request(int(message["size"]), str(message["digest"]), settings, share)
+        size, digest = message["size"], str(message["digest"])
+        waits = (settings.connect_timeout, settings.idle_timeout)
+        if type(size) is not int or not 0 < size <= MAX_MANIFEST:
+            raise ValueError("the size of the manifest")
+        if not all(0 < wait <= LONGEST_WAIT for wait in waits) or settings.stage not in STAGING:
+            raise ValueError("settings")
     except (KeyError, TypeError, ValueError) as error:
-        raise _nonsense(json.dumps(message).encode()) from error
-    if not 0 < found.size <= MAX_MANIFEST:
-        raise _nonsense(json.dumps(message).encode())
-    return found
+        raise _nonsense(encode(message)) from error
+    return Request(size, digest, settings, share)
+
+
+def _made(kind: type[_T], values: Mapping[str, Any]) -> _T:
+    """Make a value of a dataclass, each field of the type that it declares.
+
+    Raises:
+        TypeError: one is of another type, unknown or missing.
+    """
+    made = kind(**values)
+    for name, declared in kind.__annotations__.items():
+        value = getattr(made, name)
+        if declared == "float" and type(value) is int:
+            continue
+        if type(value).__name__ != declared:
+            raise TypeError(f"`{name}` is of another type")
+    return made
 
 
 def told(error: StagerError) -> dict[str, Any]:
@@ -229,9 +253,21 @@ def outcome(message: Mapping[str, Any]) -> Outcome:
         StagerError: it is none.
     """
     try:
-        return Outcome(**message)
+        return _made(Outcome, message)
     except TypeError as error:
-        raise _nonsense(json.dumps(message).encode()) from error
+        raise _nonsense(encode(message)) from error
+
+
+def done(message: Mapping[str, Any]) -> str:
+    """Read how a node says that it has got what was sent.
+
+    Raises:
+        StagerError: it is none of the words of :class:`Outcome`.
+    """
+    how = message["done"]
+    if how not in ("had", "received", "extracted", "mounted"):
+        raise _nonsense(encode(message))
+    return str(how)
 
 
 @dataclass
@@ -290,6 +326,6 @@ class Reader:
             line = self.line()
             if not line:
                 return None
-            if line.startswith(b'{"' + GREETING.encode()):
+            if line.startswith(b'{"' + GREETING.encode() + b'":'):
                 return decode(line)
         raise _nonsense(line)

@@ -170,8 +170,8 @@ class Pusher:
             how = visit.go()
             taken = time.monotonic() - started
             outcome = Outcome(node, how, visit.sent, round(taken, 3))
-        except StagerError as error:
-            outcome = Outcome.failed(node, error, sent=visit.sent)
+        except Exception as error:  # what a node makes us do wrong is that node's failure alone
+            outcome = Outcome.failed(node, known(error), sent=visit.sent)
         return outcome, visit.served
 
     def _report(self, tell: Callable[..., None], *what: object) -> None:
@@ -226,7 +226,7 @@ class _Visit:
                 text = f"{self._node}: {message['note']}"
                 self._pusher._report(self._pusher._reports.note, text)
             elif "done" in message:
-                return str(message["done"])
+                return protocol.done(message)
 
     def _send(self, session: Session, layer_id: str, offset: object) -> None:
         parcel, pusher = self._pusher._parcel, self._pusher
@@ -298,6 +298,13 @@ def not_started(status: int, said: str, settings: Settings, verb: str) -> Stager
         hint=f"try `ssh NODE {program} --version`",
         blame=SITE,
     )
+
+
+def known(error: Exception) -> StagerError:
+    """An error of one node as one that is told, whatever it is."""
+    if isinstance(error, StagerError):
+        return error
+    return StagerError(f"this is a bug in stager: {type(error).__name__}: {error}", blame=NODE)
 
 
 def in_parallel(

@@ -143,6 +143,7 @@ class Played:
         if name == "queuejob":
             self.variables = {**event.get("variables", {}), **self.variables}
         resources = {"pyenv": self.pyenv} if self.pyenv else {}
+        nodes = self._nodes((event.get("id", ""), event.get("run_count", 0)))
         told = {
             "event": name.upper(),
             "node": event["node"],
@@ -154,9 +155,10 @@ class Played:
                 "variables": self.variables,
                 "resources": resources,
                 "known": self.known,
+                "exec_host2": "+".join(f"{one}:15002/0*2" for one in nodes),
             },
             "job_list": event.get("jobs", []),
-            "nodes": self._nodes((event.get("id", ""), event.get("run_count", 0))),
+            "nodes": nodes,
             "config": CONFIG,
             "hook": str(REPO / "hooks/pbs/stager_hook.py"),
         }

@@ -62,6 +62,7 @@ class Job:
         self.id = told["id"] if event != "QUEUEJOB" else ""
         self.euser = told.get("euser") if event not in SERVER else None
         self.run_count = told.get("run_count")
+        self.exec_host2 = told.get("exec_host2") if event not in SERVER else None
         self.Variable_List = Variables(told.get("variables", {}))
         self.Resource_List = Resources(told.get("resources", {}), told.get("known", True))
         self.done: list[str] = []

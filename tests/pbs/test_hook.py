@@ -301,19 +301,47 @@ def test_a_strict_job_on_a_node_that_is_not_the_first(site: Site) -> None:
     assert job.rejected() == [("execjob_prologue", "n1", ["delete"])]
 
 
-def test_a_strict_job_whose_other_node_cannot_tell(site: Site) -> None:
-    """The repository, where nodes tell each other, cannot be written: Python itself refuses."""
-    tmp = site.home("alice") / ".local/share/stager/tmp"
-    tmp.mkdir(exist_ok=True)
-    tmp.chmod(0o500)
-    try:
-        with failing(site, "n2"):
-            job = play(site, "batch3", "science?strict")
-    finally:
-        tmp.chmod(0o700)
-    second = next(task for task in job.tasks if task.node == "n2")
-    assert (second.status, second.out) == (1, "")
-    assert second.err == "stager: n2: not staged, and the job asked for strict: the line is cut\n"
+@pytest.mark.parametrize("name", ["gone", "damaged"])
+def test_a_strict_job_whose_other_node_cannot_tell(site: Site, name: str) -> None:
+    """Nothing of ours is left there that could: silence is no consent."""
+    with CASES[name].break_it(site, "n2"):
+        job = play(site, "rejected by the prologue", "science?strict")
+    assert job.runs == []
+    assert job.output.startswith("stager: n2: not known to be staged")
+    assert job.rejected() == [("execjob_prologue", "n1", ["delete"])]
+
+
+@pytest.mark.parametrize("recording", ["batch3", "exported"])
+def test_a_strict_job_that_is_staged_everywhere(site: Site, hidden: None, recording: str) -> None:
+    assert staged(play(site, recording, "science?strict?timeout=5m"))
+
+
+def test_a_worker_that_is_killed_on_another_node(site: Site) -> None:
+    code = "Worker._listen = lambda self, talk: os.kill(os.getpid(), 9)\n"
+    with site.patched("hooks/worker", code, "n2"):
+        job = play(site, "batch3", "science", script="true")
+    assert "n2: not staged there: the staging worker was killed" in job.output
+
+
+def test_a_second_run_that_asks_for_nothing(site: Site) -> None:
+    """``qalter -l pyenv=`` of a job that was requeued: PBS has kept what the hook set before."""
+    job = Played(site, list(RECORDINGS["requeued"]["events"]), "science", script="env")
+
+    def forget() -> None:
+        job.pyenv = ""
+
+    first = [event for event in job.events if event.get("run_count") == 1]
+    job.events = first
+    job.play()
+    assert "STAGER" in job.tasks[0].out
+    forget()
+    job.events = [
+        event for event in RECORDINGS["requeued"]["events"] if event.get("run_count") == 2
+    ]
+    job.outcomes = []
+    job.play()
+    for task in job.tasks:
+        assert "/run/stager/jobs" not in task.out
 
 
 def test_a_killed_worker(site: Site) -> None:

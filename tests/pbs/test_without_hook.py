@@ -128,7 +128,9 @@ def job(site: Site, nodes: Sequence[str]) -> Iterator[Job]:
 
 
 def mounts(site: Site, node: str) -> str:
-    return site.root(node, "sh", "-c", "grep squashfuse /proc/mounts || true")
+    return site.root(
+        node, "sh", "-c", "grep squashfuse /proc/mounts | grep /var/lib/stager/ || true"
+    )
 
 
 def claims(site: Site, node: str) -> str:

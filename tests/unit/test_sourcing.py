@@ -57,6 +57,31 @@ def test_what_users_have_for_their_shells_is_not_read(tmp_path: Path) -> None:
     assert sourcing.enter(before, str(tmp_path)) == {**before, "A": "1"}
 
 
+@pytest.mark.parametrize("trap", ["trap 'rm -f x' EXIT", "trap - EXIT", "trap '' EXIT TERM"])
+def test_traps_of_a_script_are_its_own(tmp_path: Path, trap: str) -> None:
+    scripts(tmp_path, activate_01=f"{trap}\nexport A=1\n", deactivate_01=f"{trap}\nunset A\n")
+    assert sourcing.enter(BEFORE, str(tmp_path)) == {**BEFORE, "A": "1"}
+    inside = {**BEFORE, "CONDA_PREFIX": str(tmp_path)}
+    assert sourcing.leave(inside) == inside
+
+
+def test_a_script_that_leaves_a_program_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not waited for, nor does it outlive the activation."""
+    monkeypatch.setattr(sourcing, "LIMIT", 10.0)
+    scripts(tmp_path, activate_01=f"sleep 600 &\necho $! >{tmp_path}/pid\nexport A=1\n")
+    assert sourcing.enter(BEFORE, str(tmp_path)) == {**BEFORE, "A": "1"}
+    stat = Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}/stat")
+    assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] in "ZX"
+
+
+def test_what_is_left_behind_stops_nobody(tmp_path: Path) -> None:
+    scripts(tmp_path, deactivate_01="exit 1\n")
+    inside = {**BEFORE, "CONDA_PREFIX": str(tmp_path)}
+    assert sourcing.leave(inside) == inside
+
+
 def test_a_script_that_ends_the_shell(tmp_path: Path) -> None:
     scripts(tmp_path, activate_01="export A=1; exit 0\n", activate_02="export B=1\n")
     with pytest.raises(StagerError, match=r"activate\.d ends the shell"):
