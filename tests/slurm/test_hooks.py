@@ -311,19 +311,20 @@ def test_squashfuse_outlives_the_prolog_and_the_job(site: Site, prefix: str) -> 
 def test_a_warm_prolog_is_cheap(site: Site, prefix: str) -> None:
     """The CPU time of the Prolog, its worker and the process of the user together."""
     site.batch("true", "-w", "n1", comment="pyenv:demo")
-    used = []
-    for _ in range(5):
+    # How fast the machine is, and how busy, tells a Python that does nothing, right before: 0.015 s
+    # where idle, so ten of these are the 0.15 s that a Prolog may take.
+    empty = ["python3", "-c", _TIMED, "/usr/bin/python3", "-I", "-S", "-B", "-c", "pass"]
+    ratios = []
+    for _ in range(7):
+        nothing = float(site.root("n1", *empty).split()[1])
         status, seconds = run_hook(site, "prolog", "n1", timed=True).split()
         assert status == "0"
         assert site.place("n1", "/run/stager/jobs/900001/status").read_text() == "ready\n"
-        used.append(float(seconds))
+        ratios.append(float(seconds) / nothing)
+        print(f"warm prolog: {seconds} s of CPU, an empty Python {nothing:.3f} s")
         assert run_hook(site, "epilog", "n1", timed=True).split()[0] == "0"
     assert leases(site, "n1") == []
-    # How fast the machine is, and how busy, tells a Python that does nothing: 0.015 s where idle.
-    empty = ["python3", "-c", _TIMED, "/usr/bin/python3", "-I", "-S", "-B", "-c", "pass"]
-    idle_python = min(float(site.root("n1", *empty).split()[1]) for _ in range(5))
-    print(f"warm prolog: {min(used):.3f} s of CPU, an empty Python {idle_python:.3f} s")
-    assert min(used) < 0.15 * max(1.0, idle_python / 0.015), used
+    assert min(ratios) < 10.0, ratios
 
 
 def test_after_a_reboot_nothing_stale_is_trusted(site: Site, prefix: str) -> None:
