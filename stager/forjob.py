@@ -135,7 +135,7 @@ def _work(
         parts = [
             _linked(published.manifest, directory, part) for part, published in enumerate(found)
         ]
-        beforehand = _activation(
+        beforehand = activation(
             directive, parts, config, bound=(os.path.join(config["store"], "envs"),)
         )
         _send(talk, {"beforehand": beforehand})
@@ -150,7 +150,7 @@ def _work(
             config.values["stage.how"] = _how(published, node, config, talk, mounts, until)
         # Not on a mount that ends with another job's step.
         results.append(allocation.stage_here(published, config, holder=holder))
-    staged = beforehand or _activation(directive, list(map(activate.Part.staged, results)), config)
+    staged = beforehand or activation(directive, list(map(activate.Part.staged, results)), config)
     return _outcome(staged, directive, found, results)
 
 
@@ -379,7 +379,7 @@ def _linked(manifest: Manifest, directory: str, part: int) -> activate.Part:
     return activate.Part(manifest, tuple(os.path.join(directory, name) for name in names))
 
 
-def _activation(
+def activation(
     directive: Directive,
     parts: list[activate.Part],
     config: Config,

@@ -112,17 +112,26 @@ class Repository:
         return found if found is not None and found.manifest.name == ref.name else None
 
     def _load(self, path: str) -> Published | None:
+        data = self._read_manifest(path)
+        turns = 10
+        while data is None and turns and os.path.islink(path):
+            # The manifest it led to was replaced, and removed, while the link was being followed.
+            data = self._read_manifest(path)
+            turns -= 1
+        return Published(manifest.decode(data, path), data, self) if data is not None else None
+
+    @staticmethod
+    def _read_manifest(path: str) -> bytes | None:
         try:
             # One open of a link: the only operation on shared storage that a warm start needs.
             with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     raise IntegrityError(f"{path} is not a file", hint="pack the environment again")
-                data = file.read(_MAX_MANIFEST)
+                return file.read(_MAX_MANIFEST)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             raise fsutil.explain(error, "read the manifest", blame="job") from error
-        return Published(manifest.decode(data, path), data, self)
 
     def image(self, layer: Layer) -> str:
         """The path of a layer's image."""

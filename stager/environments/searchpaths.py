@@ -83,7 +83,10 @@ def _require_modules(path: str, names: list[str], within: Iterable[str]) -> None
 
 
 def _is_below(path: str, directories: Iterable[str]) -> bool:
-    return any(f"{path}/".startswith(f"{os.path.realpath(one)}/") for one in directories)
+    return any(
+        os.path.join(path, "").startswith(os.path.join(os.path.realpath(one), ""))
+        for one in directories
+    )
 
 
 def _finding(path: str, names: list[str], loaded: str) -> Finding:

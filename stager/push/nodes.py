@@ -44,11 +44,10 @@ def parse(text: str) -> list[str]:
     from ClusterShell.NodeUtils import GroupResolverError, GroupSourceError
 
     hint = "as in -w node[01-64], -w a,b or -w @group; `nodeset -L` lists the groups"
+    if any(_size(word) > _MOST for word in re.findall(r"(?:\[[^]]*\]|[^][,!&^\s])+", text)):
+        raise UsageError(f"{text!r} is more than {_MOST} nodes", hint=hint)
     try:
-        wanted = library.NodeSet(text)
-        if len(wanted) > _MOST:
-            raise UsageError(f"{text!r} is more than {_MOST} nodes", hint=hint)
-        found = list(wanted)
+        found = list(library.NodeSet(text))
     except (library.NodeSetException, GroupResolverError, GroupSourceError) as error:
         raise UsageError(f"{text!r} is not a set of nodes: {error}", hint=hint) from error
     if not found:
@@ -59,6 +58,15 @@ def parse(text: str) -> list[str]:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.:-]*", name):
             raise UsageError(f"{name!r} is not a node's name", hint=hint)
     return found
+
+
+def _size(word: str) -> int:
+    """How many nodes the ranges of one word make; the library would make all of them to see it."""
+    size = 1
+    for ranges in re.findall(r"\[([^]]*)\]", word):
+        ends = re.findall(r"(\d{1,18})-(\d{1,18})(?:/0*([1-9]\d{0,8}))?", ranges)
+        size *= sum((int(b) - int(a)) // int(step or 1) + 1 for a, b, step in ends) or 1
+    return size
 
 
 def folded(names: Iterable[str]) -> str:

@@ -276,7 +276,7 @@ def test_a_terminal_shows_how_far_it_is(lab: Lab) -> None:
             shown += piece
     os.close(ours)
     assert push.wait() == 0
-    assert b"sending to node[1-2]" in shown
+    assert b"sending to node" in shown  # both, or one where the other has not greeted yet
     assert b"/6.3 MB" in shown
     assert b"2 of 2 nodes have `it`" in shown
 

@@ -80,6 +80,20 @@ def user(case: Case) -> Iterator[tuple[Case, Path]]:
     yield case, base
 
 
+def test_what_is_odd_in_a_user_base(user: tuple[Case, Path]) -> None:
+    """A record's stale row, and rows of directories, take nothing in that is not Python's."""
+    case, base = user
+    (record,) = (base / LIBRARY / "site-packages").glob("stager_sample-*.dist-info/RECORD")
+    rows = "../../../share/containers/large/gone,,\n../../../share/,,\n../../..,,\n"
+    record.write_text(record.read_text() + rows)
+    case.bench.settings["PYTHONUSERBASE"] = str(base)
+    case.bench.stager("pack", "--user", "--python", case.python, "--name", "it")
+    del case.bench.settings["PYTHONUSERBASE"]
+    staged = case.bench.stage()
+    assert not (staged.prefix / "share/containers").exists()
+    assert (staged.prefix / "share/stager-sample/sample.conf").exists()
+
+
 def test_user_base(user: tuple[Case, Path]) -> None:
     case, base = user
     staged = case.bench.stage(hide=[base])
@@ -299,6 +313,28 @@ def test_what_modules_set_is_reported(modules: tuple[Bench, Environment, Path]) 
     assert all("gcc/12.2, zlib/1.2" in one["reason"] for one in told.values())
     assert {one["severity"] for one in told.values()} == {"warning"}
     assert len(said["layers"]) == 1
+
+
+@pytest.mark.parametrize("which", ["home", "above", "repository", "root"])
+def test_a_directory_of_more_than_modules_is_not_included(
+    modules: tuple[Bench, Environment, Path], which: str
+) -> None:
+    bench, environment, place = modules
+    bench.repository.mkdir(mode=0o700)
+    named = {
+        "home": bench.environ()["HOME"],
+        "above": str(place),
+        "repository": str(bench.repository),
+        "root": "/",
+    }[which]
+    bench.settings["PYTHONPATH"] = named
+    done = run(
+        [VENV / "bin" / "stager", "pack", environment.prefix, "--include-module-paths"],
+        env=bench.environ(),
+        check=False,
+    )
+    assert done.returncode == 2
+    assert f"{named}, which PYTHONPATH names, is not taken in" in done.stderr
 
 
 def test_what_modules_set_is_included(modules: tuple[Bench, Environment, Path]) -> None:

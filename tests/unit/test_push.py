@@ -16,7 +16,7 @@ import tiny
 from stager import manifest, transfer
 from stager.errors import IncompatibleError, NoSpaceError, StagerError, UsageError
 from stager.manifest import Manifest
-from stager.push import nodes, protocol, sending, ssh
+from stager.push import asking, nodes, protocol, sending, ssh
 from stager.push.protocol import Outcome, Reader, Request, Settings
 from stager.push.receiving import Receiver
 from stager.store import MOUNTED, RECEIVED, Stamp, boot_id
@@ -40,6 +40,59 @@ def test_sets_are_expanded_and_folded() -> None:
 def test_sets_that_are_none(text: str) -> None:
     with pytest.raises(UsageError):
         nodes.parse(text)
+
+
+def test_more_nodes_than_there_are() -> None:
+    with pytest.raises(UsageError, match="more than"):
+        nodes.parse("n[1-99999999]")
+
+
+# What the other side may say
+
+
+def test_only_the_greeting_is_one() -> None:
+    lines = [b'{"stager-pushing hello":1}\n', protocol.encode(protocol.greeting())]
+    found = Reader(lambda count: lines.pop(0) if lines else b"").greeting()
+    assert found == protocol.greeting()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"size": 1e999}, {"size": -1}, {"size": "1"}, {"size": 2**60}, {"settings": []},
+        {"settings": {"idle_timeout": "x"}}, {"settings": {"idle_timeout": -1}},
+        {"settings": {"idle_timeout": float("nan")}}, {"settings": {"idle_timeout": None}},
+        {"settings": {"ssh_config": []}}, {"settings": {"tree": "x"}},
+        {"settings": {"stage": "bogus"}}, {"settings": {"other": 1}}, {"share": 5},
+    ],
+)  # fmt: skip
+def test_requests_of_other_types(changed: dict[str, Any]) -> None:
+    value = protocol.request(Request(10, "0" * 64, Settings()))
+    assert protocol.read_request(value) == Request(10, "0" * 64, Settings())
+    with pytest.raises(StagerError, match="protocol"):
+        protocol.read_request({**value, **changed})
+
+
+@pytest.mark.parametrize(
+    "message", [{"node": "n", "sent": "abc"}, {"node": 1}, {"x": 1}, {}, {"node": "n", "code": 1.5}]
+)
+def test_outcomes_that_are_none(message: dict[str, Any]) -> None:
+    with pytest.raises(StagerError, match="protocol"):
+        protocol.outcome(message)
+
+
+@pytest.mark.parametrize("how", ["", "else", None, {"a": [1]}, 1])
+def test_ends_that_are_none(how: object) -> None:
+    assert protocol.done({"done": "received"}) == "received"
+    with pytest.raises(StagerError, match="protocol"):
+        protocol.done({"done": how})
+
+
+def test_answers_behind_what_a_login_shell_says() -> None:
+    assert asking._answer(b'welcome {\n{ \n{"a": 1}\n') == {"a": 1}
+    assert asking._answer(b'{\n "a": [1]\n}\n') == {"a": [1]}
+    for said in (b"", b"[" * 900000, b"{" * 2000, b"[1]", b"no"):
+        assert asking._answer(said) is None
 
 
 def test_reasons_that_differ_in_numbers_are_one() -> None:

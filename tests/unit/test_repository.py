@@ -447,6 +447,23 @@ def publishing(root: str, number: int, count: int) -> None:
         repository.collect()
 
 
+def test_a_manifest_that_is_replaced_while_its_link_is_followed(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.publish(repository, named("torch", 1))
+    opened, real = [], os.open
+
+    def vanishing(path: str, *arguments: int) -> int:
+        opened.append(path)
+        if len(opened) == 1:
+            raise FileNotFoundError(path)
+        return real(path, *arguments)
+
+    monkeypatch.setattr(os, "open", vanishing)
+    assert repository.find(Ref(name="torch")) is not None
+    assert len(opened) == 2
+
+
 def test_readers_see_a_whole_manifest_while_two_publish_the_same_name(
     repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:

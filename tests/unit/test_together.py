@@ -105,7 +105,7 @@ def test_a_job_of_several(public_path: Path) -> None:
     (_, one), (_, two) = everything
     directive = ref.parse_directive("one+two?verbose")
     parts = [Part.staged(result) for _, result in everything]
-    value = forjob._activation(directive, parts, config)
+    value = forjob.activation(directive, parts, config)
     assert value["prefix"] == one.prefix
     assert value["python"] == f"{one.prefix}/bin/python"
     assert value["set"]["VIRTUAL_ENV"] == one.prefix
