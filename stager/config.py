@@ -191,6 +191,14 @@ KEYS: dict[str, Key] = {
         _boolean, False, "an environment that cannot be staged is an error (exit 125)"
     ),
     "run.user_site": Key(_boolean, False, "let ~/.local/lib/pythonX.Y be imported from"),
+    "plan.metadata_rate": Key(
+        _between(1, 10**9),
+        100_000,
+        "metadata operations a second that the shared file system does for all nodes together",
+    ),
+    "plan.bandwidth": Key(
+        parse_size, 100 << 30, "bytes a second that it gives to all nodes of a job together"
+    ),
     "collect.max_size": Key(
         parse_size, 50 << 30, "bytes the store may hold before trees are evicted"
     ),

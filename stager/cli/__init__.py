@@ -123,6 +123,13 @@ def _parser() -> argparse.ArgumentParser:
     remove = verb("remove", "published", "Take a name back, and remove images nothing else uses.")
     remove.add_argument("ref", metavar="REF")
 
+    plan = verb("plan", "planning", "Estimate whether staging pays.", store=True)
+    plan.add_argument("ref", metavar="REF")
+    plan.add_argument(
+        "-N", "--nodes", type=int, default=1, metavar="N", help="nodes that start at once"
+    )
+    as_json(plan)
+
     stage = verb(
         "stage", "staging", "Stage an environment on this node; prints its prefix.", store=True
     )

@@ -272,6 +272,7 @@ def test_verification(machine: Machine) -> None:
     [
         (["list"], {"environments"}),
         (["inspect", "tiny"], {"digest", "layers", "origin", "python", "findings"}),
+        (["plan", "tiny"], {"ref", "nodes", "advice", "direct", "staged", "site", "layers"}),
         (["stage", "tiny"], {"prefix", "how", "layers", "ref", "holder", "seconds"}),
         (["collect"], {"trees", "freed", "leases"}),
         (["status"], {"store", "free", "trees"}),
@@ -290,6 +291,38 @@ def test_json(machine: Machine, argv: list[str], keys: set[str]) -> None:
     assert found.status == 0
     assert found.err == ""
     assert keys <= set(found.json)
+
+
+def test_plan(bare: Machine) -> None:
+    bare("pack", "environments/tiny")
+    found = bare("plan", "tiny", "-N", "64")
+    assert found.status == 0
+    first, direct, staged, advice = found.out.splitlines()
+    assert first == "tiny on 64 nodes, until all ranks have imported (estimated):"
+    assert direct.split()[0] == "direct"
+    assert staged.split()[0] == "staged"
+    assert " 640 metadata operations" in staged
+    assert advice.startswith(("either: ", "stage it: ", "run it directly: "))
+    assert "files timed here" in found.err
+    bare("stage", "tiny")
+    assert "staged on this node already" in bare("plan", "tiny").out
+    shutil.rmtree(bare.prefix)
+    assert "(assumed: the original is not here)" in bare("plan", "tiny").err
+
+
+@pytest.mark.parametrize("nodes", ["0", "-1"])
+def test_plan_for_no_nodes(machine: Machine, nodes: str) -> None:
+    found = machine("plan", "tiny", "-N", nodes)
+    assert (found.status, found.error) == (2, f"-N cannot be {nodes}")
+
+
+def test_plan_of_a_repository_that_lost_an_image(bare: Machine) -> None:
+    bare("pack", "environments/tiny")
+    for image in (bare.root / "repository" / "images").iterdir():
+        image.unlink()
+    found = bare("plan", "tiny")
+    assert found.status == 10
+    assert found.error.endswith(" is missing")
 
 
 def test_json_holds_what_the_text_says(machine: Machine) -> None:
@@ -605,6 +638,7 @@ def test_starting_asks_for_little(machine: Machine, argv: list[str], most: int) 
         "list",
         "inspect",
         "remove",
+        "plan",
         "stage",
         "activate",
         "run",

@@ -1,0 +1,121 @@
+"""``stager plan``: whether staging pays."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import asdict
+
+from stager import estimate, lookup, ref, timings, trees
+from stager.cli.common import count, load_config, print_json, say, size
+from stager.config import Config
+from stager.errors import JOB, NODE, NotFoundError, StagerError, UsageError
+from stager.estimate import Layer, Site, Way
+from stager.fsutil import explain
+from stager.manifest import Manifest
+from stager.repository import Published
+from stager.store import EXTRACTED, Store
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """Estimate a start from the original and a staged one; print both and what to do."""
+    config = load_config(arguments)
+    if arguments.nodes < 1:
+        raise UsageError(f"-N cannot be {arguments.nodes}", hint="a number of nodes, such as 8")
+    published = lookup.find(ref.parse(arguments.ref), config)
+    node = Store(config["store"])
+    layers = [_layer(published.manifest, number, node, config) for number in _numbers(published)]
+    site, samples = _site(published, node, config)
+    direct = estimate.direct(layers, site, arguments.nodes)
+    staged = estimate.staged(layers, site, arguments.nodes)
+    advice = estimate.verdict(direct, staged)
+    if arguments.json:
+        print_json(
+            {
+                "ref": published.ref,
+                "nodes": arguments.nodes,
+                "advice": advice,
+                "direct": asdict(direct),
+                "staged": asdict(staged),
+                "site": {**asdict(site), "samples": samples},
+                "layers": [asdict(layer) for layer in layers],
+            }
+        )
+        return 0
+    nodes = count(arguments.nodes, "node")
+    print(f"{published.manifest.name} on {nodes}, until all ranks have imported (estimated):")
+    print(_line("direct", direct))
+    print(_line("staged", staged))
+    print(_advice(advice, direct, staged, layers))
+    say(_basis(site, samples))
+    return 0
+
+
+def _numbers(published: Published) -> range:
+    return range(len(published.manifest.layers))
+
+
+def _layer(manifest: Manifest, number: int, node: Store, config: Config) -> Layer:
+    layer = manifest.layers[number]
+    moved = layer.destination != node.tree(layer.id)
+    try:
+        extracted = trees.choose(layer, config["stage.how"], moved) == EXTRACTED
+    except StagerError:  # staging would say so
+        extracted = True
+    here = node.ready(layer.id) is not None
+    return Layer(layer.files, layer.size, layer.image.size, extracted, here)
+
+
+def _site(published: Published, node: Store, config: Config) -> tuple[Site, int]:
+    latency, samples = timings.latency(published.manifest.origin)
+    images = [published.repository.image(layer) for layer in published.manifest.layers]
+    try:
+        read = timings.reading(images)
+    except FileNotFoundError as error:
+        raise NotFoundError(
+            f"the image {error.filename} is missing", hint="pack the environment again"
+        ) from error
+    except OSError as error:
+        raise explain(error, "read the images", blame=JOB) from error
+    try:
+        write = timings.writing(os.path.join(node.root, "tmp"))
+    except OSError as error:
+        raise explain(error, "write into the store", blame=NODE) from error
+    site = Site(
+        latency=latency if samples else estimate.LATENCY,
+        rate=float(config["plan.metadata_rate"]),
+        bandwidth=float(config["plan.bandwidth"]),
+        read=max(read, 1.0),
+        write=max(write, 1.0),
+    )
+    return site, samples
+
+
+def _line(name: str, way: Way) -> str:
+    return (
+        f"  {name}  {way.seconds:8.1f} s  {way.operations:>12,} metadata operations"
+        f"  {size(way.read):>10} read"
+    )
+
+
+def _advice(advice: str, direct: Way, staged: Way, layers: list[Layer]) -> str:
+    if all(layer.here for layer in layers):
+        return "it is staged on this node already: a start from there costs next to nothing"
+    if advice == "stage":
+        return f"stage it: each start is about {direct.seconds - staged.seconds:.1f} s shorter"
+    if advice == "direct":
+        return (
+            f"run it directly: staging takes about {staged.seconds - direct.seconds:.1f} s longer"
+            " than it saves in one start; it pays where a node starts it more than once"
+        )
+    return "either: the difference is less than a second; staged, it asks less of the file system"
+
+
+def _basis(site: Site, samples: int) -> str:
+    timed = f"{site.latency * 1000:.3g} ms an operation ({count(samples, 'file')} timed here)"
+    if not samples:
+        timed = f"{site.latency * 1000:.0f} ms an operation (assumed: the original is not here)"
+    return (
+        f"stager: {timed}; reads {size(site.read)}/s, writes {size(site.write)}/s here;"
+        f" `plan.metadata_rate` {site.rate:,.0f}/s, `plan.bandwidth` {size(site.bandwidth)}/s"
+    )

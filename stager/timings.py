@@ -1,0 +1,97 @@
+"""A few timed operations: what the shared file system and this node's disk do right now."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+
+_SAMPLES = 24
+_BLOCK = 4 << 20
+_LONGEST = 1.0
+"""Seconds that one of these may take."""
+
+
+def latency(directory: str, *, seed: int | None = None) -> tuple[float, int]:
+    """Time how long the file system takes to tell of one file.
+
+    Files are looked at all over the tree, for this node may know those that were used lately.
+
+    Args:
+        directory: a tree with many files.
+        seed: makes the choice of the files repeatable.
+
+    Returns:
+        The median in seconds, and how many files it is of; 0 files where there are none.
+    """
+    choose = random.Random(seed)  # noqa: S311 - a sample, no secret
+    seconds: list[float] = []
+    seen: set[str] = set()
+    until = time.monotonic() + _LONGEST
+    for _ in range(10 * _SAMPLES):
+        path = _somewhere(directory, choose)
+        if path in seen or not path:
+            continue
+        seen.add(path)
+        started = time.perf_counter()
+        with contextlib.suppress(OSError):
+            os.lstat(path)
+            seconds.append(time.perf_counter() - started)
+        if len(seconds) == _SAMPLES or time.monotonic() > until:
+            break
+    return (statistics.median(seconds), len(seconds)) if seconds else (0.0, 0)
+
+
+def _somewhere(directory: str, choose: random.Random) -> str:
+    """A file somewhere below; a directory's listing says which they are without a look at them."""
+    while True:
+        try:
+            with os.scandir(directory) as found:
+                entries = list(found)
+        except OSError:
+            return ""
+        if not entries:
+            return ""
+        entry = choose.choice(entries)
+        if not entry.is_dir(follow_symlinks=False):
+            return entry.path
+        directory = entry.path
+
+
+def reading(paths: Sequence[str]) -> float:
+    """Bytes a second of reading files, what this node has cached of them put aside.
+
+    Raises:
+        OSError: they cannot be read.
+    """
+    done, taken = 0, 0.0
+    for path in paths:
+        with open(path, "rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            started = time.perf_counter()
+            while taken + time.perf_counter() - started < _LONGEST:
+                got = len(file.read(_BLOCK))
+                if not got:
+                    break
+                done += got
+            taken += time.perf_counter() - started
+    return done / taken if done else 0.0
+
+
+def writing(directory: str) -> float:
+    """Bytes a second of writing to a new file in a directory.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    block = os.urandom(_BLOCK)
+    with tempfile.TemporaryFile(dir=directory, prefix="timing.", buffering=0) as file:
+        started = time.perf_counter()
+        done = 0
+        while done < 16 * _BLOCK and time.perf_counter() - started < _LONGEST:
+            done += file.write(block)
+        return done / (time.perf_counter() - started)
