@@ -1,0 +1,75 @@
+"""The closed forms that simulated starts are printed beside: each the slowest of its bottlenecks.
+
+They leave out all queueing: where simulation and form differ, queues are what differs.
+"""
+
+from __future__ import annotations
+
+import math
+
+from .settings import LINK, Setting, Work
+
+_BLOCK, _FANOUT, _HOP = 8e6, 8, 0.001
+"""sbcast(1): 8 MB blocks, each acknowledged by the whole tree of fan-out 8; seconds of a hop."""
+_DISK = 2.0e9
+"""Bytes a second to a node's own disk: NVMe of the sites that published it."""
+
+
+def direct(work: Work, setting: Setting, nodes: int) -> float:
+    """Every node imports from the shared file system."""
+    return work.imported + max(
+        work.operations * setting.latency,
+        nodes * work.operations / setting.rate,
+        work.touched / LINK,
+        nodes * work.touched / setting.bandwidth,
+    )
+
+
+def copied(work: Work, setting: Setting, nodes: int) -> float:
+    """Every node copies the environment, file by file."""
+    return work.imported + max(
+        work.everything * setting.latency,
+        nodes * work.everything / setting.rate,
+        nodes * work.size / setting.bandwidth,
+    )
+
+
+def sbcast(size: float, nodes: int) -> float:
+    """Seconds of Slurm's broadcast: one block on its way at a time."""
+    depth, reached = 0, 0
+    while reached < nodes:
+        depth += 1
+        reached += _FANOUT**depth
+    block = depth * (min(_FANOUT, nodes) * _BLOCK / LINK + _HOP) + _BLOCK / _DISK
+    return math.ceil(size / _BLOCK) * block
+
+
+def recipe(work: Work, setting: Setting, nodes: int) -> float:
+    """A tar.gz by sbcast, unpacked and repaired on every node."""
+    return sbcast(work.archive, nodes) + work.untarred + work.imported + 4 * setting.latency
+
+
+def shared(work: Work, setting: Setting, nodes: int) -> float:
+    """Ours: every node reads the image."""
+    read = max(work.image / LINK, work.image / _DISK, nodes * work.image / setting.bandwidth)
+    return _ours(work, setting) + read
+
+
+def broadcast(work: Work, setting: Setting, nodes: int) -> float:
+    """Ours: the image by sbcast."""
+    return _ours(work, setting) + sbcast(work.image, nodes)
+
+
+def warm(work: Work, setting: Setting, nodes: int) -> float:
+    """Ours: staged already."""
+    return work.asked * setting.latency + work.imported
+
+
+def _ours(work: Work, setting: Setting) -> float:
+    return work.asked * setting.latency + work.staged + work.through_mount + work.imported
+
+
+FORMS = {
+    "direct": direct, "cp -r": copied, "recipe": recipe,
+    "ours": shared, "ours, sbcast": broadcast, "ours, warm": warm,
+}  # fmt: skip

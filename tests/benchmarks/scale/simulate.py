@@ -1,0 +1,113 @@
+"""Starts of up to 9,408 nodes, event by event, from what one node's start was measured to ask for.
+
+One metadata service answers one request after the other; one network of the file system carries
+one piece after the other; each node waits for every answer before it asks again, as an import does.
+Nodes do not differ and nothing fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any, Callable
+
+import simpy
+
+from . import closed
+from .settings import LINK, Setting, Work
+
+_EVENTS = 200_000
+"""About as many events as one simulation has: more nodes ask in larger bursts."""
+_PIECES = 16
+"""Pieces in which a node reads an image."""
+
+Steps = Generator[Any, Any, None]
+
+
+class Shared:
+    """The file system: a queue for metadata and a queue for data."""
+
+    def __init__(self, world: simpy.Environment, setting: Setting, nodes: int) -> None:
+        self.world, self.setting, self.nodes = world, setting, nodes
+        self.metadata = simpy.Resource(world)
+        self.data = simpy.Resource(world)
+
+    def ask(self, operations: int) -> Steps:
+        """One node's operations, one after the other."""
+        burst = max(1, self.nodes * operations * 2 // _EVENTS)
+        while operations > 0:
+            count = min(burst, operations)
+            with self.metadata.request() as turn:
+                yield turn
+                yield self.world.timeout(count / self.setting.rate)
+            # The service worked on this node's requests while they were on their way.
+            yield self.world.timeout(count * max(0.0, self.setting.latency - 1 / self.setting.rate))
+            operations -= count
+
+    def read(self, size: float) -> Steps:
+        """One node's bytes, at its link's speed where the file system is faster."""
+        piece = size / _PIECES
+        for _ in range(_PIECES):
+            started = self.world.now
+            with self.data.request() as turn:
+                yield turn
+                yield self.world.timeout(piece / self.setting.bandwidth)
+            yield self.world.timeout(max(0.0, piece / LINK - (self.world.now - started)))
+
+
+def direct(shared: Shared, work: Work) -> Steps:
+    """Import from the shared file system."""
+    reading = shared.world.process(shared.read(work.touched))
+    yield from shared.ask(work.operations)
+    yield reading
+    yield shared.world.timeout(work.imported)
+
+
+def copied(shared: Shared, work: Work) -> Steps:
+    """Copy the environment, file by file."""
+    reading = shared.world.process(shared.read(work.size))
+    yield from shared.ask(work.everything)
+    yield reading
+    yield shared.world.timeout(work.imported)
+
+
+def recipe(shared: Shared, work: Work) -> Steps:
+    """A tar.gz by sbcast, unpacked and repaired."""
+    yield from shared.ask(4)
+    yield shared.world.timeout(closed.sbcast(work.archive, shared.nodes))
+    yield shared.world.timeout(work.untarred + work.imported)
+
+
+def ours(shared: Shared, work: Work) -> Steps:
+    """Read the image, mount it, import."""
+    yield from shared.ask(work.asked)
+    yield from shared.read(work.image)
+    yield shared.world.timeout(work.staged + work.through_mount + work.imported)
+
+
+def broadcast(shared: Shared, work: Work) -> Steps:
+    """The image by sbcast."""
+    yield from shared.ask(work.asked)
+    yield shared.world.timeout(closed.sbcast(work.image, shared.nodes))
+    yield shared.world.timeout(work.staged + work.through_mount + work.imported)
+
+
+def warm(shared: Shared, work: Work) -> Steps:
+    """Staged already."""
+    yield from shared.ask(work.asked)
+    yield shared.world.timeout(work.imported)
+
+
+STRATEGIES: dict[str, Callable[[Shared, Work], Steps]] = {
+    "direct": direct, "cp -r": copied, "recipe": recipe,
+    "ours": ours, "ours, sbcast": broadcast, "ours, warm": warm,
+}  # fmt: skip
+
+
+def start(strategy: str, work: Work, setting: Setting, nodes: int) -> float:
+    """Seconds until the last of so many nodes has imported."""
+    world = simpy.Environment()
+    shared = Shared(world, setting, nodes)
+    for _ in range(nodes):
+        world.process(STRATEGIES[strategy](shared, work))
+    world.run()
+    return float(world.now)
