@@ -1,0 +1,253 @@
+"""The test cluster with an environment on a file system that is as slow as a site's.
+
+All nodes are on this machine, whose processors they share. So that a node has what a real one has,
+time is dilated: while so many processes work on so many processors, all delays of the file system
+are longer by their ratio, and what is measured is divided by it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.metafs import Metafs
+from cluster.client import Cluster
+from environments import REPO, VENV
+
+from .settings import Setting
+from .strategies import ARCHIVE_NAME, IMAGE_NAME, LOCAL, PFS, Phase, Strategy
+
+BIN = "/usr/libexec/stager/bin"
+HOOKS = "/usr/libexec/stager/slurm"
+USER = "alice"
+RANKS = 8
+LONGEST = 1500.0
+"""Seconds that one phase may take, dilated."""
+
+_RSYNCD = """
+[bench]
+path = /tmp/bench
+use chroot = no
+read only = yes
+"""
+
+
+@dataclass(frozen=True)
+class Start:
+    """One measured start.
+
+    Attributes:
+        strategy: its name.
+        setting: of the file system.
+        nodes: how many.
+        seconds: from the job's start to the last rank's import, for each phase.
+        dilation: what each phase's time was divided by.
+        operations: of the node that asked for most, metadata operations.
+        total: metadata operations of all nodes.
+        read: bytes of all nodes.
+    """
+
+    strategy: str
+    setting: str
+    nodes: int
+    seconds: dict[str, float]
+    dilation: dict[str, float]
+    operations: int
+    total: int
+    read: int
+
+    @property
+    def whole(self) -> float:
+        """Seconds of all phases."""
+        return sum(self.seconds.values())
+
+
+class Rig:
+    """The cluster, its user's environment, and one start after the other."""
+
+    def __init__(self, state: Path, nodes: int, *, binds: str) -> None:
+        self.cluster = Cluster(state)
+        self.binds = binds
+        self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
+        self.processors = len(os.sched_getaffinity(0))
+
+    # -- making it
+
+    @contextlib.contextmanager
+    def up(self) -> Iterator[None]:
+        """Start it; end it again."""
+        self.cluster.up(
+            nodes=len(self.nodes), cpus=RANKS, prolog=f"{HOOKS}/prolog", epilog=f"{HOOKS}/epilog",
+            task_prolog=f"{HOOKS}/task_prolog", prolog_flags="Alloc",
+            binds=self.binds, extra_conf="SchedulerParameters=batch_sched_delay=0",
+        )  # fmt: skip
+        try:
+            with ThreadPoolExecutor(2) as pool:
+                list(pool.map(self._install, ("ctl", *self.nodes)))
+            yield
+        finally:
+            self.cluster.down()
+
+    def _install(self, host: str) -> None:
+        (packages,) = VENV.glob("lib/python3.*/site-packages")
+        install = [f"{REPO}/deploy/install", "--packages", str(packages), "--bindir", BIN]
+        self.cluster.exec(host, "root", [*install, "--unitdir", ""])
+        configured = f"repository: {PFS}/repository\n"
+        script = "mkdir -p /etc/stager/config.d; cat >/etc/stager/config.d/bench.yaml"
+        self.cluster.exec(host, "root", ["sh", "-c", script], input=configured)
+
+    def make(self, wheels: Path) -> None:
+        """Make the environment, its archives and images on the (not yet slow) shared directory."""
+        script = f"""
+            mkdir -p {PFS}; cd {PFS}
+            /usr/bin/python3 -m venv env
+            env/bin/pip install -q --no-index --find-links {wheels} -r {wheels}/names
+            {BIN}/stager pack env --name {IMAGE_NAME}
+            {BIN}/stager pack env --name {ARCHIVE_NAME} --format tar.zst
+            {VENV}/bin/venv-pack -q -p env -o env.tar.gz
+            mksquashfs env env.squashfs -quiet -no-progress -comp zstd -Xcompression-level 3
+        """
+        self.cluster.exec("ctl", USER, ["sh", "-ec", script], timeout=1800)
+
+    @property
+    def shared(self) -> Path:
+        """The shared directory as this machine sees it."""
+        return self.cluster.state / PFS.lstrip("/")
+
+    # -- one start
+
+    def start(self, strategy: Strategy, setting: Setting, count: int) -> Start:
+        """Start a job and all its ranks once, with nothing known on any node."""
+        nodes = self.nodes[:count]
+        seconds: dict[str, float] = {}
+        dilation: dict[str, float] = {}
+
+        def dilated(name: str, processes: int) -> float:
+            dilation[name] = max(1.0, processes / self.processors)
+            shared.dilate(dilation[name])
+            return dilation[name]
+
+        if strategy.warm:
+            with self._job(nodes, strategy.comment) as job:
+                self._step(job, nodes, Phase("stage", "true"))
+        with Metafs(PFS, nodes=nodes, cluster=self.cluster, setting=setting) as shared:
+            factor = dilated("job", count)
+            started = time.time()
+            with self._job(nodes, strategy.comment) as job:
+                seconds["job"] = (time.time() - started) / factor
+                for phase in strategy.phases:
+                    where = {"first": nodes[:1], "others": nodes[1:]}.get(phase.nodes, nodes)
+                    if not where:
+                        continue
+                    factor = dilated(phase.name, max(1, phase.ranks) * len(where))
+                    with self._served(nodes[0], strategy.daemon and phase.nodes == "others"):
+                        started = time.time()
+                        ended = self._step(job, where, phase, first=nodes[0])
+                    seconds[phase.name] = (ended - started) / factor
+            ledger = shared.ledger()
+        self._clean(nodes)
+        operations = [ledger.operations(node) for node in nodes]
+        return Start(
+            strategy.name, setting.name, count, seconds, dilation,
+            max(operations), sum(operations), ledger.read(),
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def _job(self, nodes: list[str], comment: str) -> Iterator[str]:
+        """A batch job whose script has started: its Prologs have run."""
+        argv = ["-w", ",".join(nodes), f"-N{len(nodes)}", f"--ntasks-per-node={RANKS}"]
+        argv += ["--exclusive", "-o", "/dev/null", *([f"--comment={comment}"] if comment else [])]
+        mark = self.shared.parent / "started"
+        mark.unlink(missing_ok=True)
+        script = "#!/bin/sh\n: >~/started\nexec sleep 7200\n"
+        job = self.cluster.sbatch(script, user=USER, args=argv)
+        try:
+            until = time.monotonic() + LONGEST
+            while not mark.exists():
+                if time.monotonic() > until:
+                    raise RuntimeError(f"job {job} does not start")
+                time.sleep(0.01)
+            yield str(job)
+        finally:
+            self.cluster.exec("ctl", "root", ["scancel", str(job)])
+            self.cluster.wait(job)
+
+    def _step(self, job: str, nodes: list[str], phase: Phase, *, first: str = "") -> float:
+        """Run one phase; returns when it had ended, by this machine's clock."""
+        listed = ",".join(nodes)
+        environ = [f"SLURM_JOB_ID={job}", f"SLURM_JOBID={job}", f"SLURM_NNODES={len(nodes)}"]
+        environ += [f"SLURM_JOB_NUM_NODES={len(nodes)}", f"SLURM_JOB_NODELIST={listed}"]
+        environ += [f"SLURM_JOB_UID={self._uid()}", f"SLURM_CPUS_ON_NODE={RANKS}"]
+        script = f"FIRST={first}; {phase.command}"
+        if phase.ranks:
+            argv = ["srun", f"--jobid={job}", "--overlap", "-w", listed, f"-N{len(nodes)}"]
+            argv += [f"--ntasks-per-node={phase.ranks}", "-D/", "bash", "-ec", script]
+            done = self.cluster.exec("ctl", USER, argv, timeout=LONGEST, check=False)
+        else:
+            argv = ["env", *environ, "bash", "-ec", script]
+            done = self.cluster.exec(nodes[0], USER, argv, timeout=LONGEST, check=False)
+        ended = time.time()
+        if done.returncode != 0:
+            raise RuntimeError(f"{phase.command}: {done.returncode}\n{done.stdout}{done.stderr}")
+        if phase.name == "import":
+            times = re.findall(r"^imported (\S+)", done.stdout, re.M)
+            if len(times) != len(nodes) * phase.ranks:
+                raise RuntimeError(f"not all ranks imported:\n{done.stdout}{done.stderr}")
+            ended = max(map(float, times))
+        return ended
+
+    def _uid(self) -> int:
+        return os.stat(self.shared.parent).st_uid
+
+    @contextlib.contextmanager
+    def _served(self, node: str, wanted: bool) -> Iterator[None]:
+        if not wanted:
+            yield
+            return
+        start = "cat >/tmp/rsyncd.conf; rsync --daemon --port 8730 --config /tmp/rsyncd.conf"
+        options = "--dparam=pidfile=/tmp/rsyncd.pid"
+        self.cluster.exec(node, USER, ["sh", "-c", f"{start} {options}"], input=_RSYNCD)
+        try:
+            yield
+        finally:
+            self.cluster.exec(node, USER, ["sh", "-c", "kill $(cat /tmp/rsyncd.pid)"])
+
+    def _clean(self, nodes: list[str]) -> None:
+        script = f"""
+            rm -rf {LOCAL} /tmp/bench.tar.gz /tmp/rsyncd.conf
+            {BIN}/stager release >/dev/null 2>&1 || :
+            {BIN}/stager collect --all
+        """
+        with ThreadPoolExecutor(2) as pool:
+            argv = ["sh", "-c", script]
+            list(pool.map(lambda node: self.cluster.exec(node, USER, argv), nodes))
+
+
+def summary(starts: list[Start]) -> str:
+    """One line of a table for runs of the same start."""
+    times = sorted(one.whole for one in starts)
+    first = starts[0]
+    phases = ", ".join(
+        f"{name} {statistics.median(one.seconds[name] for one in starts):.2f}"
+        for name in first.seconds
+    )
+    return (
+        f"{first.strategy:<20} {first.nodes:>3} {times[0]:8.2f} {statistics.median(times):8.2f}"
+        f" {times[-1]:8.2f} {len(times):>2} {first.operations:>9,} {first.total:>10,}"
+        f" {first.read / 1e6:>9,.0f}  {phases}"
+    )
+
+
+def pip_download(names: list[str], target: Path) -> None:
+    """Get wheels for the hosts, which have no network."""
+    argv = [str(VENV / "bin" / "pip"), "download", "-q", "-d", str(target), *names]
+    subprocess.run(argv, check=True)
+    (target / "names").write_text("\n".join(names) + "\n")

@@ -1,0 +1,117 @@
+"""What the peers and ours do between a job's start and its ranks' imports, as their users type it.
+
+Every command runs as the user on the nodes of an allocation; ``$PFS`` is on the shared file system,
+``/tmp`` is each node's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+PFS = "/home/alice/pfs"
+"""What is on the shared file system: the environment, its archives, the repository."""
+LOCAL = "/tmp/bench"
+IMAGE_NAME, ARCHIVE_NAME = "bench", "bench-tar"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One command.
+
+    Attributes:
+        name: what it is for.
+        command: a line of sh.
+        ranks: processes on each node; 0 runs it once, as a batch script does.
+        nodes: ``all``, ``first`` or ``others`` of the allocation.
+    """
+
+    name: str
+    command: str
+    ranks: int = 1
+    nodes: str = "all"
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A way to start.
+
+    Attributes:
+        name: what it is called.
+        phases: what is done, one after the other.
+        comment: of the job: what the Prolog stages.
+        warm: the environment is staged already.
+        daemon: the first node serves files to the others.
+    """
+
+    name: str
+    phases: tuple[Phase, ...]
+    comment: str = ""
+    warm: bool = False
+    daemon: bool = False
+    note: str = field(default="")
+
+
+def _import(python: str, modules: str, *, before: str = "") -> Phase:
+    first = modules.split(",", maxsplit=1)[0]
+    code = f"import time, {modules}; print('imported', time.time(), {first}.__file__)"
+    return Phase("import", f'{before}{python} -c "{code}"', ranks=8)
+
+
+def strategies(modules: str, stager: str) -> list[Strategy]:
+    """All of them.
+
+    Args:
+        modules: what each rank imports, as in ``torch,scipy``.
+        stager: the directory of the installed programs.
+    """
+    local = _import(f"{LOCAL}/bin/python", modules)
+    # The first rank of a node mounts, the others wait for it: mounts end with their step.
+    mount = (
+        f"mkdir -p {LOCAL}; [ $SLURM_LOCALID != 0 ] || squashfuse {PFS}/env.squashfs {LOCAL}; "
+        f"until [ -e {LOCAL}/bin/python ]; do sleep 0.05; done; "
+    )
+    ours = _import("python", modules)
+    return [
+        Strategy("direct", (_import(f"{PFS}/env/bin/python", modules),)),
+        Strategy(
+            "recipe",
+            (
+                Phase("sbcast", f"sbcast --force {PFS}/env.tar.gz /tmp/bench.tar.gz", ranks=0),
+                Phase("mkdir", f"mkdir {LOCAL}"),
+                Phase("untar", f"tar --use-compress-program=pigz -xf /tmp/bench.tar.gz -C {LOCAL}"),
+                local,
+            ),
+            note="venv-pack2 tar.gz, sbcast, untar; it has no script to run after",
+        ),
+        Strategy("cp -r", (Phase("copy", f"cp -r {PFS}/env {LOCAL}"), local)),
+        Strategy(
+            "rsync",
+            (
+                Phase(
+                    "read",
+                    f"cp {PFS}/env.tar.gz /tmp/bench.tar.gz; mkdir {LOCAL}; "
+                    f"tar -xzf /tmp/bench.tar.gz -C {LOCAL}",
+                    nodes="first",
+                ),
+                Phase("rsync", f"rsync -rlpt rsync://$FIRST:8730/bench/ {LOCAL}/", nodes="others"),
+                local,
+            ),
+            daemon=True,
+            note="one reader, the others from it: as `ezpz yeet` does for up to eight nodes",
+        ),
+        Strategy("squashfs in place", (_import(f"{LOCAL}/bin/python", modules, before=mount),)),
+        Strategy("ours", (ours,), comment=f"pyenv:{IMAGE_NAME}"),
+        Strategy("ours, tar.zst", (ours,), comment=f"pyenv:{ARCHIVE_NAME}"),
+        Strategy(
+            "ours, sbcast",
+            (
+                Phase(
+                    "activate",
+                    f"{stager}/stager activate --via sbcast {IMAGE_NAME} >~/activation.sh",
+                    ranks=0,
+                ),
+                _import("python", modules, before=". ~/activation.sh; "),
+            ),
+        ),
+        Strategy("ours, warm", (ours,), comment=f"pyenv:{IMAGE_NAME}", warm=True),
+    ]
