@@ -7,28 +7,32 @@ from __future__ import annotations
 
 import math
 
-from .settings import LINK, Setting, Work
+from benchmarks.settings import Settings
+
+from .work import Work
 
 _BLOCK, _FANOUT, _HOP = 8e6, 8, 0.001
 """sbcast(1): 8 MB blocks, each acknowledged by the whole tree of fan-out 8; seconds of a hop."""
+_LINK = 2.5e9
+"""Bytes a second from node to node: one TCP stream, 22.5 Gb/s in EESSI's tutorial."""
 _DISK = 2.0e9
 """Bytes a second to a node's own disk: NVMe of the sites that published it."""
 
 
-def direct(work: Work, setting: Setting, nodes: int) -> float:
+def direct(work: Work, setting: Settings, nodes: int) -> float:
     """Every node imports from the shared file system."""
     return work.imported + max(
-        work.operations * setting.latency,
+        work.operations * setting.latency + work.reads * setting.data_latency,
         nodes * work.operations / setting.rate,
-        work.touched / LINK,
+        work.touched / setting.node_bandwidth,
         nodes * work.touched / setting.bandwidth,
     )
 
 
-def copied(work: Work, setting: Setting, nodes: int) -> float:
+def copied(work: Work, setting: Settings, nodes: int) -> float:
     """Every node copies the environment, file by file."""
     return work.imported + max(
-        work.everything * setting.latency,
+        work.everything * setting.latency + work.files * setting.data_latency,
         nodes * work.everything / setting.rate,
         nodes * work.size / setting.bandwidth,
     )
@@ -40,32 +44,33 @@ def sbcast(size: float, nodes: int) -> float:
     while reached < nodes:
         depth += 1
         reached += _FANOUT**depth
-    block = depth * (min(_FANOUT, nodes) * _BLOCK / LINK + _HOP) + _BLOCK / _DISK
+    block = depth * (min(_FANOUT, nodes) * _BLOCK / _LINK + _HOP) + _BLOCK / _DISK
     return math.ceil(size / _BLOCK) * block
 
 
-def recipe(work: Work, setting: Setting, nodes: int) -> float:
+def recipe(work: Work, setting: Settings, nodes: int) -> float:
     """A tar.gz by sbcast, unpacked and repaired on every node."""
     return sbcast(work.archive, nodes) + work.untarred + work.imported + 4 * setting.latency
 
 
-def shared(work: Work, setting: Setting, nodes: int) -> float:
+def shared(work: Work, setting: Settings, nodes: int) -> float:
     """Ours: every node reads the image."""
-    read = max(work.image / LINK, work.image / _DISK, nodes * work.image / setting.bandwidth)
+    one = work.image / min(setting.node_bandwidth, _DISK)
+    read = max(one, nodes * work.image / setting.bandwidth)
     return _ours(work, setting) + read
 
 
-def broadcast(work: Work, setting: Setting, nodes: int) -> float:
+def broadcast(work: Work, setting: Settings, nodes: int) -> float:
     """Ours: the image by sbcast."""
     return _ours(work, setting) + sbcast(work.image, nodes)
 
 
-def warm(work: Work, setting: Setting, nodes: int) -> float:
+def warm(work: Work, setting: Settings, nodes: int) -> float:
     """Ours: staged already."""
     return work.asked * setting.latency + work.imported
 
 
-def _ours(work: Work, setting: Setting) -> float:
+def _ours(work: Work, setting: Settings) -> float:
     return work.asked * setting.latency + work.staged + work.through_mount + work.imported
 
 

@@ -18,11 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.ledger import DATA
 from benchmarks.metafs import Metafs
+from benchmarks.settings import Settings
 from cluster.client import Cluster
 from environments import REPO, VENV
 
-from .settings import Setting
 from .strategies import ARCHIVE_NAME, IMAGE_NAME, LOCAL, PFS, Phase, Strategy
 
 BIN = "/usr/libexec/stager/bin"
@@ -52,6 +53,8 @@ class Start:
         dilation: what each phase's time was divided by.
         operations: of the node that asked for most, metadata operations.
         total: metadata operations of all nodes.
+        kinds: of that node, how many of each kind.
+        reads: of that node, reads of data.
         read: bytes of all nodes.
     """
 
@@ -62,6 +65,8 @@ class Start:
     dilation: dict[str, float]
     operations: int
     total: int
+    kinds: dict[str, int]
+    reads: int
     read: int
 
     @property
@@ -73,7 +78,8 @@ class Start:
 class Rig:
     """The cluster, its user's environment, and one start after the other."""
 
-    def __init__(self, state: Path, nodes: int, *, binds: str) -> None:
+    def __init__(self, state: Path, nodes: int, *, binds: str, ledgers: Path | None = None) -> None:
+        self.ledgers = ledgers
         self.cluster = Cluster(state)
         self.binds = binds
         self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
@@ -117,6 +123,17 @@ class Rig:
         """
         self.cluster.exec("ctl", USER, ["sh", "-ec", script], timeout=1800)
 
+    def made(self) -> dict[str, int]:
+        """Files and bytes of what :meth:`make` made."""
+        found = [path for path in (self.shared / "env").rglob("*") if not path.is_dir()]
+        images = self.shared / "repository" / "images"
+        return {
+            "files": len(found),
+            "size": sum(path.lstat().st_size for path in found),
+            "image": sum(path.stat().st_size for path in images.glob("*.squashfs")),
+            "archive": (self.shared / "env.tar.gz").stat().st_size,
+        }
+
     @property
     def shared(self) -> Path:
         """The shared directory as this machine sees it."""
@@ -124,7 +141,7 @@ class Rig:
 
     # -- one start
 
-    def start(self, strategy: Strategy, setting: Setting, count: int) -> Start:
+    def start(self, strategy: Strategy, setting: Settings, count: int) -> Start:
         """Start a job and all its ranks once, with nothing known on any node."""
         nodes = self.nodes[:count]
         seconds: dict[str, float] = {}
@@ -138,7 +155,8 @@ class Rig:
         if strategy.warm:
             with self._job(nodes, strategy.comment) as job:
                 self._step(job, nodes, Phase("stage", "true"))
-        with Metafs(PFS, nodes=nodes, cluster=self.cluster, setting=setting) as shared:
+        pids = {node: self.cluster.pid(node) for node in nodes}
+        with Metafs(self.shared, PFS, pids, setting) as shared:
             factor = dilated("job", count)
             started = time.time()
             with self._job(nodes, strategy.comment) as job:
@@ -154,10 +172,14 @@ class Rig:
                     seconds[phase.name] = (ended - started) / factor
             ledger = shared.ledger()
         self._clean(nodes)
-        operations = [ledger.operations(node) for node in nodes]
+        if self.ledgers:
+            ledger.write(self.ledgers / f"{strategy.name} {setting.name} {count}.jsonl")
+        operations = [ledger.of(node).requests() for node in nodes]
+        busiest = nodes[operations.index(max(operations))]
+        kinds = ledger.of(busiest).kinds()
         return Start(
             strategy.name, setting.name, count, seconds, dilation,
-            max(operations), sum(operations), ledger.read(),
+            max(operations), sum(operations), dict(kinds), kinds[DATA], ledger.bytes(),
         )  # fmt: skip
 
     @contextlib.contextmanager

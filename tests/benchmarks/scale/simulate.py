@@ -12,8 +12,10 @@ from typing import Any, Callable
 
 import simpy
 
+from benchmarks.settings import Settings
+
 from . import closed
-from .settings import LINK, Setting, Work
+from .work import Work
 
 _EVENTS = 200_000
 """About as many events as one simulation has: more nodes ask in larger bursts."""
@@ -26,7 +28,7 @@ Steps = Generator[Any, Any, None]
 class Shared:
     """The file system: a queue for metadata and a queue for data."""
 
-    def __init__(self, world: simpy.Environment, setting: Setting, nodes: int) -> None:
+    def __init__(self, world: simpy.Environment, setting: Settings, nodes: int) -> None:
         self.world, self.setting, self.nodes = world, setting, nodes
         self.metadata = simpy.Resource(world)
         self.data = simpy.Resource(world)
@@ -51,13 +53,15 @@ class Shared:
             with self.data.request() as turn:
                 yield turn
                 yield self.world.timeout(piece / self.setting.bandwidth)
-            yield self.world.timeout(max(0.0, piece / LINK - (self.world.now - started)))
+            link = piece / self.setting.node_bandwidth
+            yield self.world.timeout(max(0.0, link - (self.world.now - started)))
 
 
 def direct(shared: Shared, work: Work) -> Steps:
     """Import from the shared file system."""
     reading = shared.world.process(shared.read(work.touched))
     yield from shared.ask(work.operations)
+    yield shared.world.timeout(work.reads * shared.setting.data_latency)
     yield reading
     yield shared.world.timeout(work.imported)
 
@@ -66,6 +70,7 @@ def copied(shared: Shared, work: Work) -> Steps:
     """Copy the environment, file by file."""
     reading = shared.world.process(shared.read(work.size))
     yield from shared.ask(work.everything)
+    yield shared.world.timeout(work.files * shared.setting.data_latency)
     yield reading
     yield shared.world.timeout(work.imported)
 
@@ -103,7 +108,7 @@ STRATEGIES: dict[str, Callable[[Shared, Work], Steps]] = {
 }  # fmt: skip
 
 
-def start(strategy: str, work: Work, setting: Setting, nodes: int) -> float:
+def start(strategy: str, work: Work, setting: Settings, nodes: int) -> float:
     """Seconds until the last of so many nodes has imported."""
     world = simpy.Environment()
     shared = Shared(world, setting, nodes)

@@ -1,35 +1,8 @@
-"""The shared file systems that starts are measured and simulated on, and what one node offers."""
+"""What one node's start asks for."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A shared file system.
-
-    Attributes:
-        name: what it is called in results.
-        latency: seconds of one metadata operation.
-        rate: metadata operations a second for all nodes.
-        bandwidth: bytes a second for all nodes.
-    """
-
-    name: str
-    latency: float
-    rate: float
-    bandwidth: float
-
-
-COLD = Setting("cold-lustre", 0.010, 100_000, 100e9)
-FLASH = Setting("flash", 0.0005, 500_000, 100e9)
-WEAK = Setting("weak-nfs", 0.002, 5_000, 1e9)
-SETTINGS = {one.name: one for one in (COLD, FLASH, WEAK)}
-
-LINK = 2.5e9
-"""Bytes a second of one node's stream from the file system or another node: one TCP stream of the
-sites that published one (22.5 Gb/s by iperf3 in EESSI's tutorial, 3.3 GB/s in ezpz's logs)."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +12,7 @@ class Work:
     Attributes:
         name: what is imported.
         operations: metadata operations of the import on a cold node, whatever its ranks.
+        reads: reads of data of the import on a cold node.
         touched: bytes that the import reads.
         files: files of the environment.
         everything: operations of reading the whole environment file by file.
@@ -55,6 +29,7 @@ class Work:
 
     name: str
     operations: int
+    reads: int
     touched: int
     files: int
     everything: int

@@ -1,0 +1,203 @@
+"""Writes docs/performance from recorded runs: tables, the simulation and the plots.
+
+make performance        from the runs that are committed in docs/performance
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the tests' own packages
+
+from benchmarks.scale import closed, simulate
+from benchmarks.scale.work import Work
+from benchmarks.settings import ALL
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+DATA = DOCS / "performance"
+NODES = (1, 8, 64, 128, 1024, 4096, 9408)
+SHOWN = ("cold-lustre", "flash", "weak-nfs")
+
+Row = dict[str, Any]
+
+
+def rows(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def grouped(found: list[Row]) -> dict[tuple[str, int, str], list[Row]]:
+    """Starts by setting, number of nodes and strategy."""
+    result: dict[tuple[str, int, str], list[Row]] = defaultdict(list)
+    for row in found:
+        if "strategy" in row:
+            result[row["setting"], row["nodes"], row["strategy"]].append(row)
+    return result
+
+
+def whole(row: Row) -> float:
+    return float(sum(row["seconds"].values()))
+
+
+def median(starts: list[Row], phase: str = "") -> float:
+    if phase:
+        return statistics.median(row["seconds"].get(phase, 0.0) for row in starts)
+    return statistics.median(map(whole, starts))
+
+
+def work(found: list[Row]) -> Work:
+    """What the simulation is fed with: all of it was measured on one node in the same run."""
+    starts = grouped(found)
+    (environment,) = [row["environment"] for row in found if "environment" in row]
+    one = {name: starts["cold-lustre", 1, name] for name in ("direct", "cp -r", "recipe")}
+    ours, warm = starts["cold-lustre", 1, "ours"], starts["cold-lustre", 1, "ours, warm"]
+    extracted = starts["cold-lustre", 1, "ours, tar.zst"]
+    node = one["direct"][0]
+    job = median(warm, "job")
+    imported = median(warm, "import")
+    return Work(
+        name=found[0]["workload"],
+        # Ranks open files at the same time: what one waits for is an eighth of these.
+        operations=operations(node),
+        reads=node["reads"],
+        touched=node["read"],
+        files=environment["files"],
+        everything=one["cp -r"][0]["operations"],
+        size=environment["size"],
+        image=environment["image"],
+        archive=environment["archive"],
+        imported=imported,
+        untarred=median(one["recipe"], "untar"),
+        staged=max(0.0, median(ours, "job") - job),
+        through_mount=max(0.0, median(ours, "import") - imported),
+        extracted=max(0.0, median(extracted, "job") - job),
+        asked=ours[0]["operations"],
+    )
+
+
+def operations(node: Row) -> int:
+    """Operations that one rank waits for: lookups are asked once a node, opens by every rank."""
+    kinds = node["kinds"]
+    opens = kinds.get("open", 0) + kinds.get("close", 0)
+    return int(node["operations"] - opens + opens / 8)
+
+
+def measured(found: list[Row]) -> list[str]:
+    """The table of one workload."""
+    starts = grouped(found)
+    lines = []
+    for setting in SHOWN:
+        counts = sorted({nodes for one, nodes, _ in starts if one == setting})
+        if not counts:
+            continue
+        names = list(dict.fromkeys(name for one, _, name in starts if one == setting))
+        head = " | ".join(f"{count} node{'s' if count > 1 else ''}" for count in counts)
+        lines += ["", f"| {setting} | {head} | operations a node | MB read a node |"]
+        lines += ["|---" * (len(counts) + 3) + "|"]
+        for name in names:
+            cells, last = [], None
+            for count in counts:
+                those = starts.get((setting, count, name), [])
+                cells.append(_spread(those))
+                last = those[0] if those else last
+            assert last is not None
+            read = last["read"] / last["nodes"] / 1e6
+            lines.append(f"| {name} | {' | '.join(cells)} | {last['operations']:,} | {read:,.0f} |")
+    return lines
+
+
+def _spread(those: list[Row]) -> str:
+    if not those:
+        return "-"
+    times = sorted(map(whole, those))
+    if len(times) == 1:
+        return f"{times[0]:.2f}"
+    return f"{median(those):.2f} ({times[0]:.2f} - {times[-1]:.2f}, n={len(times)})"
+
+
+def simulated(one: Work) -> tuple[list[str], dict[str, dict[str, list[float]]]]:
+    """The table of a simulation, and its numbers by setting and strategy."""
+    lines, numbers = [], {}
+    for setting in SHOWN:
+        lines += ["", f"| {setting} | " + " | ".join(f"{count:,}" for count in NODES) + " |"]
+        lines += ["|---" * (len(NODES) + 1) + "|"]
+        numbers[setting] = {}
+        for name in simulate.STRATEGIES:
+            times = [simulate.start(name, one, ALL[setting], count) for count in NODES]
+            forms = [closed.FORMS[name](one, ALL[setting], count) for count in NODES]
+            numbers[setting][name] = times
+            cells = [f"{time:.1f} ({form:.1f})" for time, form in zip(times, forms)]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines, numbers
+
+
+def draw(found: list[Row], numbers: dict[str, dict[str, list[float]]], path: Path) -> None:
+    """Seconds by nodes at the cold setting: measured as dots, simulated as lines."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "stager"  # the same bytes every time
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    starts = grouped(found)
+    for number, (name, times) in enumerate(numbers["cold-lustre"].items()):
+        colour = f"C{number}"
+        axes.plot(NODES, times, color=colour, label=name)
+        dots = [
+            (count, median(those))
+            for (setting, count, strategy), those in sorted(starts.items())
+            if setting == "cold-lustre" and strategy == name
+        ]
+        axes.plot(*zip(*dots), "o", color=colour, markersize=5)
+    axes.set(xscale="log", yscale="log", xlabel="nodes of eight ranks")
+    axes.set_ylabel(f"seconds to the last rank's import of {found[0]['workload']}")
+    axes.set_title("A cold start: measured (dots, dilated) and simulated (lines)")
+    axes.grid(True, which="major", alpha=0.3)
+    axes.legend(loc="upper left", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None, "Creator": None})
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parts = {}
+    for path in sorted(DATA.glob("starts-*.jsonl")):
+        found = rows(path)
+        one = work(found)
+        table, numbers = simulated(one)
+        draw(found, numbers, DATA / f"{path.stem}.svg")
+        (machine,) = [row for row in found if "machine" in row]
+        rates = machine["calibration"]
+        parts[path.stem] = [
+            f"Machine: {machine['machine']}; calibration of the same run: write"
+            f" {rates['write'] / 1e9:.2f} GB/s, read {rates['read'] / 1e9:.2f} GB/s, zstd"
+            f" {rates['zstd'] / 1e9:.2f} GB/s, an empty Python {rates['python'] * 1000:.0f} ms.",
+            *measured(found),
+            "",
+            "Simulated from these (in brackets the closed form), seconds:",
+            *table,
+            "",
+            f"What the simulation was fed with: `{json.dumps(asdict(one))}`",
+        ]
+    replace(DOCS / "performance.md", parts)
+
+
+def replace(path: Path, parts: dict[str, list[str]]) -> None:
+    """Put generated lines between their marks."""
+    text = path.read_text()
+    for name, lines in parts.items():
+        first, last = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+        before, _, rest = text.partition(first)
+        _, _, after = rest.partition(last)
+        text = before + first + "\n".join(lines).strip("\n") + "\n" + last + after
+    path.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
