@@ -88,6 +88,10 @@ class Cluster:
         arguments = ["-n", node, "-u", user, "--", *argv]
         return self._command("exec", *arguments, input=input, check=check, timeout=timeout)
 
+    def pid(self, host: str) -> int:
+        """A host's process 1, by the machine's numbers: its namespaces are the host's."""
+        return int((self.state / "hosts" / host / "init").read_text().split()[0])
+
     def read_file(self, node: str, path: str | os.PathLike[str]) -> str:
         """The text of a file as root on that host sees it."""
         return self.exec(node, "root", ["cat", "--", os.fspath(path)]).stdout

@@ -15,7 +15,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.ledger import DATA
@@ -155,8 +155,9 @@ class Rig:
         if strategy.warm:
             with self._job(nodes, strategy.comment) as job:
                 self._step(job, nodes, Phase("stage", "true"))
+        wide = replace(setting, wide=("*/images/*", "*.tar.gz", "*.squashfs"))
         pids = {node: self.cluster.pid(node) for node in nodes}
-        with Metafs(self.shared, PFS, pids, setting) as shared:
+        with Metafs(self.shared, PFS, pids, wide) as shared:
             factor = dilated("job", count)
             started = time.time()
             with self._job(nodes, strategy.comment) as job:
@@ -244,6 +245,8 @@ class Rig:
 
     def _clean(self, nodes: list[str]) -> None:
         script = f"""
+            # The server of a mount ended with its step.
+            fusermount3 -qzu {LOCAL} || :
             rm -rf {LOCAL} /tmp/bench.tar.gz /tmp/rsyncd.conf
             {BIN}/stager release >/dev/null 2>&1 || :
             {BIN}/stager collect --all
