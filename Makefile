@@ -98,6 +98,22 @@ bench-main: setup
 bench-push: setup
 	$(VENV)/bin/python tests/benchmarks/push.py 8 64 200mbit
 
+# Job starts by every strategy: numpy on two nodes; then more nodes, settings and torch.
+START = $(VENV)/bin/python tests/benchmarks/start.py
+bench-quick: setup
+	$(START) --nodes 2 --strategies 'direct|recipe|squashfs in place|ours|ours, warm'
+
+bench: setup
+	$(START) --nodes 1,2,4,8 --runs 3 --skip 'cp -r' --json .build/starts-numpy.jsonl
+	$(START) --nodes 1,8 --settings flash,weak-nfs --runs 3 --skip 'cp -r' \
+		--json .build/starts-numpy.jsonl
+	$(START) --workload torch --nodes 1,2 --json .build/starts-torch.jsonl
+
+# Writes docs/performance.md and its plots from the recorded runs.
+performance: setup
+	$(VENV)/bin/pip install -q --group bench
+	$(VENV)/bin/python tests/benchmarks/report.py
+
 # Writes docs/comparison.md from what comes out.
 comparison: setup
 	WRITE_COMPARISON=1 $(PYTEST) tests/peers

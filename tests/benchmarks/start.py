@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--nodes", default="2", help="numbers of nodes, as in 1,2,4,8")
     parser.add_argument("--settings", default="cold-lustre", help=", ".join(ALL))
     parser.add_argument("--strategies", default="", help="names, parted by |; default: all")
+    parser.add_argument("--skip", default="", help="names, parted by |")
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--ledgers", type=Path, help="directory for every operation of each start")
     parser.add_argument("--json", type=Path, help="file for every start, one object a line")
@@ -75,6 +76,7 @@ def main() -> None:
         one
         for one in strategies(modules, BIN)
         if not arguments.strategies or one.name in arguments.strategies.split("|")
+        if one.name not in arguments.skip.split("|")
     ]
     machine = (
         f"{platform.machine()}, {os.cpu_count()} processors, load {os.getloadavg()[0]:.1f},"
