@@ -2,9 +2,9 @@
 
 ::
 
-    refs/<name>              link to ../manifests/<digest>.json
-    origins/<hash>           the same link, by the path an environment was packed from
-    manifests/<digest>.json  manifests, by the sha256 of their bytes
+    refs/<name>              a manifest, by the name of its environment
+    origins/<hash>           the same, by the path that the environment was packed from
+    manifests/<digest>.json  the same, by the sha256 of its bytes
     layers/<id>.<format>     what packing a layer gave: JSON, so that it need not be done again
     images/<layer>           images, named by the layer's id and their checksum
     tmp/                     half-written files of packs at work
@@ -34,6 +34,8 @@ from stager.ref import Ref, is_name
 _ROOMS = ("refs", "origins", "manifests", "layers", "images", "tmp")
 _ABANDONED = 86400.0
 _MAX_MANIFEST = 64 << 20
+_DIGITS = 64
+"""Of a whole sha256, in hexadecimal."""
 _FLOCK_MISSING = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 
 
@@ -101,11 +103,14 @@ class Repository:
             return self._load(self._path("origins", _origin_key(ref.path)))
         if not ref.digest:
             return self._load(self._path("refs", ref.name))
-        matches = [
-            name
-            for name in self._listdir("manifests")
-            if name.startswith(ref.digest) and name.endswith(".json")
-        ]
+        if len(ref.digest) == _DIGITS:
+            matches = [f"{ref.digest}.json"]
+        else:
+            matches = [
+                name
+                for name in self._listdir("manifests")
+                if name.startswith(ref.digest) and name.endswith(".json")
+            ]
         if len(matches) > 1:
             raise IntegrityError(f"{ref} is ambiguous here", hint="give more digits of the digest")
         found = self._load(self._path("manifests", matches[0])) if matches else None
@@ -115,7 +120,7 @@ class Repository:
         data = self._read_manifest(path)
         turns = 10
         while data is None and turns and os.path.islink(path):
-            # The manifest it led to was replaced, and removed, while the link was being followed.
+            # A link, as earlier versions made it, to what was replaced and removed meanwhile.
             data = self._read_manifest(path)
             turns -= 1
         return Published(manifest.decode(data, path), data, self) if data is not None else None
@@ -123,7 +128,7 @@ class Repository:
     @staticmethod
     def _read_manifest(path: str) -> bytes | None:
         try:
-            # One open of a link: the only operation on shared storage that a warm start needs.
+            # One open: with the close, all that a warm start asks of shared storage.
             with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     raise IntegrityError(f"{path} is not a file", hint="pack the environment again")
@@ -248,18 +253,28 @@ class Repository:
             data = value.encode()
             digest = manifest.digest(data)
             fsutil.write_atomic(self._path("manifests", f"{digest}.json"), data)
-            target = f"../manifests/{digest}.json"
-            self._mark_replaced(self._path("refs", value.name), target)
-            fsutil.replace_link(target, self._path("origins", _origin_key(value.origin)))
-            fsutil.replace_link(target, self._path("refs", value.name))
-            fsutil.sync(self._path("refs"))
+            self._mark_replaced(value.name, f"{digest}.json")
+            # Copies: following a link costs every cold node three more lookups.
+            fsutil.write_atomic(self._path("origins", _origin_key(value.origin)), data)
+            fsutil.write_atomic(self._path("refs", value.name), data)
         return Published(value, data, self)
 
-    def _mark_replaced(self, link: str, target: str) -> None:
-        """Note on the manifest a link leads to when it was replaced, for :meth:`collect`."""
-        with contextlib.suppress(OSError):
-            if os.readlink(link) != target:
-                os.utime(link)
+    def _mark_replaced(self, name: str, new: str) -> None:
+        """Note on the manifest that a name stands for when it was replaced, for :meth:`collect`."""
+        old = self._stands_for("refs", name)
+        if old and old != new:
+            with contextlib.suppress(OSError):
+                os.utime(self._path("manifests", old))
+
+    def _stands_for(self, *parts: str) -> str:
+        """The file in ``manifests`` that a name stands for; empty where there is no such name."""
+        path = self._path(*parts)
+        with contextlib.suppress(OSError):  # a link of an earlier version, also one to nothing
+            return os.path.basename(os.readlink(path))
+        with contextlib.suppress(StagerError):
+            data = self._read_manifest(path)
+            return f"{manifest.digest(data)}.json" if data is not None else ""
+        return ""
 
     def _check_name(self, value: Manifest) -> None:
         with contextlib.suppress(IntegrityError):
@@ -282,20 +297,17 @@ class Repository:
         """
         with self._lock("lock"):
             parts = ("origins", _origin_key(ref.path)) if ref.path else ("refs", ref.name)
-            target = ""
-            with contextlib.suppress(OSError):
-                target = os.readlink(self._path(*parts))
-            if not os.path.basename(target).startswith(ref.digest) or not target:
+            target = self._stands_for(*parts)
+            if not target.startswith(ref.digest) or not target:
                 raise NotFoundError(
                     f"`{ref}` is not published in {self.root}", hint="`stager list` shows what is"
                 )
-            # Its name may be another environment's by now: only links to this very manifest go.
+            # Its name may be another environment's by now: only those of this very manifest go.
             for room in ("refs", "origins"):
                 for name in self._listdir(room):
-                    path = self._path(room, name)
-                    with contextlib.suppress(OSError):
-                        if os.readlink(path) == target:
-                            os.unlink(path)
+                    if self._stands_for(room, name) == target:
+                        with contextlib.suppress(OSError):
+                            os.unlink(self._path(room, name))
         return self.collect()
 
     def collect(self, *, keep: float = 0.0) -> list[str]:
@@ -320,8 +332,7 @@ class Repository:
         kept: set[str] = set()
         for room in ("refs", "origins"):
             for name in self._listdir(room):
-                with contextlib.suppress(OSError):
-                    kept.add(os.path.basename(os.readlink(self._path(room, name))))
+                kept.add(self._stands_for(room, name))
         images: set[str] = set()
         for name in self._listdir("manifests"):
             path = self._path("manifests", name)

@@ -110,6 +110,7 @@ class Metafs:
             if server.stdout.readline() != "ready\n":
                 raise RuntimeError("metafs could not be mounted")
             self._server = server
+            self._mounted = self.mark()
             self._stack = self._stack.pop_all()
         return self
 
@@ -133,14 +134,18 @@ class Metafs:
         """The moment from which on :meth:`ledger` is to count."""
         return time.monotonic()
 
-    def ledger(self, since: float = 0.0) -> Ledger:
-        """What was asked until now, of all nodes."""
+    def ledger(self, since: float | None = None) -> Ledger:
+        """What was asked until now, of all nodes; from the mounting on, if `since` does not say.
+
+        What nobody waits for (a directory that is closed, a program that ends) may come late.
+        """
+        first = self._mounted if since is None else since
         return Ledger.merged(
             Operation(node, *entry)
             for node in self.nodes
             for line in (self._ledgers / node).read_text().splitlines()
             for entry in (json.loads(line),)
-            if entry[0] >= since
+            if entry[0] >= first
         )
 
 

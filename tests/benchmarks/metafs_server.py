@@ -110,7 +110,9 @@ class Shared(mfusepy.Operations):  # type: ignore[misc]
     def __init__(
         self, directory: str, target: str, service: Service, ledger: int, init: Callable[[], None]
     ) -> None:
-        self.directory, self.target = directory, target.rstrip("/")
+        # Stays what it is, whatever is mounted over it. (libfuse changes to the root directory.)
+        self.directory = f"/proc/self/fd/{os.open(directory, os.O_PATH | os.O_CLOEXEC)}"
+        self.target = target.rstrip("/")
         self.service, self.ledger = service, ledger
         self.init_done = init
         self.delays = service.settings.delays

@@ -148,9 +148,8 @@ def test_a_name_may_be_taken_over_on_purpose(repository: Repository) -> None:
 
 
 def test_a_damaged_owner_does_not_hold_a_name(repository: Repository) -> None:
-    published = tiny.publish(repository, named("torch", 1))
-    path = Path(repository.root, "manifests", published.ref.rpartition(":")[2] + ".json")
-    path.write_bytes(b"{")
+    tiny.publish(repository, named("torch", 1))
+    Path(repository.root, "refs", "torch").write_bytes(b"{")
     tiny.publish(repository, replace(named("torch", 2), origin="/elsewhere"), replace=False)
     assert repository.find(Ref(name="torch")) is not None
 
@@ -447,10 +446,41 @@ def publishing(root: str, number: int, count: int) -> None:
         repository.collect()
 
 
+def linked(repository: Repository, digest: str) -> None:
+    """Give the name `torch` the shape that earlier versions gave it."""
+    path = os.path.join(repository.root, "refs", "torch")
+    os.unlink(path)
+    os.symlink(f"../manifests/{digest}.json", path)
+
+
+def test_links_of_earlier_versions_stay_good(repository: Repository) -> None:
+    old = tiny.publish(repository, named("torch", 1))
+    linked(repository, old.digest)
+    repository.collect()
+    found = repository.find(Ref(name="torch"))
+    assert found is not None and found.data == old.data
+    new = tiny.publish(repository, named("torch", 2, b"other"))
+    repository.collect()
+    assert repository.find(Ref(name="torch")) == new
+    assert images(repository) == [new.manifest.top.filename]
+    linked(repository, new.digest)
+    repository.remove(Ref(name="torch"))
+    assert repository.names() == images(repository) == []
+
+
+def test_a_whole_digest_is_found_without_listing(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = tiny.publish(repository, named("torch"))
+    monkeypatch.delattr(os, "listdir")
+    assert repository.find(Ref(name="torch", digest=published.digest)) == published
+    assert repository.find(Ref(name="torch", digest="0" * 64)) is None
+
+
 def test_a_manifest_that_is_replaced_while_its_link_is_followed(
     repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny.publish(repository, named("torch", 1))
+    linked(repository, tiny.publish(repository, named("torch", 1)).digest)
     opened, real = [], os.open
 
     def vanishing(path: str, *arguments: int) -> int:
@@ -495,26 +525,28 @@ def test_readers_see_a_whole_manifest_while_two_publish_the_same_name(
         assert len(os.listdir(os.path.join(repository.root, room))) == 1
 
 
-@pytest.mark.parametrize("step", ["write_atomic", "replace_link", "sync"])
+@pytest.mark.parametrize("step", ["manifests", "origins", "refs"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_publishing_that_is_killed_leaves_the_old_or_the_new(
-    repository: Repository, monkeypatch: pytest.MonkeyPatch, step: str, when: str
+    repository: Repository, step: str, when: str
 ) -> None:
     old, new = named("torch", 1), named("torch", 2)
     tiny.publish(repository, old)
-    real = getattr(fsutil, step)
+    real = fsutil.write_atomic
 
-    def dying(*arguments: object, **options: object) -> None:
-        if when == "after":
-            real(*arguments, **options)
-        os.kill(os.getpid(), signal.SIGKILL)
+    def dying(path: str, data: bytes) -> None:
+        here = f"/{step}/" in path
+        if not here or when == "after":
+            real(path, data)
+        if here:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def work() -> None:
         with repository.workspace() as directory:
             path = os.path.join(directory, "image")
             Path(path).write_bytes(b"image")
             repository.add_image(path, new.top)
-            setattr(fsutil, step, dying)
+            fsutil.write_atomic = dying  # type: ignore[assignment]
             repository.publish(new, replace=False)
 
     assert tiny.in_child(work) == -signal.SIGKILL

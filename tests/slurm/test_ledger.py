@@ -1,0 +1,156 @@
+"""What a job asks of shared storage until its last rank has imported: each operation is counted.
+
+All of the homes is on a file system that writes down what it is asked, on the nodes of the job
+(``tests/benchmarks/metafs.py``): the original environment, the repository, the configuration,
+``~/.local`` and the working directory. A lookup of one name in one directory is an operation, once
+for each node; so is every open and every close. Reads of an image are data: they are listed apart.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+
+from benchmarks.jobs import ENVIRONMENT, HOME, Started, make_environment, mounted, start
+from benchmarks.ledger import Ledger
+
+from .site import BIN, Site
+
+NODES = ("n1", "n2")
+REPOSITORY = f"{HOME}/.local/share/stager"
+WAY_TO_REPOSITORY = [
+    ("lookup", HOME),
+    ("lookup", f"{HOME}/.config"),  # the user's own configuration, of which there is none
+    ("lookup", f"{HOME}/.local"),
+    ("lookup", f"{HOME}/.local/share"),
+    ("lookup", REPOSITORY),
+]
+rows: list[str] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment(site: Site) -> Iterator[None]:
+    make_environment(site, "numpy")
+    yield
+    site.clear_stores()
+    print("operations on the shared file system per node, from submission to the last import")
+    print(*rows, sep="\n")
+
+
+def tell(what: str, started: Started) -> None:
+    for node in NODES:
+        one = started.ledger.of(node)
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(one.kinds().items()))
+        rows.append(
+            f"{what:45} {started.ranks // len(NODES)} ranks, {node}: {one.count():5}"
+            f" ({one.requests()} RPCs of a Lustre client), {one.bytes() / 1e6:5.1f} MB; {kinds}"
+        )
+
+
+def asked(ledger: Ledger) -> Counter[tuple[str, str]]:
+    return Counter((one.kind, one.path) for one in ledger.metadata())
+
+
+def read(path: str) -> list[tuple[str, str]]:
+    """What reading a file asks for where its directory is known, but not what is in there."""
+    return [("lookup", path.rpartition("/")[0]), *((kind, path) for kind in _WHOLE)]
+
+
+_WHOLE = ("lookup", "open", "close")
+
+
+def shown(site: Site, name: str) -> tuple[str, str]:
+    """The digest of a packed environment, and its image."""
+    value = json.loads(site.shell("alice", f"{BIN}/stager inspect --json {name}"))
+    (layer,) = value["layers"]
+    image = layer["image"]
+    return value["digest"], f"{layer['id']}-{image['crc32']:08x}.{image['format']}"
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_the_original_is_asked_for_thousands(site: Site, ranks: int) -> None:
+    """That the ledger counts."""
+    with mounted(site, *NODES) as shared:
+        cold = start(site, shared, "direct", ranks=ranks)
+        again = start(site, shared, "direct", ranks=ranks)
+    tell("direct, cold", cold)
+    tell("direct, again", again)
+    for node in NODES:
+        assert cold.prefixes == again.prefixes == {ENVIRONMENT}
+        # numpy alone is about 170 files; what is opened is opened by each rank.
+        assert cold.ledger.of(node).below(ENVIRONMENT).count() > 150 * ranks
+        assert again.ledger.of(node).below(ENVIRONMENT).count() > 150 * ranks
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+@pytest.mark.parametrize("image_format", ["squashfs", "tar.zst"])
+@pytest.mark.parametrize("way", ["hook", "stage-run"])
+def test_a_pinned_one(site: Site, way: str, image_format: str, ranks: int) -> None:
+    """Nothing of the original is resolved, and what is asked for does not depend on the ranks."""
+    name = f"measured-{image_format}"
+    digest, image = shown(site, name)
+    ref = f"{name}@sha256:{digest}"
+    site.clear_stores()
+    with mounted(site, *NODES) as shared:
+        cold = start(site, shared, way, ref=ref, ranks=ranks)
+        again = start(site, shared, way, ref=ref, ranks=ranks)
+    with mounted(site, *NODES) as shared:
+        hit = start(site, shared, way, ref=ref, ranks=ranks)
+    manifest = f"{REPOSITORY}/manifests/{digest}.json"
+    for node in NODES:
+        for one in (cold, hit, again):
+            assert one.ledger.of(node).below(ENVIRONMENT).count() == 0
+            assert ENVIRONMENT not in one.prefixes
+        found = WAY_TO_REPOSITORY + read(manifest)
+        assert asked(cold.ledger.of(node)) == Counter(found + read(f"{REPOSITORY}/images/{image}"))
+        assert asked(hit.ledger.of(node)) == Counter(found)
+        assert asked(again.ledger.of(node)) == Counter([("open", manifest), ("close", manifest)])
+    tell(f"{way}, {image_format}, pinned, cold", cold)
+    tell(f"{way}, {image_format}, pinned, hit", hit)
+    tell(f"{way}, {image_format}, pinned, again", again)
+
+
+@pytest.mark.parametrize("way", ["hook", "stage-run"])
+def test_by_name(site: Site, way: str) -> None:
+    """The one question more is whether the original changed, once for each node."""
+    _digest, image = shown(site, "measured-squashfs")
+    site.clear_stores()
+    with mounted(site, *NODES) as shared:
+        cold = start(site, shared, way)
+        again = start(site, shared, way)
+    with mounted(site, *NODES) as shared:
+        hit = start(site, shared, way)
+    ref = f"{REPOSITORY}/refs/measured-squashfs"
+    (library,) = (site.home("alice") / "envs/measured/lib").iterdir()
+    changed = [
+        f"{HOME}/envs",
+        ENVIRONMENT,
+        f"{ENVIRONMENT}/pyvenv.cfg",
+        f"{ENVIRONMENT}/bin",
+        f"{ENVIRONMENT}/lib",
+        f"{ENVIRONMENT}/lib/{library.name}",
+        f"{ENVIRONMENT}/lib/{library.name}/site-packages",
+    ]
+    for node in NODES:
+        found = WAY_TO_REPOSITORY + read(ref) + [("lookup", path) for path in changed]
+        assert asked(cold.ledger.of(node)) == Counter(found + read(f"{REPOSITORY}/images/{image}"))
+        assert asked(hit.ledger.of(node)) == Counter(found)
+        assert asked(again.ledger.of(node)) == Counter([("open", ref), ("close", ref)])
+    tell(f"{way}, squashfs, by name, cold", cold)
+    tell(f"{way}, squashfs, by name, hit", hit)
+    tell(f"{way}, squashfs, by name, again", again)
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_the_working_directory_is_the_jobs_own(site: Site, ranks: int) -> None:
+    """Without ``-P`` Python lists the directory it looks for modules in first, in each rank."""
+    with mounted(site, *NODES) as shared:
+        start(site, shared, "hook", ranks=ranks)
+        again = start(site, shared, "hook", ranks=ranks, python="python")
+    tell("hook, by name, again, without python -P", again)
+    for node in NODES:
+        found = asked(again.ledger.of(node).below(HOME))
+        assert found["opendir", HOME] == ranks
