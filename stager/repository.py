@@ -66,6 +66,10 @@ class Repository:
     def __init__(self, root: str) -> None:
         self.root = root
 
+    def ref(self, name: str) -> str:
+        """The path of the link that a name stands for."""
+        return self._path("refs", name)
+
     def _path(self, *parts: str) -> str:
         return os.path.join(self.root, *parts)
 
@@ -100,7 +104,7 @@ class Repository:
         if ref.path:
             return self._load(self._path("origins", _origin_key(ref.path)))
         if not ref.digest:
-            return self._load(self._path("refs", ref.name))
+            return self._load(self.ref(ref.name))
         matches = [
             name
             for name in self._listdir("manifests")
@@ -248,10 +252,10 @@ class Repository:
             data = value.encode()
             digest = manifest.digest(data)
             fsutil.write_atomic(self._path("manifests", f"{digest}.json"), data)
-            target = f"../manifests/{digest}.json"
-            self._mark_replaced(self._path("refs", value.name), target)
+            target = manifest_link(digest)
+            self._mark_replaced(self.ref(value.name), target)
             fsutil.replace_link(target, self._path("origins", _origin_key(value.origin)))
-            fsutil.replace_link(target, self._path("refs", value.name))
+            fsutil.replace_link(target, self.ref(value.name))
             fsutil.sync(self._path("refs"))
         return Published(value, data, self)
 
@@ -361,6 +365,11 @@ class Repository:
             if held or error.errno not in _FLOCK_MISSING:
                 raise
             yield  # renames keep readers right even where locks do not work
+
+
+def manifest_link(digest: str) -> str:
+    """Where a name's link leads."""
+    return f"../manifests/{digest}.json"
 
 
 def _age(path: str) -> float:
