@@ -80,12 +80,14 @@ def _lives(owner: Owner) -> bool:
     return False
 
 
-def _foreign(node: Store, layer: Layer) -> Owner | None:
+def foreign(node: Store, layer: Layer) -> Owner | None:
     """Who else a mounted tree depends on, or None where it can be relied on."""
     stamp = node.stamp(layer.id)
     if stamp is None or stamp.how != MOUNTED or not squashfs.is_mounted(node.tree(layer.id)):
         return None
-    owner, me = _server_owner(node.tree(layer.id)), owner_of(os.environ)
+    told = stamp.owner
+    owner = Owner.read(told) if told is not None else _server_owner(node.tree(layer.id))
+    me = owner_of(os.environ)
     if owner is None or owner == me:
         return None
     return None if me is not None and owner == Owner(me.job, "") else owner
@@ -104,7 +106,7 @@ def stage_here(
             _settle(layer, node, config, holder)
         result = staging.stage(published, node, config, holder=holder, progress=progress)
         # Between the two somebody may have mounted what was not there.
-        if not any(_foreign(node, layer) for layer in published.manifest.layers):
+        if not any(foreign(node, layer) for layer in published.manifest.layers):
             break
     return result
 
@@ -135,13 +137,13 @@ def stage_with_room(
 
 
 def _settle(layer: Layer, node: Store, config: Config, holder: str) -> None:
-    if _foreign(node, layer) is None:
+    if foreign(node, layer) is None:
         return
     with (
         store.blame_node("stage into the store"),
         node.lock(layer.id, timeout=config["stage.timeout"]),
     ):
-        owner = _foreign(node, layer)
+        owner = foreign(node, layer)
         if owner is None:
             return
         if _lives(owner):

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Callable, TextIO
 
-from stager import fsutil
+from stager import fsutil, warm
 from stager.errors import SITE, UsageError
 
 SITE_DIRECTORY = "/etc/stager"
@@ -233,12 +233,14 @@ class Config:
     Attributes:
         uid: the user that ``{uid}`` in the store's path stands for.
         store_template: the store's path as it is written, ``{uid}`` not filled in.
+        files: every path that was looked at, and what was there (:func:`stager.warm.identity`).
     """
 
     values: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     uid: int = field(default_factory=os.getuid)
     store_template: str = ""
+    files: dict[str, str] = field(default_factory=dict)
 
     def __getitem__(self, key: str) -> Any:
         return self.values[key]
@@ -294,9 +296,11 @@ def load(
     for key, entry in KEYS.items():
         default = entry.default if key != "repository" else _default_repository()
         config.set(key, default, "default")
+    directory = os.path.join(site_directory, "config.d")
+    config.files[directory] = warm.identity(directory)
     files = [
         os.path.join(site_directory, "config.yaml"),
-        *sorted(glob.glob(os.path.join(glob.escape(site_directory), "config.d", "*.yaml"))),
+        *sorted(glob.glob(os.path.join(glob.escape(directory), "*.yaml"))),
     ]
     if not trusted_only:
         home = environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
@@ -323,7 +327,7 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-_parsed: dict[str, tuple[list[int], Any]] = {}
+_parsed: dict[str, tuple[str, Any]] = {}
 """What each file says, and what it was when it was read: one that is as it was is not read again.
 
 Reading YAML takes 50 ms of CPU, most of it for the import: too much for every job on every node.
@@ -353,6 +357,7 @@ def _merge_file(config: Config, path: str, *, trusted: bool) -> None:
         # A pipe must not make us wait for its writer.
         file = open(path, encoding="utf-8", opener=_open_at_once)  # noqa: SIM115 - below
     except (FileNotFoundError, NotADirectoryError):
+        config.files[path] = warm.ABSENT
         return
     except OSError as error:
         raise UsageError(
@@ -366,7 +371,7 @@ def _merge_file(config: Config, path: str, *, trusted: bool) -> None:
                 hint=f"chown root:root {path}; chmod 644 {path}",
                 blame=SITE,
             )
-        identity = [info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns]
+        identity = config.files[path] = warm.identity_of(info)
         if path not in _parsed or _parsed[path][0] != identity:
             _parsed[path] = (identity, _parse(path, file))
         document = _parsed[path][1]

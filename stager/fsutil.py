@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import Callable
 
+from stager import warm
 from stager.errors import BusyError, DeniedError, NoSpaceError, StagerError
 
 _CREATED_SUFFIX = ".new"
@@ -118,6 +119,8 @@ def own_directory(path: str, what: str) -> None:
         with contextlib.suppress(FileExistsError):  # others may be making it too
             os.mkdir(path, 0o700)
     info = os.lstat(path)
+    if warm.is_private(info):
+        return
     hint = "remove it, or choose another place with --store or STAGER_STORE"
     if stat.S_ISLNK(info.st_mode):
         raise DeniedError(f"the {what} {path} is a symbolic link", hint=hint)
@@ -128,12 +131,11 @@ def own_directory(path: str, what: str) -> None:
             f"the {what} {path} belongs to uid {info.st_uid}, not to you (uid {os.geteuid()})",
             hint=hint,
         )
-    if info.st_mode & 0o077:
-        raise DeniedError(
-            f"the {what} {path} is open to others (mode {stat.S_IMODE(info.st_mode):04o})",
-            hint="name a directory that is not there yet; or, if this was made for nothing else"
-            f" and nobody could have changed what is in it, chmod 700 {path}",
-        )
+    raise DeniedError(
+        f"the {what} {path} is open to others (mode {stat.S_IMODE(info.st_mode):04o})",
+        hint="name a directory that is not there yet; or, if this was made for nothing else"
+        f" and nobody could have changed what is in it, chmod 700 {path}",
+    )
 
 
 @contextlib.contextmanager

@@ -10,16 +10,18 @@ import os
 import re
 from typing import Callable
 
-from stager import schedulers
-from stager.store import boot_id
+from stager import schedulers, warm
+from stager.warm import boot_id
 
 _PROCESS = re.compile(r"pid-(\d+)-(\d+)-([0-9a-f]{8})\Z")
 _JOB = re.compile(r"(slurm|pbs)-(.+)-([0-9a-f]{8})\Z")
 
+start_time = warm.start_time
+
 
 def of_process(pid: int) -> str:
     """The holder that a process is; its start time tells it from a later one with its number."""
-    return f"pid-{pid}-{start_time(pid)}-{boot_id()[:8]}"
+    return warm.holder_of(pid, boot_id())
 
 
 def of_job(scheduler: str, job: str) -> str:
@@ -52,20 +54,6 @@ def is_alive(holder: str, exists: Callable[[str, str], bool | None] | None = Non
     if match[3] != boot_id()[:8]:
         return False
     return exists is None or exists(match[1], match[2]) is not False
-
-
-def start_time(pid: int) -> str:
-    """Clock ticks after boot at which a process started (proc(5), field 22), or ``0``.
-
-    One that has ended and that nobody has waited for yet has none either.
-    """
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            # The second field is the program's name in brackets, which may hold spaces.
-            fields = file.read().rpartition(b")")[2].split()
-        return "0" if fields[0] == b"Z" else fields[19].decode()
-    except (OSError, IndexError):
-        return "0"
 
 
 def parent() -> int:

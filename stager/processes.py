@@ -21,6 +21,17 @@ class Owner:
     job: str
     step: str
 
+    @property
+    def text(self) -> str:
+        """As a stamp has it."""
+        return f"{self.job}/{self.step}"
+
+    @classmethod
+    def read(cls, text: str) -> Owner | None:
+        """The inverse; nobody for an empty text."""
+        job, _, step = text.rpartition("/")
+        return cls(job, step) if text else None
+
 
 def owner_of(environ: Mapping[str, str]) -> Owner | None:
     """Who a process with these variables belongs to; None outside of any job."""

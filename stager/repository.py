@@ -68,6 +68,10 @@ class Repository:
     def __init__(self, root: str) -> None:
         self.root = root
 
+    def ref(self, name: str) -> str:
+        """The path of the manifest that a name stands for."""
+        return self._path("refs", name)
+
     def _path(self, *parts: str) -> str:
         return os.path.join(self.root, *parts)
 
@@ -102,7 +106,7 @@ class Repository:
         if ref.path:
             return self._load(self._path("origins", _origin_key(ref.path)))
         if not ref.digest:
-            return self._load(self._path("refs", ref.name))
+            return self._load(self.ref(ref.name))
         if len(ref.digest) == _DIGITS:
             matches = [f"{ref.digest}.json"]
         else:
@@ -256,7 +260,7 @@ class Repository:
             self._mark_replaced(value.name, f"{digest}.json")
             # Copies: following a link costs every cold node three more lookups.
             fsutil.write_atomic(self._path("origins", _origin_key(value.origin)), data)
-            fsutil.write_atomic(self._path("refs", value.name), data)
+            fsutil.write_atomic(self.ref(value.name), data)
         return Published(value, data, self)
 
     def _mark_replaced(self, name: str, new: str) -> None:

@@ -24,13 +24,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Callable
 
-from stager import fsutil
+from stager import fsutil, warm
 from stager.errors import NODE, StagerError, UsageError
 from stager.formats import squashfs
 
 FORMAT = 1
 _ROOMS = ("images", "envs", "ready", "leases", "locks", "tmp")
-_BOOT_ID = "/proc/sys/kernel/random/boot_id"
+
+boot_id = warm.boot_id
 
 MOUNTED, EXTRACTED, RECEIVED = "mounted", "extracted", "received"
 
@@ -46,6 +47,8 @@ class Stamp:
         boot: the boot it was made in; after another one nothing is trusted unverified.
         size: bytes it takes in the store.
         format: version of the store's format.
+        owner: whose end takes a mount away, see :attr:`stager.processes.Owner.text`; empty for
+            nobody's, None where an older stager did not write it down.
     """
 
     image: str
@@ -53,6 +56,7 @@ class Stamp:
     boot: str
     size: int
     format: int = FORMAT
+    owner: str | None = None
 
 
 @dataclass(frozen=True)
@@ -105,10 +109,8 @@ class Store:
         stamp = self.stamp(layer_id)
         if stamp is None or stamp.boot != boot_id() or stamp.how == RECEIVED:
             return None
-        tree = self.tree(layer_id)
-        if stamp.how == MOUNTED:
-            return stamp if squashfs.is_mounted(tree) else None
-        return stamp if os.path.isdir(tree) else None
+        there = warm.is_there(self.tree(layer_id), mounted=stamp.how == MOUNTED)
+        return stamp if there else None
 
     def stamp(self, layer_id: str) -> Stamp | None:
         """The stamp as it is written, or None."""
@@ -186,23 +188,9 @@ class Store:
         Returns:
             Whether the holder had not claimed it before.
         """
-        directory = os.path.join(self.root, "leases", layer_id)
-        path = os.path.join(directory, _holder(holder))
+        name = _holder(holder)
         with blame_node("claim a tree in the store"):
-            while True:
-                with contextlib.suppress(FileExistsError):
-                    os.mkdir(directory, 0o700)
-                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-                try:
-                    try:
-                        os.close(os.open(path, flags, 0o600))
-                        new = True
-                    except FileExistsError:
-                        new = False
-                    os.utime(directory)  # the time of last use, for collection
-                except FileNotFoundError:
-                    continue  # a collector has just taken the empty directory away
-                return new
+            return warm.claim(self.root, layer_id, name)
 
     def leases(self, layer_id: str) -> tuple[str, ...]:
         """Who claims a tree."""
@@ -291,12 +279,6 @@ def _listdir(path: str) -> list[str]:
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             return []
         raise
-
-
-def boot_id() -> str:
-    """This boot of this machine."""
-    with open(_BOOT_ID, encoding="ascii") as file:
-        return file.read().strip()
 
 
 @contextlib.contextmanager

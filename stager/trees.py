@@ -17,6 +17,7 @@ from stager.errors import (
 )
 from stager.formats import squashfs
 from stager.manifest import Layer, Manifest
+from stager.processes import owner_of
 from stager.repository import Published
 from stager.store import EXTRACTED, MOUNTED, Stamp, Store
 
@@ -79,7 +80,10 @@ def make(
                 retarget.rewrite(os.path.join(workspace, "tree"), published.manifest, layer, node)
             os.rename(os.path.join(workspace, "tree"), tree)
         size = layer.image.size if how == MOUNTED else layer.size
-        node.set_ready(layer.id, Stamp(layer.filename, how, store.boot_id(), size))
+        fsutil.remove_tree(workspace)  # before it is ready: nobody clears up after a hit
+        owner = owner_of(os.environ) if how == MOUNTED else None  # squashfuse has our variables
+        text = owner.text if owner is not None else ""
+        node.set_ready(layer.id, Stamp(layer.filename, how, store.boot_id(), size, owner=text))
     except BaseException:
         node.clear(layer.id)
         raise

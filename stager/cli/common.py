@@ -51,6 +51,11 @@ def load_config(arguments: argparse.Namespace) -> Config:
     return configuration.load(overrides=overrides)
 
 
+def options_given(arguments: argparse.Namespace) -> bool:
+    """Tell whether the command line has a value of the configuration."""
+    return any(getattr(arguments, name, None) is not None for name in _ARGUMENTS)
+
+
 def print_json(value: dict[str, Any]) -> None:
     """Print one JSON object."""
     print(json.dumps({"schema": SCHEMA, **value}, indent=2, sort_keys=True))

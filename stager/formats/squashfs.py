@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable
 from typing import IO, TYPE_CHECKING
 
+from stager import warm
 from stager.errors import (
     IncompatibleError,
     IntegrityError,
@@ -34,6 +35,8 @@ _BUFFER = 1 << 20
 _PIECES = 512  # IOV_MAX is 1024
 _F_SETPIPE_SZ = 1031
 _HELPERS = ("squashfuse_ll", "squashfuse")
+
+is_mounted = warm.is_mounted
 
 
 class Writer:
@@ -228,16 +231,6 @@ def mount(image: str, directory: str) -> None:
     if status != 0:
         line = message.splitlines()[-1] if message else f"status {status}"
         raise StagerError(f"squashfuse cannot mount {os.path.basename(image)}: {line}")
-
-
-def is_mounted(directory: str) -> bool:
-    """Tell whether a live mount is on ``directory``; a dead FUSE server is no live mount."""
-    try:
-        # The kernel knows the root's attributes by heart; only this asks the server.
-        os.statvfs(directory)
-        return os.stat(directory).st_dev != os.stat(os.path.dirname(directory)).st_dev
-    except OSError:
-        return False
 
 
 def is_dead(directory: str) -> bool:

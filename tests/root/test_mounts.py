@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import errno
 import multiprocessing
 import os
@@ -20,9 +21,10 @@ import pytest
 
 import tiny
 from environments import run
-from stager import collect, fsutil, stage, store, transfer
+from stager import allocation, cli, collect, fsutil, lease, stage, store, transfer, warm
 from stager.config import Config
 from stager.formats import squashfs
+from stager.processes import Owner
 from stager.repository import Published
 from stager.stage import HIT, Staged
 from stager.store import MOUNTED, Store
@@ -128,6 +130,46 @@ def test_a_mounted_tree_cannot_be_written_to(site: Site) -> None:
     staged = site.stage()
     with pytest.raises(OSError, match=os.strerror(errno.EROFS)):
         Path(staged.prefix, "bin", "new").touch()
+
+
+# Whose mount, and a note of it
+
+
+def test_a_stamp_tells_whose_end_takes_a_mount_away(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    site.stage()
+    (layer,) = site.published.manifest.layers
+    stamp = site.node.stamp(site.id)
+    assert stamp is not None
+    for owner in (stamp.owner, None):  # an older stager did not write it down
+        site.node.set_ready(site.id, dataclasses.replace(stamp, owner=owner))
+        monkeypatch.setenv("SLURM_STEP_ID", "0")
+        assert allocation.foreign(site.node, layer) is None
+        monkeypatch.setenv("SLURM_STEP_ID", "1")
+        assert allocation.foreign(site.node, layer) == Owner("7", "0")
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert allocation.foreign(site.node, layer) == Owner("7", "0")
+
+
+def test_a_note_is_not_believed_where_the_server_died(
+    site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = site.published.manifest.name
+    monkeypatch.setenv("STAGER_STORE", site.config["store"])
+    monkeypatch.setenv("STAGER_REPOSITORY", site.config["repository"])
+    assert warm.hit(name) == ""
+    assert cli.main(["stage", name]) == 0
+    assert capsys.readouterr().out == f"{site.tree}\n"
+    assert warm.hit(name) == site.tree
+    site.node.release(lease.of_process(os.getppid()))
+    site.kill_servers()
+    assert warm.hit(name) == ""
+    assert site.node.leases(site.id) == ()
+    assert cli.main(["stage", name]) == 0
+    assert warm.hit(name) == site.tree
 
 
 # Dead servers

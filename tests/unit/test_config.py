@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stager import config
+from stager import config, warm
 from stager.config import KEYS, Config, parse_duration, parse_size
 from stager.errors import SITE, UsageError
 
@@ -297,8 +297,7 @@ def test_a_cache_of_others_is_not_believed(
 ) -> None:
     (site / "config.yaml").write_text("pack: {level: 4}")
     cache = tmp_path / "config.json"
-    info = (site / "config.yaml").stat()
-    identity = [info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns]
+    identity = warm.identity(str(site / "config.yaml"))
     cache.write_text(json.dumps({str(site / "config.yaml"): [identity, {"pack.level": 9}]}))
     for owner, expected in ((0, 9), (1, 4)):
         monkeypatch.setattr(config, "_parsed", {})
