@@ -178,9 +178,10 @@ KEYS: dict[str, Key] = {
     ),
     "stage.timeout": Key(parse_duration, 600.0, "longest staging, waiting for others included"),
     "stage.on_stale": Key(
-        _choice("repack", "warn", "fallback"),
+        _choice("repack", "warn", "fallback", "ignore"),
         "repack",
-        "an environment changed since it was packed: pack again, warn, or run the original",
+        "an environment changed since it was packed: pack again, warn, run the original, or do not"
+        " look",
     ),
     "stage.sbcast_nodes": Key(
         _integer,

@@ -211,7 +211,8 @@ def _published(wish: Ref, config: Config, job: Job, until: float) -> Published:
             if not (wish.path and policy == "repack" and os.path.isdir(wish.path)):
                 raise
         if published is not None:
-            changes = [] if wish.digest else freshness.changed(published.manifest)
+            unasked = wish.digest or policy == "ignore"
+            changes = [] if unasked else freshness.changed(published.manifest)
             own = published.repository.root == config["repository"]
             if not changes or policy == "warn" or (policy == "repack" and not own):
                 return published

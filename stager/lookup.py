@@ -136,7 +136,7 @@ def fresh(
         if progress is not None:
             progress.note(f"packing {wish.path}, which was never packed")
         return _pack(None, wish.path, config, progress), []
-    changes = [] if wish.digest else freshness.changed(published.manifest)
+    changes = [] if wish.digest or policy == "ignore" else freshness.changed(published.manifest)
     if changes and _is_covered(published, config):
         changes = []
     own = published.repository.root == config["repository"]

@@ -206,10 +206,11 @@ def remember(wish: str, published: Published, config: Config, holder: str) -> No
                     return  # it was packed again meanwhile
                 break
         # What they are now, and after that the look whether they have changed: not between them.
-        for watch in manifest.watches:
-            fields += ["same", identity(watch.path), watch.path]
-        if freshness.changed(manifest):
-            return
+        if config["stage.on_stale"] != "ignore":
+            for watch in manifest.watches:
+                fields += ["same", identity(watch.path), watch.path]
+            if freshness.changed(manifest):
+                return
         node = Store(config["store"])
         for layer in manifest.layers:
             was = identity(f"{node.root}/ready/{layer.id}")

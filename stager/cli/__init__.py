@@ -24,6 +24,10 @@ exit codes: 0 ok, 1 failed, 2 usage, 3 some nodes failed, 10 not found, 11 busy 
 """
 
 
+_ON_STALE = ("repack", "warn", "fallback", "ignore")
+"""Of the key `stage.on_stale`; reading the configuration's table takes longer than --help may."""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         hint = f"{self.prog} --help"
@@ -142,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
             "--how", choices=("auto", "mount", "extract"), help="how the tree is made usable"
         )
         command.add_argument("--timeout", metavar="DURATION", help="longest staging, such as 5m")
-        command.add_argument("--on-stale", choices=("repack", "warn", "fallback"))
+        command.add_argument("--on-stale", choices=_ON_STALE)
     as_json(stage)
     activate.add_argument("--strict", action="store_true", help="fail where staging fails")
     activate.add_argument("--shell", choices=("sh", "csh", "fish", "json"), default="sh")
@@ -162,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--strict", action="store_true", help="exit 125 where staging fails")
     run.add_argument("--how", choices=("auto", "mount", "extract"))
     run.add_argument("--timeout", metavar="DURATION")
-    run.add_argument("--on-stale", choices=("repack", "warn", "fallback"))
+    run.add_argument("--on-stale", choices=_ON_STALE)
     run.add_argument("--user-site", action="store_true", help="let ~/.local be imported from")
     run.add_argument(
         "--same-path",
@@ -251,7 +255,7 @@ def _parser() -> argparse.ArgumentParser:
         const="nothing",
         help="only put the images into the stores",
     )
-    push.add_argument("--on-stale", choices=("repack", "warn", "fallback"))
+    push.add_argument("--on-stale", choices=_ON_STALE)
     as_json(push)
     verb("receive", "pushing", "Take in what a push sends: what push starts.", store=True)
 

@@ -14,7 +14,7 @@ import pytest
 
 import environments
 import workbench
-from environments import VENV, Environment, run
+from environments import VENV, Environment, run, strace_files
 from workbench import Bench
 
 
@@ -290,6 +290,14 @@ def has_second(prefix: Path) -> bool:
 def test_stale_environment_is_packed_again(bench: Bench, stale: Environment) -> None:
     staged = bench.stage(hide=[stale.prefix])
     assert staged.eval("second.__name__", "second") == "second"
+
+
+def test_stale_environment_is_not_looked_at(bench: Bench, stale: Environment) -> None:
+    argv = [VENV / "bin" / "stager", "stage", "it", "--on-stale", "ignore", "--how=extract"]
+    asked = strace_files(argv, env=bench.environ())
+    assert not [path for path in asked if path.startswith(str(stale.prefix))]
+    (staged,) = (bench.store / "envs").iterdir()
+    assert not has_second(staged)
 
 
 def test_stale_environment_is_warned_of(bench: Bench, stale: Environment) -> None:
