@@ -5,8 +5,8 @@ metadata service, again and again, while the job's ranks start.
 
 As root; it brings up the test cluster. The bystander asks for names that its client does not know,
 one after the other, at most four hundred each (dilated) second. Times are those of ``stat`` on
-metafs, divided by the dilation. The operations are exact, the times are of this machine, which runs the ranks and
-metafs on the same processors: dilate until a higher factor does not change them.
+metafs, divided by the dilation. The operations are exact, the times are of this machine, which runs
+the ranks and metafs on the same processors: dilate until a higher factor does not change them.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ PAUSE = 0.0025
 _ASKING = """
 import os, select, sys, time
 directory, pause = sys.argv[1], float(sys.argv[2])
+os.listdir(directory)  # the way there is known from here on
+print("begins", flush=True)
 number = 0
 while not select.select([0], [], [], pause)[0]:
     number += 1
@@ -65,6 +67,8 @@ class Bystander:
             stdout=subprocess.PIPE,
             text=True,
         )
+        assert self.process.stdout is not None
+        self.process.stdout.readline()
 
     def stop(self) -> list[tuple[float, float]]:
         """When each ``stat`` began, and the seconds it took, without the dilation."""
@@ -102,7 +106,8 @@ def measure(
                 time.sleep(IDLE * settings.dilation)
                 ledger = shared.ledger(begin)
             else:
-                started = start(site, shared, case.split(",")[0], nodes=nodes, ranks=ranks)
+                way, _, _ = case.partition(",")
+                started = start(site, shared, way, nodes=nodes, ranks=ranks)
                 begin, took, ledger = started.submitted, started.seconds, started.ledger
         end = begin + took * settings.dilation
         times += (one for at, one in noticed if begin <= at <= end)
