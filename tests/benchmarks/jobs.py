@@ -35,12 +35,14 @@ class Started:
     """What it took until the last rank had imported.
 
     Attributes:
-        seconds: from submission until then.
+        submitted: the moment (CLOCK_MONOTONIC).
+        seconds: from then on, without the dilation.
         ledger: what was asked meanwhile.
         prefixes: where the ranks' modules came from.
         ranks: how many there were.
     """
 
+    submitted: float
     seconds: float
     ledger: Ledger
     prefixes: frozenset[str]
@@ -115,6 +117,7 @@ def start(
     last = max(float(moment) for _, _, moment in lines)
     site.settled()
     return Started(
+        submitted=submitted,
         seconds=(last - submitted) / shared.settings.dilation,
         ledger=shared.ledger(submitted).between(submitted, last),
         prefixes=frozenset(prefix for _, prefix, _ in lines),

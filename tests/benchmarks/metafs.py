@@ -43,7 +43,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
@@ -92,7 +92,9 @@ class Metafs:
 
     def __enter__(self) -> Metafs:
         with self._stack:
-            name = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="metafs-"))
+            # In memory: each operation is written there.
+            directory = tempfile.TemporaryDirectory(prefix="metafs-", dir="/dev/shm")
+            name = self._stack.enter_context(directory)
             self._ledgers = Path(name)
             order = json.dumps({**self._order, "ledgers": name})
             server = subprocess.Popen(
@@ -141,12 +143,18 @@ class Metafs:
         """
         first = self._mounted if since is None else since
         return Ledger.merged(
-            Operation(node, *entry)
+            one
             for node in self.nodes
-            for line in (self._ledgers / node).read_text().splitlines()
-            for entry in (json.loads(line),)
-            if entry[0] >= first
+            for one in entries(node, (self._ledgers / node).read_bytes())
+            if one.at >= first
         )
+
+
+def entries(node: str, data: bytes) -> Iterator[Operation]:
+    """What a node's server has written."""
+    for text in data.decode(errors="surrogateescape").split("\0")[:-1]:
+        at, kind, error, size, pid, asked, comm, path = text.split("\t", 7)
+        yield Operation(node, float(at), kind, path, error, int(size), int(pid), int(asked), comm)
 
 
 def _stop(server: subprocess.Popen[str]) -> None:

@@ -144,6 +144,16 @@ def test_by_name(site: Site, way: str) -> None:
     tell(f"{way}, squashfs, by name, again", again)
 
 
+def test_what_others_find_in_the_queue(site: Site) -> None:
+    """A bystander waits behind what the nodes of a job ask at the same time, all together."""
+    site.clear_stores()
+    with mounted(site, *NODES) as shared:
+        staged = start(site, shared, "hook", ranks=8).ledger.requests()
+        direct = start(site, shared, "direct", ranks=8).ledger.requests()
+    assert staged < 20 * len(NODES)
+    assert direct > 1500 * len(NODES)
+
+
 @pytest.mark.parametrize("ranks", [2, 8])
 def test_the_working_directory_is_the_jobs_own(site: Site, ranks: int) -> None:
     """Without ``-P`` Python lists the directory it looks for modules in first, in each rank."""
