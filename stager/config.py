@@ -146,6 +146,11 @@ KEYS: dict[str, Key] = {
     "keep_replaced": Key(
         parse_duration, 3600.0, "how long a manifest stays that a newer pack replaced"
     ),
+    "stripe_count": Key(
+        _between(-1, 2000),
+        -1,
+        "Lustre storage targets that an image is spread over; -1: all, 0: the directory's default",
+    ),
     "local_prefixes": Key(
         _list(_path),
         ("/usr", "/bin", "/sbin", "/lib", "/lib64"),

@@ -99,6 +99,20 @@ def _beside(path: str) -> str:
     return os.path.join(directory, f".{name}.{os.urandom(6).hex()}{_CREATED_SUFFIX}")
 
 
+def file_system(path: str) -> str:
+    """The kind of file system that a path is on, by the mount table: ``ext4``, ``tmpfs``, ..."""
+    path = os.path.realpath(path)
+    best, kind = "", ""
+    with open("/proc/self/mounts", encoding="utf-8", errors="surrogateescape") as mounts:
+        for line in mounts:
+            _, directory, found, *_ = line.split(" ")
+            for code, char in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+                directory = directory.replace(code, char)
+            if f"{path}/".startswith(directory.rstrip("/") + "/") and len(directory) >= len(best):
+                best, kind = directory, found
+    return kind
+
+
 def own_directory(path: str, what: str) -> None:
     """Make ``path`` a private directory of ours, or refuse it.
 

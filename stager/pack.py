@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import stager
-from stager import freshness, plan, transfer, walk
+from stager import freshness, lustre, plan, transfer, walk
 from stager.bytecode import Compiler
 from stager.config import Config
 from stager.environments import Environment, Request, describe
@@ -31,7 +31,7 @@ from stager.manifest import (
 )
 from stager.produce import Outcome, Producer, Sink
 from stager.ref import Ref, is_name
-from stager.repository import Published, Repository, stripe
+from stager.repository import Published, Repository
 from stager.survey import Survey, look_through, place_of
 from stager.walk import DIRECTORY, LINK
 
@@ -130,7 +130,6 @@ def pack(
         return _packed(None, environment, findings, (), outcomes, started)
     repository = Repository(config["repository"])
     with repository.workspace() as directory:
-        stripe(os.path.join(repository.root, "images"))
         written = layers.write(repository, directory)
         findings += [Finding(**one) for record in written for one in record["findings"]]
         manifest = _manifest(environment, surveys, written, findings, config, name)
@@ -198,6 +197,7 @@ class _Layers:
         self._progress = progress
         self.reused: list[str] = []
         self.outcomes: list[Outcome] = []
+        self._told = False  # that an image could not be spread
 
     def _places(self) -> Iterator[tuple[Survey, str, plan.Place]]:
         """Yield each survey with its layer's id and place."""
@@ -234,6 +234,7 @@ class _Layers:
                 records.append({**known, "layer": {**known["layer"], **role}})
                 continue
             path = os.path.join(directory, f"{layer_id}.{image_format}")
+            self._spread(path, survey)
             outcome = self._write(survey, place, path)
             image = transfer.identify(path, image_format)
             layer = Layer(
@@ -258,6 +259,16 @@ class _Layers:
             repository.add_layer(layer_id, image_format, record)
             records.append(record)
         return records
+
+    def _spread(self, path: str, survey: Survey) -> None:
+        size = sum(entry.size for entry in survey.entries)
+        reason = lustre.spread(path, size, self._config["stripe_count"])
+        if reason and self._progress is not None and not self._told:
+            self._told = True
+            self._progress.note(
+                f"warning: many nodes will read the image slowly: it is on as few of Lustre's"
+                f" servers as the directory's default says ({reason})"
+            )
 
     def _known(
         self, repository: Repository, layer_id: str, image_format: str
@@ -303,7 +314,8 @@ class _Layers:
         from stager.formats import tarzst
 
         options = {"level": config["pack.level"], "threads": config["pack.threads"]}
-        with open(path, "xb") as file, tarzst.Writer(file, **options) as archive:
+        # It may be there, empty, with a layout of its own (stager/lustre.py).
+        with open(path, "wb") as file, tarzst.Writer(file, **options) as archive:
             return self._produce(survey, place, archive, compile_all=config["pack.bytecode"])
 
     def _produce(

@@ -384,15 +384,3 @@ def _age(path: str) -> float:
 
 def _origin_key(path: str) -> str:
     return manifest.digest(os.fsencode(os.path.realpath(path)))[:32]
-
-
-def stripe(directory: str) -> None:
-    """Spread new files of a directory over all Lustre servers, where ``lfs`` exists.
-
-    A file on one server is read by every node through that one: 280 s at 128 nodes instead of 10.
-    """
-    lfs = shutil.which("lfs")
-    if lfs is not None:
-        import subprocess
-
-        subprocess.run([lfs, "setstripe", "-c", "-1", directory], capture_output=True, check=False)

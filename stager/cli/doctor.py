@@ -10,6 +10,7 @@ import shutil
 import stat
 import subprocess
 
+from stager import fsutil
 from stager.cli.common import load_config, print_json, size
 from stager.config import Config
 from stager.errors import StagerError
@@ -18,12 +19,18 @@ from stager.store import Store
 
 OK, WORSE, BAD = "ok", "worse", "bad"
 
+_ONE_TARGET = (
+    "all nodes together read such an image at the rate of one target (1.7 GB/s, say: 128 nodes wait"
+    " 280 s for 3.7 GB)"
+)
+
 
 def doctor(arguments: argparse.Namespace) -> int:
     """Tell what this machine can do; exit 1 where staging cannot work at all."""
     config = load_config(arguments)
     checks = [_python(), _packing(), _mounting(), _extracting()]
     checks += _site_store(config) if os.geteuid() == 0 else _store(config["store"])
+    checks += _repository(config["repository"], config["stripe_count"])
     checks += _slurm(config)
     bad = any(verdict == BAD for verdict, _, _ in checks)
     if arguments.json:
@@ -95,22 +102,53 @@ def _store(path: str) -> list[Check]:
     info = os.statvfs(path)
     if info.f_flag & os.ST_NOEXEC:
         checks.append((WORSE, f"{path} is mounted noexec", "only mounted images can be used there"))
-    if _is_memory(path):
+    if fsutil.file_system(path) == "tmpfs":
         checks.append(
             (WORSE, f"{path} is in memory", "extracted trees there count against the job's memory")
         )
     return checks
 
 
-def _is_memory(path: str) -> bool:
-    """Tell whether a path is on tmpfs, by the mount table."""
-    best, kind = "", ""
-    with open("/proc/self/mounts", encoding="utf-8", errors="surrogateescape") as mounts:
-        for line in mounts:
-            _, directory, filesystem, *_ = line.split(" ")
-            if f"{path}/".startswith(directory.rstrip("/") + "/") and len(directory) >= len(best):
-                best, kind = directory, filesystem
-    return kind == "tmpfs"
+def _repository(path: str, count: int) -> list[Check]:
+    """Over how much of Lustre images are spread; nothing where the repository is not on it."""
+    from stager import lustre
+
+    if not lustre.is_on(path):
+        return []
+    what = f"the repository {path} is on Lustre"
+    if not lustre.has_tool():
+        return [(WORSE, f"{what}, and lfs is not installed here: {_ONE_TARGET}", "install lfs")]
+    checks: list[Check] = []
+    existing = path
+    while not os.path.exists(existing):
+        existing = os.path.dirname(existing)
+    default = lustre.count_of(existing)
+    told = "does not tell its stripe count" if default is None else f"has stripe count {default}"
+    if count == 0 and default in (None, 1):
+        advice = "set the key `stripe_count` to -1, and pack again"
+        checks.append((WORSE, f"{what}, and its directory {told}: {_ONE_TARGET}", advice))
+    elif count == 0:
+        checks.append((OK, f"{what}; its directory {told}, and images with it", ""))
+    else:
+        over = "all storage targets" if count == -1 else f"{count} storage targets"
+        checks.append((OK, f"{what}; new images are spread over {over} (its directory {told})", ""))
+    images = os.path.join(path, "images")
+    narrow = [
+        name
+        for name in sorted(os.listdir(images) if os.path.isdir(images) else ())
+        if os.path.getsize(os.path.join(images, name)) >= lustre.SMALL
+        and lustre.count_of(os.path.join(images, name)) == 1
+    ]
+    if narrow:
+        checks.append(
+            (
+                WORSE,
+                f"{len(narrow)} of its images lie on one storage target: {_ONE_TARGET}",
+                f"lfs migrate -c {count or -1} {os.path.join(images, narrow[0])}"
+                + (" ..." if len(narrow) > 1 else ""),
+            )
+        )
+    return checks
 
 
 def _site_store(config: Config) -> list[Check]:
