@@ -359,8 +359,9 @@ def _check_unchanged(survey: Survey) -> None:
         for entry in survey.entries
         if entry.kind == DIRECTORY and not entry.path.startswith(".stager") and entry.mtime_ns
     ]
-    with ThreadPoolExecutor(walk.SLOW_WORKERS if survey.slow else 1) as pool:
-        unchanged = list(pool.map(_is_unchanged, directories))
+    with ThreadPoolExecutor(walk.SLOW_WORKERS) as pool:
+        each = pool.map if survey.slow else map
+        unchanged = list(each(_is_unchanged, directories))
     for entry, same in zip(directories, unchanged):
         if not same:
             raise IntegrityError(

@@ -373,11 +373,16 @@ class Producer:
     def _record(self, path: str, data: bytes) -> bytes:
         """Bring the hashes and sizes of a RECORD up to date (PEP 376, PEP 627)."""
         site = os.path.dirname(os.path.dirname(path))
+        # Only these can be meant by a line, however it spells the path.
+        names = {os.path.basename(one) for one in self.outcome.rewritten}
         lines = []
         for line in data.decode("utf-8", "surrogateescape").splitlines(keepends=True):
-            name, checksum, *_ = [*next(csv.reader([line]), []), "", ""]
-            target = os.path.normpath(os.path.join(site, name))
-            new = self.outcome.rewritten.get(target)
+            fields = next(csv.reader([line]), []) if '"' in line else line.rstrip().split(",")
+            name, checksum, *_ = [*fields, "", ""]
+            new = None
+            if name.rpartition("/")[2] in names:
+                target = os.path.normpath(os.path.join(site, name))
+                new = self.outcome.rewritten.get(target)
             quoted = '"' + name.replace('"', '""') + '"' if set(name) & set(',"') else name
             if name.endswith(".pyc") and checksum:
                 lines.append(f"{quoted},,\n")  # may have been moved or compiled; empty is allowed
