@@ -11,9 +11,9 @@ import re
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol, Union
+from typing import Callable, Protocol, Union
 
 from stager import bytecode, condameta, elf, plan, prefix, relocate
 from stager.bytecode import Compiler
@@ -23,7 +23,7 @@ from stager.formats.tarstream import Member
 from stager.fsutil import explain
 from stager.manifest import Finding
 from stager.plan import Item, Place
-from stager.walk import Entry
+from stager.walk import SLOW_WORKERS, Entry
 
 SMALL = 4 << 20
 """Files up to this many bytes are read whole; larger ones pass through in pieces."""
@@ -32,9 +32,11 @@ _PIECE = 256 << 10
 _LARGEST_TEXT = 256 << 20
 _AHEAD_FILES = 256
 _AHEAD_BYTES = 64 << 20
-_READERS = 32
+
+_LAST = ("record", "conda")
 
 Data = Union[bytes, Iterable[Union[bytes, memoryview]]]
+_Members = list[tuple[Member, Data]]
 
 
 class Sum(Protocol):
@@ -116,22 +118,15 @@ class Producer:
             yield item
         self._tell_strays()
 
-    def _produced(
-        self, items: Iterable[Item], slow: bool
-    ) -> Iterator[tuple[Item, list[tuple[Member, Data]]]]:
+    def _produced(self, items: Iterable[Item], slow: bool) -> Iterator[tuple[Item, _Members]]:
         # On a local disk, compiling is all that can overlap; one thread for each worker process.
-        workers = _READERS if slow else self._compiler.workers
+        workers = SLOW_WORKERS if slow else self._compiler.workers
         with ThreadPoolExecutor(workers) as pool:
-            ahead: deque[tuple[Item, Future[list[tuple[Member, Data]]] | None]] = deque()
+            ahead: deque[tuple[Item, Callable[[], _Members] | None]] = deque()
             held = 0
             try:
                 for item in items:
-                    # A record depends on every file before it; large files are streamed, not held.
-                    alone = item.kind in ("record", "conda") or (
-                        item.entry and item.entry.size > SMALL
-                    )
-                    threaded = not alone and (slow or (item.tag and item.pyc is None))
-                    ahead.append((item, pool.submit(self._members, item) if threaded else None))
+                    ahead.append((item, self._begin(pool, item, slow)))
                     held += _held(item)
                     while ahead and (
                         ahead[0][1] is None or len(ahead) > _AHEAD_FILES or held > _AHEAD_BYTES
@@ -141,25 +136,38 @@ class Producer:
                 while ahead:
                     yield self._finish(*ahead.popleft())
             finally:
-                for _, future in ahead:
-                    if future is not None:
-                        future.cancel()
+                pool.shutdown(cancel_futures=True)
 
-    def _finish(
-        self, item: Item, future: Future[list[tuple[Member, Data]]] | None
-    ) -> tuple[Item, list[tuple[Member, Data]]]:
-        return item, future.result() if future is not None else self._members(item)
+    def _begin(
+        self, pool: ThreadPoolExecutor, item: Item, slow: bool
+    ) -> Callable[[], _Members] | None:
+        """Begin what can be done before it is an item's turn; None where nothing can."""
+        entry = item.entry
+        if entry is None or item.kind in ("dir", "symlink"):
+            return None
+        if item.kind in _LAST:  # a record depends on every file before it, but not its reading
+            if not slow:
+                return None
+            reading = pool.submit(read, entry)
+            return lambda: self._members(item, reading.result())
+        if entry.size > SMALL or not (slow or (item.tag and item.pyc is None)):
+            return None  # large files are streamed, not held
+        return pool.submit(self._members, item).result
 
-    def _members(self, item: Item) -> list[tuple[Member, Data]]:
+    def _finish(self, item: Item, begun: Callable[[], _Members] | None) -> tuple[Item, _Members]:
+        return item, begun() if begun is not None else self._members(item)
+
+    def _members(self, item: Item, data: bytes | None = None) -> _Members:
         if item.kind in ("dir", "symlink"):
             return [(Member(item.path, item.kind, item.mode, item.mtime, 0, item.target), b"")]
         entry = item.entry
         assert entry is not None
-        if entry.size > SMALL and not item.tag:  # bytecode needs its source whole
-            return [self._large(item, entry)]
-        data = read(entry)
+        if data is None:
+            if entry.size > SMALL and not item.tag:  # bytecode needs its source whole
+                return [self._large(item, entry)]
+            data = read(entry)
         content = self._content(item, data)
-        members: list[tuple[Member, Data]] = [(_file(item, content), content)]
+        members: _Members = [(_file(item, content), content)]
         if item.tag:
             members += self._bytecode(item, content, rewritten=content is not data)
         return members
@@ -173,7 +181,11 @@ class Producer:
         assert entry is not None
         path = bytecode.cached(item.path, item.tag)
         new_name = f"{self._place.destination}/{item.path}"
-        pyc = read(item.pyc) if item.pyc is not None and not rewritten else b""
+        recorded = path in self._place.recorded
+        before = b""
+        if item.pyc is not None and (recorded or not rewritten):
+            before = read(item.pyc)
+        pyc = b"" if rewritten else before
         if bytecode.is_valid(pyc, self._magic, item.mtime, len(source)):
             names = self._old_names(item.path, entry.source)
             while left := self._place.relocation.touches(pyc):
@@ -190,8 +202,8 @@ class Producer:
             pyc = compiled
             with self._lock:
                 self.outcome.compiled += 1
-        if item.pyc is not None and path in self._place.recorded:
-            self._note(path, read(item.pyc), pyc)
+        if item.pyc is not None and recorded:
+            self._note(path, before, pyc)
         mode = item.mode & 0o644
         yield Member(path, "file", mode, item.mtime, len(pyc), ""), pyc
 
@@ -361,11 +373,16 @@ class Producer:
     def _record(self, path: str, data: bytes) -> bytes:
         """Bring the hashes and sizes of a RECORD up to date (PEP 376, PEP 627)."""
         site = os.path.dirname(os.path.dirname(path))
+        # Only these can be meant by a line, however it spells the path.
+        names = {os.path.basename(one) for one in self.outcome.rewritten}
         lines = []
         for line in data.decode("utf-8", "surrogateescape").splitlines(keepends=True):
-            name, checksum, *_ = [*next(csv.reader([line]), []), "", ""]
-            target = os.path.normpath(os.path.join(site, name))
-            new = self.outcome.rewritten.get(target)
+            fields = next(csv.reader([line]), []) if '"' in line else line.rstrip().split(",")
+            name, checksum, *_ = [*fields, "", ""]
+            new = None
+            if name.rpartition("/")[2] in names:
+                target = os.path.normpath(os.path.join(site, name))
+                new = self.outcome.rewritten.get(target)
             quoted = '"' + name.replace('"', '""') + '"' if set(name) & set(',"') else name
             if name.endswith(".pyc") and checksum:
                 lines.append(f"{quoted},,\n")  # may have been moved or compiled; empty is allowed

@@ -12,7 +12,6 @@ import filecmp
 import itertools
 import os
 import re
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -30,7 +29,7 @@ SNAPSHOTS = ".stager/editable"
 
 @dataclass
 class Survey:
-    """What a tree holds and how long looking took.
+    """What a tree holds.
 
     Attributes:
         tree: the tree.
@@ -58,14 +57,11 @@ def look_through(tree: Tree, environment: Environment, config: Config) -> Survey
     Raises:
         OSError: something in it cannot be looked at.
     """
-    started = time.monotonic()
     exclude = Excluder((*tree.exclude, *config["pack.exclude"]), tree.only)
     # What else comes and goes in a directory that is not packed whole is no change.
-    entries = [
-        one._replace(mtime_ns=0) if one.path in exclude.partial else one
-        for one in walk.walk(tree.root, exclude)
-    ]
-    found = Survey(tree, entries, slow=walk.is_slow(len(entries), time.monotonic() - started))
+    entries, slow = walk.timed(tree.root, exclude)
+    entries = [one._replace(mtime_ns=0) if one.path in exclude.partial else one for one in entries]
+    found = Survey(tree, entries, slow=slow)
     found.recorded = condameta.read(tree.root)
     found.findings += _too_long(found.recorded, config)
     _take_in_links(found, environment, config)

@@ -6,7 +6,8 @@ import fnmatch
 import os
 import stat
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from queue import SimpleQueue
 from typing import NamedTuple
 
 FILE, DIRECTORY, LINK, SPECIAL = "file", "dir", "symlink", "special"
@@ -14,7 +15,10 @@ FILE, DIRECTORY, LINK, SPECIAL = "file", "dir", "symlink", "special"
 _SLOW_STAT = 0.0005
 """Seconds per entry above which a file system is read with many threads: a local disk takes
 microseconds, a network file system a round trip."""
-_SLOW_WORKERS = 32
+SLOW_WORKERS = 32
+"""Threads that ask a slow file system at once."""
+_TOGETHER = 16
+"""Entries of a directory that one of these threads looks at: a large one is shared by several."""
 
 
 class Entry(NamedTuple):
@@ -60,6 +64,8 @@ class Excluder:
 
     def __call__(self, path: str) -> bool:
         """Tell whether ``path`` (relative to the tree) is left out."""
+        if not self._patterns and self._only is None:
+            return False  # by far the most common: asked for each of many thousand entries
         if self._only is not None and path not in self.partial:
             whole = (path, *_above(path))
             if not any(one in self._only for one in whole):
@@ -111,7 +117,12 @@ def _entry(path: str, source: str, info: os.stat_result) -> Entry:
 
 
 def walk(root: str, exclude: Excluder, *, at: str = "") -> list[Entry]:
-    """List a tree, its root included, sorted by path.
+    """List a tree, its root included, sorted by path. See :func:`timed`."""
+    return timed(root, exclude, at=at)[0]
+
+
+def timed(root: str, exclude: Excluder, *, at: str = "") -> tuple[list[Entry], bool]:
+    """List a tree, its root included, sorted by path, and tell whether its file system is slow.
 
     The first directories are read one by one; where that turns out to be slow, the rest is read by
     many threads at once, because a metadata server answers many questions in the time of one.
@@ -127,52 +138,65 @@ def walk(root: str, exclude: Excluder, *, at: str = "") -> list[Entry]:
     # A root that is known by a link's name is the directory that the link leads to.
     found = [entry(at or ".", os.path.join(root, ".") if os.path.islink(root) else root)]
     waiting = [(root, at)]
-    started, seen = time.monotonic(), 0
-    while waiting:
+    started, seen, slow = time.monotonic(), 0, False
+    while waiting and not slow:
         directory, path = waiting.pop()
         children = _children(directory, path, exclude)
-        found += children
-        waiting += [(child.source, child.path) for child in children if child.kind == DIRECTORY]
+        found += _entries(children)
+        waiting += [(child.item.path, child.path) for child in children if child.directory]
         seen += len(children) + 1
-        if len(waiting) > 1 and (time.monotonic() - started) / seen > _SLOW_STAT:
-            found += _walk_parallel(waiting, exclude)
-            break
+        slow = (time.monotonic() - started) / seen > _SLOW_STAT
+    if waiting:
+        found += _walk_parallel(waiting, exclude)
     found.sort(key=lambda item: item.path)
-    return found
+    return found, slow
 
 
-def _walk_parallel(waiting: Sequence[tuple[str, str]], exclude: Excluder) -> list[Entry]:
+def _walk_parallel(waiting: Iterable[tuple[str, str]], exclude: Excluder) -> list[Entry]:
     from concurrent.futures import Future, ThreadPoolExecutor
 
-    found: list[Entry] = []
-    with ThreadPoolExecutor(_SLOW_WORKERS) as pool:
-        pending: list[Future[list[Entry]]] = [
-            pool.submit(_children, directory, path, exclude) for directory, path in waiting
-        ]
-        while pending:
-            children = pending.pop().result()
-            found += children
-            pending += [
-                pool.submit(_children, child.source, child.path, exclude)
-                for child in children
-                if child.kind == DIRECTORY
-            ]
-    return found
+    left = 0
+    listed: SimpleQueue[Future[list[_Child]]] = SimpleQueue()
+    looked: list[Future[list[Entry]]] = []
+    with ThreadPoolExecutor(SLOW_WORKERS) as pool:
+        try:
+            while waiting or left:
+                for directory, path in waiting:
+                    pool.submit(_children, directory, path, exclude).add_done_callback(listed.put)
+                    left += 1
+                children = listed.get().result()
+                left -= 1
+                waiting = [(child.item.path, child.path) for child in children if child.directory]
+                looked += [
+                    pool.submit(_entries, children[first : first + _TOGETHER])
+                    for first in range(0, len(children), _TOGETHER)
+                ]
+            return [one for future in looked for one in future.result()]
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def _children(directory: str, path: str, exclude: Excluder) -> list[Entry]:
+class _Child(NamedTuple):
+    path: str
+    item: os.DirEntry[str]
+    directory: bool
+
+
+def _children(directory: str, path: str, exclude: Excluder) -> list[_Child]:
     children = []
-    with os.scandir(directory) as entries:
-        for item in entries:
+    with os.scandir(directory) as items:
+        for item in items:
             relative = f"{path}/{item.name}" if path else item.name
             if not exclude(relative):
-                children.append(_entry(relative, item.path, item.stat(follow_symlinks=False)))
+                children.append(_Child(relative, item, item.is_dir(follow_symlinks=False)))
     return children
 
 
-def is_slow(entries: int, seconds: float) -> bool:
-    """Tell whether walking so many entries in so many seconds means a network file system."""
-    return seconds / max(1, entries) > _SLOW_STAT
+def _entries(children: Iterable[_Child]) -> list[Entry]:
+    return [
+        _entry(child.path, child.item.path, child.item.stat(follow_symlinks=False))
+        for child in children
+    ]
 
 
 def fingerprint(entries: Iterable[Entry], *more: object) -> str:
@@ -180,9 +204,9 @@ def fingerprint(entries: Iterable[Entry], *more: object) -> str:
     import hashlib  # loads OpenSSL: 5 ms that a warm start does without
 
     digest = hashlib.sha256(repr(more).encode("utf-8", "surrogateescape"))
-    for item in entries:
-        line = (
-            f"{item.path}\0{item.kind}\0{item.mode}\0{item.size}\0{item.mtime_ns}\0{item.target}\0"
-        )
-        digest.update(line.encode("utf-8", "surrogateescape"))
+    lines = (
+        f"{item.path}\0{item.kind}\0{item.mode}\0{item.size}\0{item.mtime_ns}\0{item.target}\0"
+        for item in entries
+    )
+    digest.update("".join(lines).encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:16]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from stager.errors import IntegrityError, UsageError
 
@@ -53,8 +53,7 @@ _TAIL = _MAGIC + bytes(BLOCK - 257 - len(_MAGIC))
 _FIXED_SUM = sum(_MAGIC) + 8 * ord(" ")
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """One entry of an archive.
 
     Args:

@@ -253,6 +253,44 @@ RECORD = f"{SITE}/pkg-1.dist-info/RECORD"
 
 
 @pytest.mark.parametrize("slow", [False, True])
+def test_every_file_is_opened_once(tree: Tree, slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree.write(f"{SITE}/text.py", "here = '{}'\n")  # rewritten: its old bytecode is not looked at
+    for number in range(20):
+        module = tree.write(f"{SITE}/m{number}.py", f"x = {number}\n")
+        py_compile.compile(str(module))
+    tree.write(f"{SITE}/a-1.dist-info/RECORD", "text.py,sha256=x,1\n")
+    opened: list[str] = []
+    real = os.open
+
+    def count(path: str, *arguments: int) -> int:
+        opened.append(path)
+        return real(path, *arguments)
+
+    monkeypatch.setattr(os, "open", count)
+    tree.produce(slow=slow, compile_all=True)
+    files = [str(path) for path in tree.root.rglob("*") if path.is_file()]
+    assert sorted(path for path in opened if path.startswith(f"{tree.root}/")) == sorted(files)
+
+
+def test_records_of_a_slow_file_system_are_read_ahead(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(8):
+        tree.write(f"{SITE}/p{number}-1.dist-info/RECORD", f"m{number}.py,,\n")
+    together = threading.Barrier(8, timeout=30)
+    real = produce.read
+
+    def read(entry: walk.Entry) -> bytes:
+        if entry.path.endswith("/RECORD"):
+            together.wait()  # none is read before all have begun to be
+        return real(entry)
+
+    monkeypatch.setattr(produce, "read", read)
+    found = tree.produce(slow=True)
+    assert sum(path.endswith("/RECORD") for path in found.content) == 8
+
+
+@pytest.mark.parametrize("slow", [False, True])
 def test_every_line_of_a_record_is_right_afterwards(tree: Tree, slow: bool) -> None:
     names = {
         "pkg/__init__.py": "X = 1\n",

@@ -258,10 +258,12 @@ _TIME = st.integers(0, 2**32 - 1)
 @given(
     st.lists(
         st.one_of(
-            st.builds(Member, _PATH, st.just("dir"), _MODE, _TIME),
+            st.builds(Member, _PATH, st.just("dir"), _MODE, _TIME, st.just(0), st.just("")),
             st.builds(Member, _PATH, st.just("symlink"), _MODE, _TIME, st.just(0), _TARGET),
             st.builds(Member, _PATH, st.just("hardlink"), _MODE, _TIME, st.just(0), _PATH),
-            st.builds(Member, _PATH, st.just("file"), _MODE, _TIME, st.integers(0, 2000)),
+            st.builds(
+                Member, _PATH, st.just("file"), _MODE, _TIME, st.integers(0, 2000), st.just("")
+            ),
         )
     ),
     st.integers(1, 3000),

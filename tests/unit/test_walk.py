@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -234,7 +235,35 @@ def test_names_with_newlines_do_not_run_into_each_other() -> None:
     assert walk.fingerprint(tree("x", "b\nc")) != walk.fingerprint(tree("x\nb", "c"))
 
 
-def test_a_slow_file_system_is_told_by_the_time_of_an_entry() -> None:
-    assert walk.is_slow(1000, 2.0)
-    assert not walk.is_slow(1000, 0.01)
-    assert not walk.is_slow(0, 0.0)
+@pytest.mark.parametrize(("seconds", "slow"), [(0.02, True), (0.0001, False)])
+def test_a_slow_file_system_is_told_by_the_time_of_an_entry(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, slow: bool
+) -> None:
+    now = 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += seconds
+        return now
+
+    monkeypatch.setattr(walk.time, "monotonic", clock)
+    assert walk.timed(str(tree), NOTHING)[1] is slow
+
+
+def test_a_large_directory_is_shared_by_the_threads_of_a_slow_file_system(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(walk.SLOW_WORKERS):
+        (tree / "empty" / str(number)).touch()
+    monkeypatch.setattr(walk, "_SLOW_STAT", 0.0)
+    monkeypatch.setattr(walk, "_TOGETHER", 1)
+    together = threading.Barrier(walk.SLOW_WORKERS, timeout=30)
+    real = walk._entries
+
+    def entries(children: list[walk._Child]) -> list[Entry]:
+        if children[0].path.startswith("empty/"):
+            together.wait()  # no thread goes on before all of them have one entry to look at
+        return real(children)
+
+    monkeypatch.setattr(walk, "_entries", entries)
+    assert len(walk.walk(f"{tree}", NOTHING)) == len(list(tree.rglob("*"))) + 1

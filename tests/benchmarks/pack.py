@@ -1,0 +1,171 @@
+"""Pack against the compressor alone, its memory, and what it makes of a slow file system.
+
+    make bench-pack                      new environments: one with much in it, one with little
+    make bench-pack ENV=/path/to/venv    one of yours for the first part; it is only read
+
+1. ``stager pack`` against ``mksquashfs`` with the same options, and against ``tar | zstd`` for
+   tar.zst, in turn (A B A B ...), after one run of each that does not count.
+2. The most memory that all processes of a pack held at one moment: the sum of their PSS (what is
+   theirs alone, and their part of what they share), sampled every 20 ms in runs of their own.
+   The page cache is no part of it.
+3. Where every metadata operation takes 5 ms (metafs, each time newly mounted): a pack against a
+   loop that looks at every entry and reads every file, one after the other. As root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Callable
+
+TESTS = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    sys.path[0] = str(TESTS)
+
+from benchmarks import main_job  # noqa: E402
+from benchmarks.main_job import Run, ratio, row  # noqa: E402
+
+SMALL = ["numpy", "requests"]
+LATENCY = 0.005
+SAMPLE = 0.02
+
+SERIAL = """
+import os, sys
+for parent, directories, names in os.walk(sys.argv[1]):
+    for name in (*directories, *names):
+        path = os.path.join(parent, name)
+        os.lstat(path)
+        if name in names and not os.path.islink(path):
+            with open(path, "rb") as file:
+                file.read()
+"""
+
+
+class Bench(main_job.Bench):
+    def pack_as(self, image_format: str, env: str | None = None) -> list[str]:
+        shutil.rmtree(self.repository, ignore_errors=True)
+        return [
+            self.stager, "pack", env or self.env, "--name", "bench", "--format", image_format,
+        ]  # fmt: skip
+
+    def squashfs(self) -> Run:
+        return main_job.measure(self.pack_as("squashfs"), self.environ)
+
+    def tar_zst(self) -> Run:
+        return main_job.measure(self.pack_as("tar.zst"), self.environ)
+
+    def tar(self) -> Run:
+        line = 'tar -C "$1" -c . | zstd -q -f -T0 -3 -o "$2"'
+        output = os.path.join(self.scratch, "plain.tar.zst")
+        return main_job.measure(["sh", "-c", line, "sh", self.env, output], self.environ)
+
+    def peak(self, argv: list[str]) -> int:
+        """The most bytes that a program and its children held at one moment."""
+        most = 0
+        with subprocess.Popen(
+            argv, env=self.environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ) as process:
+            while process.poll() is None:
+                most = max(most, sum(map(pss, family(process.pid))))
+                time.sleep(SAMPLE)
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, argv)
+        return most
+
+
+def family(pid: int) -> Iterator[int]:
+    yield pid
+    with contextlib.suppress(OSError):  # it ended meanwhile
+        for children in Path(f"/proc/{pid}/task").glob("*/children"):
+            for child in children.read_text().split():
+                yield from family(int(child))
+
+
+def pss(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def slowly(bench: Bench, env: str, argv: Callable[[str], list[str]]) -> tuple[Run, int]:
+    """Run a program on a copy of an environment that is served slowly; and how much it asked."""
+    from benchmarks.metafs import Metafs
+    from benchmarks.settings import Settings
+
+    backing, target = (os.path.join(bench.scratch, name) for name in ("backing", "slow"))
+    if not os.path.exists(backing):
+        subprocess.run(["cp", "-a", env, backing], check=True)
+        os.mkdir(target)
+    with Metafs(backing, target, {"here": None}, Settings("slow", latency=LATENCY)) as shared:
+        start = shared.mark()
+        run = main_job.measure(argv(target), bench.environ)
+        return run, shared.ledger(start).requests()
+
+
+def make_environment(path: str, packages: list[str]) -> str:
+    subprocess.run([sys.executable, "-m", "venv", path], check=True)
+    subprocess.run([f"{path}/bin/pip", "install", "-q", *packages], check=True)
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("env", nargs="?", help="the environment of parts 1 and 2")
+    parser.add_argument("--slow", metavar="ENV", help="the environment of part 3")
+    parser.add_argument("--parts", default="123", help="which parts; all without it")
+    parser.add_argument("--runs", type=int, default=3)
+    arguments = parser.parse_args()
+    said = []
+    # A short path: a store's is limited.
+    with tempfile.TemporaryDirectory(prefix="stager-bench-", dir="/var/tmp") as scratch:
+        env = arguments.env
+        if not env and set(arguments.parts) & set("12"):
+            env = make_environment(os.path.join(scratch, "env"), main_job.PACKAGES)
+        bench = Bench(env or "", scratch, arguments.runs)
+        load = os.getloadavg()[0]
+        print(f"{platform.machine()}, {os.cpu_count()} processors, load {load:.1f}")
+        print(f"{'':<34} {'min s':>8} {'median':>8} {'max':>8} {'cpu s':>8}")
+        if "1" in arguments.parts:
+            for ours, other, name in (
+                (bench.squashfs, bench.mksquashfs, "mksquashfs alone, same options"),
+                (bench.tar_zst, bench.tar, "tar | zstd -T0 -3"),
+            ):
+                packs, plain = bench.pair(ours, other)
+                row(f"stager pack, {ours.__name__.replace('_', '.')}", packs)
+                row(name, plain)
+                said.append(f"{ratio(packs, plain):.2f} x {name.partition(' alone')[0]}")
+        if "2" in arguments.parts:
+            for image_format in ("squashfs", "tar.zst"):
+                most = bench.peak(bench.pack_as(image_format)) / 1e6
+                print(f"most memory, {image_format}: {most:.0f} MB")
+                said.append(f"{most:.0f} MB")
+        if "3" in arguments.parts:
+            small = arguments.slow or make_environment(os.path.join(scratch, "small"), SMALL)
+            packs, serial = [], []
+            for _ in range(max(1, arguments.runs - 1)):
+                for runs, argv in (
+                    (packs, lambda target: bench.pack_as("squashfs", target)),
+                    (serial, lambda target: [sys.executable, "-c", SERIAL, target]),
+                ):
+                    run, asked = slowly(bench, small, argv)
+                    runs.append(run)
+                    what = "stager pack" if runs is packs else "one by one"
+                    print(f"{what}, {LATENCY * 1000:.0f} ms each: {run.wall:.1f} s, {asked} asked")
+            said.append(f"{ratio(serial, packs):.1f} x faster")
+            said[-1] += f" than one by one at {LATENCY * 1000:.0f} ms"
+    print("pack: " + ", ".join(said))
+
+
+if __name__ == "__main__":
+    main()
