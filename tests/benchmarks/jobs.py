@@ -88,7 +88,7 @@ def start(
     """Run a job on all nodes that have metafs.
 
     Args:
-        way: ``direct``, ``hook`` or ``stage-run``.
+        way: ``direct``, ``hook`` or ``stage-run``; ``empty`` imports nothing of the environment.
         ref: the packed environment.
         ranks: on each node.
         modules: what each imports.
@@ -99,6 +99,7 @@ def start(
     nodes = nodes or shared.nodes
     importing = f"{python} -c {shlex.quote(_IMPORT.format(modules=modules))}"
     body = {
+        "empty": f"srun /usr/bin/python3 -I -c {shlex.quote(_IMPORT.format(modules='sys'))}",
         "direct": f". {ENVIRONMENT}/bin/activate\nsrun {importing}",
         "hook": f"srun {importing}",
         "stage-run": f"srun {BIN}/stage-run --env {ref} {importing}",

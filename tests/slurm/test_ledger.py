@@ -113,6 +113,27 @@ def test_a_pinned_one(site: Site, way: str, image_format: str, ranks: int) -> No
     tell(f"{way}, {image_format}, pinned, again", again)
 
 
+@pytest.mark.parametrize("ranks", [2, 8])
+@pytest.mark.parametrize("image_format", ["squashfs", "tar.zst"])
+def test_at_most_ten_more_than_an_empty_job(site: Site, image_format: str, ranks: int) -> None:
+    """By name, where the site or user has said that nobody looks for changes."""
+    site.clear_stores()
+    with mounted(site, *NODES) as shared:
+        empty = start(site, shared, "empty", ranks=ranks)
+    with (
+        site.configured("stage:\n  on_stale: ignore\n"),
+        mounted(site, *NODES) as shared,
+    ):
+        cold = start(site, shared, "hook", ref=f"measured-{image_format}", ranks=ranks)
+    tell("empty job", empty)
+    tell(f"hook, {image_format}, by name, ignore, cold", cold)
+    for node in NODES:
+        assert cold.ledger.of(node).below(ENVIRONMENT).count() == 0
+        assert ENVIRONMENT not in cold.prefixes
+        more = cold.ledger.of(node).requests() - empty.ledger.of(node).requests()
+        assert 0 < more <= 10
+
+
 @pytest.mark.parametrize("way", ["hook", "stage-run"])
 def test_by_name(site: Site, way: str) -> None:
     """The one question more is whether the original changed, once for each node."""
