@@ -18,7 +18,8 @@ WHEEL_SOURCES = $(shell find stager -name __pycache__ -prune -o -print) \
 
 .PHONY: help setup tools lint test test-unit test-hook test-root test-environments test-slurm \
 	test-pbs test-push test-slurm-24.11 \
-	bench-main bench-pack bench-push comparison demo cluster cluster-down build clean FORCE
+	bench bench-main bench-pack bench-push bench-quick bench-starts performance \
+	comparison demo cluster cluster-down build clean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -30,6 +31,7 @@ help:
 	@echo 'make test-unit     Python and a temporary directory; test-{hook,root,environments,push,slurm,pbs}'
 	@echo 'make bench-main    pack and stage against the plain tools; ENV=/path for one of yours'
 	@echo 'make bench-pack    pack against its compressor, its memory, and a slow file system'
+	@echo 'make bench-starts  what a start costs; staging against reading and writing'
 	@echo 'make bench-push    push to eight nodes over slow links, flat and as a tree'
 	@echo 'make cluster       a Slurm cluster on this machine; make cluster-down ends it'
 	@echo 'make build         sdist and wheel in dist/'
@@ -98,6 +100,9 @@ bench-main: setup
 # ENV=/path/to/venv as above; the part with a slow file system needs root.
 bench-pack: setup
 	$(VENV)/bin/python tests/benchmarks/pack.py $(ENV)
+# What a start costs, and staging against reading and writing; MIB is the size of the images.
+bench-starts: setup
+	$(VENV)/bin/python tests/benchmarks/starts.py --mib $(or $(MIB),512)
 
 # Flat and by way of the nodes, over links that are limited: nodes, MiB, rate.
 bench-push: setup
