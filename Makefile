@@ -18,7 +18,7 @@ WHEEL_SOURCES = $(shell find stager -name __pycache__ -prune -o -print) \
 
 .PHONY: help setup tools lint test test-unit test-hook test-root test-environments test-slurm \
 	test-pbs test-push test-slurm-24.11 \
-	bench-main bench-push comparison demo cluster cluster-down build clean FORCE
+	bench-main bench-push bench-extract bench-mounts comparison demo cluster cluster-down build clean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -30,6 +30,8 @@ help:
 	@echo 'make test-unit     Python and a temporary directory; test-{hook,root,environments,push,slurm,pbs}'
 	@echo 'make bench-main    pack and stage against the plain tools; ENV=/path for one of yours'
 	@echo 'make bench-push    push to eight nodes over slow links, flat and as a tree'
+	@echo 'make bench-extract extraction against the plain tools; ENV=/path for one of yours'
+	@echo 'make bench-mounts  imports from mounted images against a local directory; as root for all'
 	@echo 'make cluster       a Slurm cluster on this machine; make cluster-down ends it'
 	@echo 'make build         sdist and wheel in dist/'
 	@echo 'make clean         removes everything made here'
@@ -97,6 +99,13 @@ bench-main: setup
 # Flat and by way of the nodes, over links that are limited: nodes, MiB, rate.
 bench-push: setup
 	$(VENV)/bin/python tests/benchmarks/push.py 8 64 200mbit
+
+# ENV=/path/to/venv measures one of yours; OPTIONS='--runs 3 --json FILE' and others: see the files.
+bench-extract: setup
+	$(VENV)/bin/python tests/benchmarks/extract.py $(OPTIONS) $(ENV)
+
+bench-mounts: setup
+	$(VENV)/bin/python tests/benchmarks/mounts.py $(OPTIONS) $(ENV)
 
 # Writes docs/comparison.md from what comes out.
 comparison: setup
