@@ -18,7 +18,8 @@ WHEEL_SOURCES = $(shell find stager -name __pycache__ -prune -o -print) \
 
 .PHONY: help setup tools lint test test-unit test-hook test-root test-environments test-slurm \
 	test-pbs test-push test-slurm-24.11 \
-	bench bench-main bench-pack bench-push bench-quick bench-starts performance \
+	bench bench-extract bench-main bench-mounts bench-pack bench-push bench-quick bench-starts \
+	performance \
 	comparison demo cluster cluster-down build clean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -33,6 +34,8 @@ help:
 	@echo 'make bench-pack    pack against its compressor, its memory, and a slow file system'
 	@echo 'make bench-starts  what a start costs; staging against reading and writing'
 	@echo 'make bench-push    push to eight nodes over slow links, flat and as a tree'
+	@echo 'make bench-extract extraction against the plain tools; ENV=/path for one of yours'
+	@echo 'make bench-mounts  imports from mounted images against a local directory; as root for all'
 	@echo 'make cluster       a Slurm cluster on this machine; make cluster-down ends it'
 	@echo 'make build         sdist and wheel in dist/'
 	@echo 'make clean         removes everything made here'
@@ -123,6 +126,12 @@ bench: setup
 performance: setup
 	$(VENV)/bin/pip install -q --group bench
 	$(VENV)/bin/python tests/benchmarks/report.py
+# ENV=/path/to/venv measures one of yours; OPTIONS='--runs 3 --json FILE' and others: see the files.
+bench-extract: setup
+	$(VENV)/bin/python tests/benchmarks/extract.py $(OPTIONS) $(ENV)
+
+bench-mounts: setup
+	$(VENV)/bin/python tests/benchmarks/mounts.py $(OPTIONS) $(ENV)
 
 # Writes docs/comparison.md from what comes out.
 comparison: setup

@@ -34,7 +34,16 @@ MOUNT_TIMEOUT = 30.0
 _BUFFER = 1 << 20
 _PIECES = 512  # IOV_MAX is 1024
 _F_SETPIPE_SZ = 1031
-_HELPERS = ("squashfuse_ll", "squashfuse")
+_ONLY_READ = "ro,nosuid,nodev"
+_HELPERS = {
+    # Tells the kernel to keep names, attributes and contents for as long as the mount lives.
+    "squashfuse_ll": _ONLY_READ,
+    # Has to be told to: else names and attributes last a second, what is missing is asked for
+    # again each time, and opening a file forgets its contents. An image never changes.
+    "squashfuse": f"{_ONLY_READ},kernel_cache,"
+    + ",".join(f"{kind}_timeout={1 << 30}" for kind in ("entry", "attr", "negative")),
+}
+"""Programs that mount, the better one first, and the options of each."""
 
 is_mounted = warm.is_mounted
 
@@ -204,11 +213,13 @@ def mount(image: str, directory: str) -> None:
     import subprocess
     import tempfile
 
-    helper = next(found for found in map(shutil.which, _HELPERS) if found)
+    helper, options = next(
+        (found, options) for name, options in _HELPERS.items() if (found := shutil.which(name))
+    )
     # In a file: squashfuse's daemon keeps a pipe open, and a reader would wait for its end.
     with tempfile.TemporaryFile() as said:
         mounting = subprocess.Popen(
-            [helper, "-o", "ro,nosuid,nodev", image, directory],
+            [helper, "-o", options, image, directory],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=said,

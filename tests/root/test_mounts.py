@@ -107,6 +107,30 @@ def works(staged: Staged) -> bool:
     return run([f"{staged.prefix}/bin/tiny"]).stdout == f"{staged.prefix}\n"
 
 
+@pytest.mark.parametrize("program", ["squashfuse_ll", "squashfuse"])
+def test_what_was_asked_once_the_kernel_knows(
+    site: Site, program: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(squashfs, "_HELPERS", {program: squashfs._HELPERS[program]})
+    site.stage()
+    (server,) = site.servers
+    names = [f"{site.tree}/{name}" for name in ("pyvenv.cfg", "bin", "missing", "bin/missing")]
+
+    def ask() -> int:
+        """Look up every name often, and tell how often the server was woken meanwhile."""
+        before = woken()
+        for _ in range(100):
+            assert [os.path.exists(name) for name in names] == [True, True, False, False]
+        return woken() - before
+
+    def woken() -> int:
+        status = Path(f"/proc/{server}/status").read_text()
+        return int(re.findall(r"^voluntary_ctxt_switches:\s*(\d+)", status, re.MULTILINE)[0])
+
+    ask()
+    assert ask() < 10
+
+
 def test_a_cold_stage_mounts_and_a_warm_one_finds_it(site: Site) -> None:
     cold = site.stage()
     assert (cold.how, cold.prefix) == (MOUNTED, site.tree)

@@ -1,0 +1,193 @@
+"""How fast an image becomes a tree: stager's extraction against the plain tools and the peers'.
+
+    make bench-extract                      a new environment with numpy, scipy, pandas, matplotlib
+    make bench-extract ENV=/path/to/venv    one of yours; nothing is written into it
+
+In each directory of --at (the disk's, and memory's), in turn, round after round:
+
+- `stager stage --how extract` of a tar.zst image, whole: the program's start, finding the
+  environment, the checksum of the image, trying the Python in the tree
+- the same on one processor (taskset)
+- `zstd -dc IMAGE | tar -x`: the same bytes
+- `stager stage --how extract` of a squashfs image (unsquashfs), and `unsquashfs` alone
+- what venv-pack2 writes (tar.gz), by `tar -xzf` and a first activation, which is all its manual
+  asks for. conda-pack writes the same kind of archive; its conda-unpack would come on top.
+
+Each run makes a new tree. On a disk none is removed before the last round: ext4 does not use the
+inodes of files that were removed in the last minutes, and looks at each of them for every file
+that it creates, which made extraction five times slower here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from typing import Any, Callable
+
+import measuring
+from measuring import Run
+
+PACKAGES = ["numpy", "scipy", "pandas", "matplotlib"]
+ARCHIVE = "stager, tar.zst"
+ONE = "stager, tar.zst, one processor"
+SQUASHFS = "stager, squashfs"
+PIPE = "zstd -dc | tar -x"
+UNSQUASHFS = "unsquashfs"
+PEER = "venv-pack2: tar -xzf, activate"
+
+
+class Place:
+    """Extraction into directories below one."""
+
+    def __init__(self, scratch: str, env: str, peer: str | None) -> None:
+        self.scratch, self.peer = scratch, peer
+        self.bin = os.path.dirname(sys.executable)
+        self.tree = os.path.join(scratch, "t")
+        self.store = os.path.join(scratch, "s")
+        self.environ = {
+            **os.environ,
+            "STAGER_STORE": self.store,
+            "STAGER_REPOSITORY": os.path.join(scratch, "repository"),
+        }
+        images = os.path.join(scratch, "repository", "images")
+        for name in ("tar.zst", "squashfs"):
+            # Packed for this store: another one has its trees rewritten, which is another work.
+            measuring.command(
+                [*self.stager("pack"), env, "--name", name.replace(".", "-"), "--format", name],
+                self.environ,
+            )
+        self.archive = max(glob.glob(f"{images}/*.tar.zst"), key=os.path.getsize)
+        self.squashfs = max(glob.glob(f"{images}/*.squashfs"), key=os.path.getsize)
+        self.kept = 0
+        kind = subprocess.run(
+            ["findmnt", "-no", "FSTYPE", "-T", scratch], capture_output=True, text=True, check=True
+        )
+        self.kind = kind.stdout.strip()
+
+    def stager(self, verb: str) -> list[str]:
+        return [os.path.join(self.bin, "stager"), verb]
+
+    def works(self) -> dict[str, Callable[[], None]]:
+        works = {
+            ARCHIVE: lambda: self.stage("tar-zst"),
+            PIPE: lambda: self.shell(
+                'zstd -dc "$1" | tar -x -p --delay-directory-restore -C "$2"', self.archive
+            ),
+            ONE: lambda: self.stage("tar-zst", "taskset", "-c", self.processor()),
+            SQUASHFS: lambda: self.stage("squashfs"),
+            UNSQUASHFS: lambda: self.shell(
+                'unsquashfs -quiet -no-progress -no-xattrs -f -d "$2" "$1"', self.squashfs
+            ),
+        }
+        if self.peer:
+            peer = self.peer
+            works[PEER] = lambda: self.shell('tar -xzf "$1" -C "$2" && . "$2/bin/activate"', peer)
+        return works
+
+    @staticmethod
+    def processor() -> str:
+        return str(min(os.sched_getaffinity(0)))
+
+    def stage(self, ref: str, *prefix: str) -> None:
+        argv = [*prefix, *self.stager("stage"), "--how", "extract", ref]
+        measuring.command(argv, self.environ)
+
+    def shell(self, script: str, image: str) -> None:
+        os.mkdir(self.tree)
+        measuring.command(["sh", "-c", script, "sh", image, self.tree])
+
+    def run(self, work: Callable[[], None]) -> Run:
+        for image in (self.archive, self.squashfs, *([self.peer] if self.peer else [])):
+            measuring.command(["cat", image])
+        measuring.command(["sync", "-f", self.scratch])
+        run = measuring.measure(work)
+        for made in (self.tree, self.store):
+            if os.path.exists(made):
+                self.kept += 1
+                aside = os.path.join(self.scratch, f"kept{self.kept}")
+                os.rename(made, aside)
+                if self.kind == "tmpfs":
+                    shutil.rmtree(aside)
+        return run
+
+
+def at(directory: str, env: str, peer: str | None, rounds: int) -> tuple[str, dict[str, list[Run]]]:
+    """All ways, in turn, in one directory."""
+    # A short path: a store's is limited.
+    scratch = tempfile.mkdtemp(prefix="stager-bench-", dir=directory)
+    try:
+        place = Place(scratch, env, peer)
+        runs: dict[str, list[Run]] = {name: [] for name in place.works()}
+        for _ in range(rounds):
+            for name, work in place.works().items():
+                runs[name].append(place.run(work))
+        return place.kind, runs
+    finally:
+        shutil.rmtree(scratch)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("env", nargs="?")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--at", action="append", metavar="DIR")
+    parser.add_argument("--peer", metavar="FILE", help="a tar.gz that venv-pack2 made of ENV")
+    parser.add_argument("--no-peer", action="store_true", help="packing for it takes minutes")
+    parser.add_argument("--json", metavar="FILE")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="stager-bench-", dir="/var/tmp") as scratch:
+        env = arguments.env or measuring.new_environment(os.path.join(scratch, "env"), PACKAGES)
+        peer = arguments.peer
+        if not peer and not arguments.no_peer:
+            peer = os.path.join(scratch, "peer.tar.gz")
+            pack = os.path.join(os.path.dirname(sys.executable), "venv-pack")
+            measuring.command([pack, "-q", "-f", "-p", env, "-o", peer])
+        files, size = measuring.count(env)
+        result: dict[str, Any] = {
+            "machine": measuring.machine(),
+            "environment": {"files": files, "bytes": size},
+            "versions": {
+                "zstd": measuring.version("zstd", "--version"),
+                "tar": measuring.version("tar", "--version"),
+                "unsquashfs": measuring.version("unsquashfs", "-version"),
+            },
+            "places": {},
+        }
+        where = result["machine"]
+        print(f"{where['processor']}, {where['processors']} processors, load {where['load']:.1f};")
+        print(f"{files} files, {size / 1e6:.0f} MB")
+        last = []
+        for directory in arguments.at or ["/var/tmp", "/dev/shm"]:
+            kind, runs = at(directory, env, peer, arguments.runs)
+            print(f"\n{directory} ({kind})\n{measuring.HEAD}")
+            for name, taken in runs.items():
+                print(measuring.row(name, taken))
+            ours = runs[ARCHIVE]
+            ratios = {
+                name: measuring.ratio(taken, ours)
+                for name, taken in runs.items()
+                if name != ARCHIVE
+            }
+            result["places"][directory] = {
+                "file_system": kind,
+                "runs": {name: measuring.figures(taken) for name, taken in runs.items()},
+                "times_as_long_as_ours": ratios,
+            }
+            said = f"{kind}: {statistics.median(run.wall for run in ours):.2f} s,"
+            said += f" zstd|tar {ratios[PIPE]:.2f} x"
+            if peer:
+                said += f", venv-pack2 {ratios[PEER]:.2f} x"
+            said += f", one processor {ratios[ONE]:.2f} x, unsquashfs {ratios[UNSQUASHFS]:.2f} x"
+            last.append(said)
+        measuring.save(arguments.json, result)
+        print(f"\nextract: {'; '.join(last)}")
+
+
+if __name__ == "__main__":
+    main()

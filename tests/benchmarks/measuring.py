@@ -1,0 +1,121 @@
+"""What the benchmarks share: runs in turn, their figures, and where those were taken."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, Callable, NamedTuple
+
+
+class Run(NamedTuple):
+    """Wall and processor seconds of one run."""
+
+    wall: float
+    cpu: float
+
+
+def measure(work: Callable[[], object]) -> Run:
+    """Time something whose processes have ended when it returns."""
+    before, started = _cpu(), time.monotonic()
+    work()
+    return Run(time.monotonic() - started, _cpu() - before)
+
+
+def _cpu() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def command(argv: Sequence[str], environ: dict[str, str] | None = None) -> None:
+    """Run a program whose output nobody reads; what it complained of is told if it fails."""
+    done = subprocess.run(
+        argv, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False
+    )
+    if done.returncode:
+        sys.exit(f"{' '.join(argv)}: {done.stderr.decode(errors='replace')[-2000:]}")
+
+
+def new_environment(path: str, packages: Iterable[str]) -> str:
+    """A virtual environment with these packages."""
+    command([sys.executable, "-m", "venv", path])
+    command([f"{path}/bin/pip", "install", "-q", *packages])
+    return path
+
+
+def count(tree: str) -> tuple[int, int]:
+    """Files of a tree, and bytes in them."""
+    sizes = [
+        os.lstat(os.path.join(top, name)).st_size
+        for top, _, names in os.walk(tree)
+        for name in names
+    ]
+    return len(sizes), sum(sizes)
+
+
+def machine() -> dict[str, Any]:
+    """Where the figures were taken."""
+    model = platform.machine()
+    with open("/proc/cpuinfo", encoding="utf-8") as text:
+        for line in text:
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
+    return {
+        "processor": model,
+        "processors": len(os.sched_getaffinity(0)),
+        "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "kernel": platform.release(),
+        "load": os.getloadavg()[0],
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def version(*argv: str) -> str:
+    """The first line in which a program tells its version."""
+    said = subprocess.run(argv, capture_output=True, text=True, check=False)
+    return next((line for line in (said.stderr + said.stdout).splitlines() if line), "unknown")
+
+
+def figures(runs: Sequence[Run]) -> dict[str, Any]:
+    """What is kept of some runs: all of them, and their middle."""
+    walls = [run.wall for run in runs]
+    return {
+        "n": len(runs),
+        "min": min(walls),
+        "median": statistics.median(walls),
+        "max": max(walls),
+        "cpu": statistics.median(run.cpu for run in runs),
+        "walls": [round(wall, 4) for wall in walls],
+    }
+
+
+def ratio(above: Sequence[Run], below: Sequence[Run]) -> float:
+    """How many times as long one took as the other, in the same round: the middle of all rounds."""
+    return statistics.median(one.wall / other.wall for one, other in zip(above, below))
+
+
+HEAD = f"{'':<46} {'min s':>8} {'median':>8} {'max':>8} {'cpu s':>8}"
+
+
+def row(name: str, runs: Sequence[Run]) -> str:
+    """A line below :data:`HEAD`."""
+    of = figures(runs)
+    return (
+        f"{name:<46} {of['min']:8.3f} {of['median']:8.3f} {of['max']:8.3f} {of['cpu']:8.3f}"
+        f"  n={of['n']}"
+    )
+
+
+def save(path: str | None, result: dict[str, Any]) -> None:
+    """Write everything as JSON, if a file was named."""
+    if path:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(result, file, indent=1, sort_keys=True)
+            file.write("\n")
