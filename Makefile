@@ -30,6 +30,8 @@ help:
 	@echo 'make test          lint and every tier of tests'
 	@echo 'make lint          ruff, mypy, shellcheck'
 	@echo 'make test-unit     Python and a temporary directory; test-{hook,root,environments,push,slurm,pbs}'
+	@echo 'make bench         starts of jobs by every strategy, half an hour; bench-quick: three minutes'
+	@echo 'make performance   docs/performance.md and its plots, from the recorded runs'
 	@echo 'make bench-main    pack and stage against the plain tools; ENV=/path for one of yours'
 	@echo 'make bench-pack    pack against its compressor, its memory, and a slow file system'
 	@echo 'make bench-starts  what a start costs; staging against reading and writing'
@@ -103,6 +105,7 @@ bench-main: setup
 # ENV=/path/to/venv as above; the part with a slow file system needs root.
 bench-pack: setup
 	$(VENV)/bin/python tests/benchmarks/pack.py $(ENV)
+
 # What a start costs, and staging against reading and writing; MIB is the size of the images.
 bench-starts: setup
 	$(VENV)/bin/python tests/benchmarks/starts.py --mib $(or $(MIB),512)
@@ -126,6 +129,7 @@ bench: setup
 performance: setup
 	$(VENV)/bin/pip install -q --group bench
 	$(VENV)/bin/python tests/benchmarks/report.py
+
 # ENV=/path/to/venv measures one of yours; OPTIONS='--runs 3 --json FILE' and others: see the files.
 bench-extract: setup
 	$(VENV)/bin/python tests/benchmarks/extract.py $(OPTIONS) $(ENV)
