@@ -237,7 +237,7 @@ def test_a_store_that_is_not_ours(one: Lab, spoil: str) -> None:
 
 def test_a_node_that_cannot_run_it(one: Lab) -> None:
     """Told before a byte is sent."""
-    (manifest,) = one.repository.glob("manifests/*.json")
+    manifest = one.repository / "refs" / "it"
     text = manifest.read_text()
     aside = Path(one.root / "manifest.json")
     aside.write_text(text)
