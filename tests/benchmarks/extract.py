@@ -13,9 +13,9 @@ In each directory of --at (the disk's, and memory's), in turn, round after round
 - what venv-pack2 writes (tar.gz), by `tar -xzf` and a first activation, which is all its manual
   asks for. conda-pack writes the same kind of archive; its conda-unpack would come on top.
 
-Each run makes a new tree. On a disk none is removed before the last round: ext4 does not use the
-inodes of files that were removed in the last minutes, and looks at each of them for every file
-that it creates, which made extraction five times slower here.
+Each run makes a new tree. In memory it is removed at once. On a disk none is removed before the
+last round: ext4 does not use the inodes of files that were removed in the last minutes, and looks
+at each of them for every file that it creates, which made extraction five times slower here.
 """
 
 from __future__ import annotations
@@ -42,6 +42,28 @@ UNSQUASHFS = "unsquashfs"
 PEER = "venv-pack2: tar -xzf, activate"
 
 
+def file_system(directory: str) -> str:
+    said = subprocess.run(
+        ["df", "--output=fstype", directory], capture_output=True, text=True, check=True
+    )
+    return said.stdout.split()[-1]
+
+
+def room(directory: str, size: int, trees: int) -> str:
+    """Why there is no room for what will be made; empty where there is."""
+    free = shutil.disk_usage(directory).free
+    if file_system(directory) == "tmpfs":
+        trees = 1  # each is removed at once
+        with open("/proc/meminfo", encoding="utf-8") as text:
+            known = dict(line.split(":") for line in text)
+        # A full tmpfs is no error but the end of somebody's process: half of the memory stays free.
+        free = min(free, int(known["MemAvailable"].split()[0]) * 1024 // 2)
+    need = size * (trees + 1)  # the images as well
+    if need > free:
+        return f"{need / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB may be used: fewer --runs?"
+    return ""
+
+
 class Place:
     """Extraction into directories below one."""
 
@@ -65,10 +87,7 @@ class Place:
         self.archive = max(glob.glob(f"{images}/*.tar.zst"), key=os.path.getsize)
         self.squashfs = max(glob.glob(f"{images}/*.squashfs"), key=os.path.getsize)
         self.kept = 0
-        kind = subprocess.run(
-            ["findmnt", "-no", "FSTYPE", "-T", scratch], capture_output=True, text=True, check=True
-        )
-        self.kind = kind.stdout.strip()
+        self.kind = file_system(scratch)
 
     def stager(self, verb: str) -> list[str]:
         return [os.path.join(self.bin, "stager"), verb]
@@ -164,6 +183,10 @@ def main() -> None:
         print(f"{files} files, {size / 1e6:.0f} MB")
         last = []
         for directory in arguments.at or ["/var/tmp", "/dev/shm"]:
+            problem = room(directory, size, 6 * arguments.runs)
+            if problem:
+                print(f"\n{directory}: left out: {problem}")
+                continue
             kind, runs = at(directory, env, peer, arguments.runs)
             print(f"\n{directory} ({kind})\n{measuring.HEAD}")
             for name, taken in runs.items():
