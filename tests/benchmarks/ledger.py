@@ -27,6 +27,7 @@ class Operation(NamedTuple):
         size: bytes of a read.
         pid: the thread that asked, by this machine's numbers.
         asked: 0 for an open that came with the lookup before it, see :mod:`benchmarks.metafs`.
+        took: seconds of waiting for its turn and of latency, by the model.
         comm: the program's name, where the settings ask for it.
     """
 
@@ -38,6 +39,7 @@ class Operation(NamedTuple):
     size: int
     pid: int
     asked: int
+    took: float
     comm: str
 
     def __str__(self) -> str:

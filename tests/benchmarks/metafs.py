@@ -153,8 +153,9 @@ class Metafs:
 def entries(node: str, data: bytes) -> Iterator[Operation]:
     """What a node's server has written."""
     for text in data.decode(errors="surrogateescape").split("\0")[:-1]:
-        at, kind, error, size, pid, asked, comm, path = text.split("\t", 7)
-        yield Operation(node, float(at), kind, path, error, int(size), int(pid), int(asked), comm)
+        at, kind, error, size, pid, asked, took, comm, path = text.split("\t", 8)
+        numbers = (int(size), int(pid), int(asked), float(took))
+        yield Operation(node, float(at), kind, path, error, *numbers, comm)
 
 
 def _stop(server: subprocess.Popen[str]) -> None:

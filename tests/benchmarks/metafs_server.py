@@ -132,10 +132,22 @@ class Shared(mfusepy.Operations):  # type: ignore[misc]
         self.init_done()
 
     def _enter(
-        self, kind: str, path: str, error: int = 0, *, size: int = 0, asked: int = 1
+        self,
+        kind: str,
+        path: str,
+        error: int = 0,
+        *,
+        size: int = 0,
+        asked: int = 1,
+        data: Callable[[float], float] | None = None,
     ) -> float:
-        """Write the operation down; returns when it arrived."""
-        now = time.monotonic()
+        """Queue an operation and write it down; returns when it is answered."""
+        arrived = done = time.monotonic()
+        if self.delays:
+            if data is not None:
+                done = data(arrived)
+            elif asked:
+                done = self.service.metadata(arrived)
         pid = mfusepy.fuse_get_context()[2]
         comm = ""
         if self.callers:
@@ -147,19 +159,20 @@ class Shared(mfusepy.Operations):  # type: ignore[misc]
         name = errno.errorcode.get(error, str(error)) if error else ""
         shown = self.target + path if path != "/" else self.target
         # In the order of benchmarks.metafs.entries; no path has a NUL. JSON takes longer.
-        entry = f"{now!r}\t{kind}\t{name}\t{size}\t{pid}\t{asked}\t{comm}\t{shown}\0"
+        entry = (
+            f"{arrived!r}\t{kind}\t{name}\t{size}\t{pid}\t{asked}\t{done - arrived:.6f}\t{comm}"
+            f"\t{shown}\0"
+        )
         os.write(self.ledger, entry.encode(errors="surrogateescape"))
         if kind == "lookup":
             self.looked_up[pid] = path
         else:
             self.looked_up.pop(pid, None)
-        return now
+        return done
 
-    def _ask(self, kind: str, path: str, error: int = 0) -> None:
+    def _ask(self, kind: str, path: str, error: int = 0, *, asked: int = 1) -> None:
         """One metadata operation: write it down and wait until it is answered."""
-        arrived = self._enter(kind, path, error)
-        if self.delays:
-            _sleep(self.service.metadata(arrived))
+        _sleep(self._enter(kind, path, error, asked=asked))
 
     def getattr(self, path: str, fh: int | None = None) -> dict[str, Any]:
         kind = "lookup" if fh is None and path != "/" else "getattr"
@@ -191,23 +204,22 @@ class Shared(mfusepy.Operations):  # type: ignore[misc]
         # "Open with intent" is one RPC with the lookup of the same name, which came right before.
         pid = mfusepy.fuse_get_context()[2]
         asked = 0 if self.looked_up.get(pid) == path else 1
-        arrived = self._enter("open", path, asked=asked)
+        self._ask("open", path, asked=asked)
         fd = os.open(self.directory + path, os.O_RDONLY | os.O_CLOEXEC)
         self.handles[fd] = Handle(path, any(fnmatchcase(path, one) for one in self.wide))
-        if asked and self.delays:
-            _sleep(self.service.metadata(arrived))
         return fd
 
     def read(self, path: str, size: int, offset: int, fh: int) -> bytes:
         data = os.pread(fh, size, offset)
         if data:
             handle = self.handles[fh]
-            arrived = self._enter("read", handle.path, size=len(data), asked=0)
-            if self.delays:
-                done = self.service.data(
+
+            def queue(arrived: float) -> float:
+                return self.service.data(
                     arrived, len(data), offset, handle.server, wide=handle.wide
                 )
-                _sleep(done)
+
+            _sleep(self._enter("read", handle.path, size=len(data), asked=0, data=queue))
         return data
 
     def flush(self, path: str, fh: int) -> int:
@@ -221,7 +233,7 @@ class Shared(mfusepy.Operations):  # type: ignore[misc]
     def release(self, path: str, fh: int) -> int:
         handle = self.handles.pop(fh)
         if not handle.closed:  # nobody waits: what was executed, for example
-            self.service.metadata(self._enter("close", handle.path))
+            self._enter("close", handle.path)
         os.close(fh)
         return 0
 
@@ -248,7 +260,7 @@ class Shared(mfusepy.Operations):  # type: ignore[misc]
         return iter(found)
 
     def releasedir(self, path: str, fh: int) -> int:
-        self.service.metadata(self._enter("closedir", self.directories.pop(fh)))
+        self._enter("closedir", self.directories.pop(fh))
         return 0
 
     def statfs(self, path: str) -> dict[str, int]:
