@@ -18,7 +18,7 @@ WHEEL_SOURCES = $(shell find stager -name __pycache__ -prune -o -print) \
 
 .PHONY: help setup tools lint test test-unit test-hook test-root test-environments test-slurm \
 	test-pbs test-push test-slurm-24.11 \
-	bench-main bench-push comparison demo cluster cluster-down build clean FORCE
+	bench-main bench-starts bench-push comparison demo cluster cluster-down build clean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -29,6 +29,7 @@ help:
 	@echo 'make lint          ruff, mypy, shellcheck'
 	@echo 'make test-unit     Python and a temporary directory; test-{hook,root,environments,push,slurm,pbs}'
 	@echo 'make bench-main    pack and stage against the plain tools; ENV=/path for one of yours'
+	@echo 'make bench-starts  what a start costs; staging against reading and writing'
 	@echo 'make bench-push    push to eight nodes over slow links, flat and as a tree'
 	@echo 'make cluster       a Slurm cluster on this machine; make cluster-down ends it'
 	@echo 'make build         sdist and wheel in dist/'
@@ -93,6 +94,10 @@ test-slurm-24.11: setup
 # ENV=/path/to/venv measures one of yours.
 bench-main: setup
 	$(VENV)/bin/python tests/benchmarks/main_job.py $(ENV)
+
+# What a start costs, and staging against reading and writing; MIB is the size of the images.
+bench-starts: setup
+	$(VENV)/bin/python tests/benchmarks/starts.py --mib $(or $(MIB),512)
 
 # Flat and by way of the nodes, over links that are limited: nodes, MiB, rate.
 bench-push: setup

@@ -12,7 +12,13 @@ def main() -> int:
         from stager import hooks
 
         return hooks.main(sys.argv[2:])
-    if sys.argv[1:2] == ["stage"] and len(sys.argv) == 3 and _nothing_changed(sys.argv[2]):
+    words = sys.argv[1:]
+    if (
+        len(words) == 2
+        and words[0] == "stage"
+        and words[1][:1] != "-"
+        and _nothing_changed(words[1])
+    ):
         return 0
     from stager import cli
 

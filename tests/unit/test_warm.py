@@ -115,6 +115,16 @@ def test_a_hit_imports_next_to_nothing(machine: Machine) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("words", [["--help"], ["stage", "--help"], ["--version"]], ids=" ".join)
+def test_help_imports_no_verb(words: list[str]) -> None:
+    environ = {**clean_environ(), "PYTHONPROFILEIMPORTTIME": "1"}
+    done = subprocess.run([STAGER, *words], env=environ, capture_output=True, text=True, check=True)
+    found = imported(done.stderr)
+    ours = {"stager", "stager.__main__", "stager.cli", "stager.errors"}
+    assert {one for one in found if one.split(".")[0] == "stager"} == ours
+    assert not found & {"dataclasses", "inspect", "json", "subprocess", "yaml", "zstandard"}
+
+
 def test_a_hit_asks_the_repository_once_and_of_the_original_what_is_watched(
     machine: Machine,
 ) -> None:
