@@ -115,7 +115,7 @@ bench-push: setup
 	$(VENV)/bin/python tests/benchmarks/push.py 8 64 200mbit
 
 # Job starts by every strategy: numpy on two nodes; then more nodes, settings and torch.
-START = $(VENV)/bin/python tests/benchmarks/start.py
+START = $(VENV)/bin/python tests/benchmarks/job_starts.py
 bench-quick: setup
 	$(START) --nodes 2 --strategies 'direct|recipe|squashfs in place|ours|ours, warm'
 
