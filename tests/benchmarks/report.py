@@ -53,7 +53,7 @@ def median(starts: list[Row], phase: str = "") -> float:
 def work(found: list[Row]) -> Work:
     """What the simulation is fed with: all of it was measured on one node in the same run."""
     starts = grouped(found)
-    (environment,) = [row["environment"] for row in found if "environment" in row]
+    environment = next(row["environment"] for row in found if "environment" in row)
     one = {name: starts["cold-lustre", 1, name] for name in ("direct", "cp -r", "recipe")}
     ours, warm = starts["cold-lustre", 1, "ours"], starts["cold-lustre", 1, "ours, warm"]
     extracted = starts["cold-lustre", 1, "ours, tar.zst"]
@@ -172,7 +172,7 @@ def main() -> None:
         one = work(found)
         table, numbers = simulated(one)
         draw(found, numbers, DATA / f"{path.stem}.svg")
-        (machine,) = [row for row in found if "machine" in row]
+        machine = next(row for row in found if "machine" in row)
         rates = machine["calibration"]
         parts[path.stem] = [
             f"Machine: {machine['machine']}; calibration of the same run: write"
