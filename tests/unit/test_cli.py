@@ -300,7 +300,7 @@ def test_plan(bare: Machine) -> None:
     assert first == "tiny on 64 nodes, until all ranks have imported (estimated):"
     assert direct.split()[0] == "direct"
     assert staged.split()[0] == "staged"
-    assert " 640 metadata operations" in staged
+    assert " 1,152 metadata operations" in staged
     assert advice.startswith(("either: ", "stage it: ", "run it directly: "))
     assert "files timed here" in found.err
     bare("stage", "tiny")
