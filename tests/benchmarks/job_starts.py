@@ -72,12 +72,11 @@ def main() -> None:
     arguments = parser.parse_args()
     counts = [int(one) for one in arguments.nodes.split(",")]
     names, modules = WORKLOADS[arguments.workload]
-    chosen = [
-        one
-        for one in strategies(modules, BIN)
-        if not arguments.strategies or one.name in arguments.strategies.split("|")
-        if one.name not in arguments.skip.split("|")
-    ]
+    known = {one.name: one for one in strategies(modules, BIN)}
+    wanted = arguments.strategies.split("|") if arguments.strategies else [*known]
+    for name in {*wanted, *filter(None, arguments.skip.split("|"))} - {*known}:
+        parser.error(f"no strategy {name!r}; there are: {' | '.join(known)}")
+    chosen = [known[name] for name in wanted if name not in arguments.skip.split("|")]
     machine = (
         f"{platform.machine()}, {os.cpu_count()} processors, load {os.getloadavg()[0]:.1f},"
         f" Linux {platform.release().partition('-')[0]}, {time.strftime('%Y-%m-%d')}"

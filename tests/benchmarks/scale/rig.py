@@ -30,7 +30,7 @@ BIN = "/usr/libexec/stager/bin"
 HOOKS = "/usr/libexec/stager/slurm"
 USER = "alice"
 RANKS = 8
-LONGEST = 1500.0
+LONGEST = 2400.0
 """Seconds that one phase may take, dilated."""
 
 _RSYNCD = """
