@@ -62,9 +62,9 @@ def work(found: list[Row]) -> Work:
     imported = median(warm, "import")
     return Work(
         name=found[0]["workload"],
-        # Ranks open files at the same time: what one waits for is an eighth of these.
-        operations=operations(node),
-        reads=node["reads"],
+        operations=node["operations"],
+        # Ranks ask at the same time, and for each other.
+        serial=round((median(one["direct"], "import") - imported) / ALL["cold-lustre"].latency),
         touched=node["read"],
         files=environment["files"],
         everything=one["cp -r"][0]["operations"],
@@ -78,13 +78,6 @@ def work(found: list[Row]) -> Work:
         extracted=max(0.0, median(extracted, "job") - job),
         asked=ours[0]["operations"],
     )
-
-
-def operations(node: Row) -> int:
-    """Operations that one rank waits for: lookups are asked once a node, opens by every rank."""
-    kinds = node["kinds"]
-    opens = kinds.get("open", 0) + kinds.get("close", 0)
-    return int(node["operations"] - opens + opens / 8)
 
 
 def measured(found: list[Row]) -> list[str]:
@@ -144,7 +137,7 @@ def draw(found: list[Row], numbers: dict[str, dict[str, list[float]]], path: Pat
     matplotlib.rcParams["svg.hashsalt"] = "stager"  # the same bytes every time
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    figure, axes = pyplot.subplots(figsize=(8.5, 4.5))
     starts = grouped(found)
     for number, (name, times) in enumerate(numbers["cold-lustre"].items()):
         colour = f"C{number}"
@@ -159,7 +152,7 @@ def draw(found: list[Row], numbers: dict[str, dict[str, list[float]]], path: Pat
     axes.set_ylabel(f"seconds to the last rank's import of {found[0]['workload']}")
     axes.set_title("A cold start: measured (dots, dilated) and simulated (lines)")
     axes.grid(True, which="major", alpha=0.3)
-    axes.legend(loc="upper left", fontsize=8)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None, "Creator": None})
     pyplot.close(figure)

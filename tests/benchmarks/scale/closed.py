@@ -22,7 +22,7 @@ _DISK = 2.0e9
 def direct(work: Work, setting: Settings, nodes: int) -> float:
     """Every node imports from the shared file system."""
     return work.imported + max(
-        work.operations * setting.latency + work.reads * setting.data_latency,
+        work.serial * setting.latency,
         nodes * work.operations / setting.rate,
         work.touched / setting.node_bandwidth,
         nodes * work.touched / setting.bandwidth,

@@ -17,7 +17,7 @@ from benchmarks.settings import Settings
 from . import closed
 from .work import Work
 
-_EVENTS = 200_000
+_EVENTS = 60_000
 """About as many events as one simulation has: more nodes ask in larger bursts."""
 _PIECES = 16
 """Pieces in which a node reads an image."""
@@ -33,17 +33,23 @@ class Shared:
         self.metadata = simpy.Resource(world)
         self.data = simpy.Resource(world)
 
-    def ask(self, operations: int) -> Steps:
-        """One node's operations, one after the other."""
-        burst = max(1, self.nodes * operations * 2 // _EVENTS)
-        while operations > 0:
-            count = min(burst, operations)
+    def ask(self, serial: int, operations: int = 0) -> Steps:
+        """One node's operations.
+
+        Args:
+            serial: how many the node waits for, one after the other.
+            operations: how many it asks in all, others at the same time as these.
+        """
+        burst = max(1, self.nodes * serial * 2 // _EVENTS)
+        busy = max(serial, operations) / serial / self.setting.rate
+        while serial > 0:
+            count = min(burst, serial)
             with self.metadata.request() as turn:
                 yield turn
-                yield self.world.timeout(count / self.setting.rate)
+                yield self.world.timeout(count * busy)
             # The service worked on this node's requests while they were on their way.
-            yield self.world.timeout(count * max(0.0, self.setting.latency - 1 / self.setting.rate))
-            operations -= count
+            yield self.world.timeout(count * max(0.0, self.setting.latency - busy))
+            serial -= count
 
     def read(self, size: float) -> Steps:
         """One node's bytes, at its link's speed where the file system is faster."""
@@ -60,8 +66,7 @@ class Shared:
 def direct(shared: Shared, work: Work) -> Steps:
     """Import from the shared file system."""
     reading = shared.world.process(shared.read(work.touched))
-    yield from shared.ask(work.operations)
-    yield shared.world.timeout(work.reads * shared.setting.data_latency)
+    yield from shared.ask(work.serial, work.operations)
     yield reading
     yield shared.world.timeout(work.imported)
 

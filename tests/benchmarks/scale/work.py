@@ -11,8 +11,8 @@ class Work:
 
     Attributes:
         name: what is imported.
-        operations: metadata operations of the import on a cold node, whatever its ranks.
-        reads: reads of data of the import on a cold node.
+        operations: metadata operations of the import of all ranks on a cold node.
+        serial: how many of these the import waits for, one after the other.
         touched: bytes that the import reads.
         files: files of the environment.
         everything: operations of reading the whole environment file by file.
@@ -29,7 +29,7 @@ class Work:
 
     name: str
     operations: int
-    reads: int
+    serial: int
     touched: int
     files: int
     everything: int
