@@ -12,8 +12,8 @@ pytestmark = pytest.mark.unit
 
 WORK = Work(
     name="torch", operations=9000, serial=3400, touched=90_000_000, files=34_348,
-    everything=110_000,    size=1_740_000_000, image=486_000_000, archive=600_000_000, imported=2.3, untarred=20.0,
-    staged=0.3, through_mount=0.5, extracted=4.0, asked=10,
+    everything=110_000, size=1_740_000_000, image=486_000_000, archive=600_000_000,
+    imported=2.3, untarred=20.0, staged=0.3, through_mount=0.5, extracted=4.0, asked=10,
 )  # fmt: skip
 
 
