@@ -51,12 +51,14 @@ def median(starts: list[Row], phase: str = "") -> float:
 
 
 def work(found: list[Row]) -> Work:
-    """What the simulation is fed with: all of it was measured on one node in the same run."""
+    """What the simulation is fed with: all of it was measured with as few nodes as there are."""
     starts = grouped(found)
     environment = next(row["environment"] for row in found if "environment" in row)
-    one = {name: starts["cold-lustre", 1, name] for name in ("direct", "cp -r", "recipe")}
-    ours, warm = starts["cold-lustre", 1, "ours"], starts["cold-lustre", 1, "ours, warm"]
-    extracted = starts["cold-lustre", 1, "ours, tar.zst"]
+    count = min(nodes for _, nodes, name in starts if name == "direct")
+    one = {name: starts["cold-lustre", count, name] for name in ("direct", "recipe")}
+    copied = starts["cold-lustre", count, "cp -r"]
+    ours, warm = starts["cold-lustre", count, "ours"], starts["cold-lustre", count, "ours, warm"]
+    extracted = starts["cold-lustre", count, "ours, tar.zst"]
     node = one["direct"][0]
     job = median(warm, "job")
     imported = median(warm, "import")
@@ -65,9 +67,9 @@ def work(found: list[Row]) -> Work:
         operations=node["operations"],
         # Ranks ask at the same time, and for each other.
         serial=round((median(one["direct"], "import") - imported) / ALL["cold-lustre"].latency),
-        touched=node["read"],
+        touched=node["read"] // count,
         files=environment["files"],
-        everything=one["cp -r"][0]["operations"],
+        everything=copied[0]["operations"] if copied else 0,
         size=environment["size"],
         image=environment["image"],
         archive=environment["archive"],
@@ -121,6 +123,8 @@ def simulated(one: Work) -> tuple[list[str], dict[str, dict[str, list[float]]]]:
         lines += ["|---" * (len(NODES) + 1) + "|"]
         numbers[setting] = {}
         for name in simulate.STRATEGIES:
+            if name == "cp -r" and not one.everything:
+                continue
             times = [simulate.start(name, one, ALL[setting], count) for count in NODES]
             forms = [closed.FORMS[name](one, ALL[setting], count) for count in NODES]
             numbers[setting][name] = times
