@@ -6,8 +6,8 @@ what its answer was derived from: the program, the boot, the variables, the conf
 the manifest in the repository, the watched paths of the original, the stamps in the store. The next
 one compares, and where all is the same the answer is. It never decides anything: at the first
 difference, or where it cannot tell, the whole way is gone, :mod:`stager.cli`, which leaves a new
-note. The only question to shared storage about the repository is whether the file that the name
-stands for is the same.
+note, :mod:`stager.notes`. The only question to shared storage about the repository is whether the
+file that the name stands for is the same.
 
 What a node is asked on either way stands here once, and is imported by the modules it belongs to.
 Nothing but ``os`` may be imported at the top: even ``re`` is a quarter of the whole time.
@@ -19,19 +19,12 @@ import os
 
 import stager
 
-TYPE_CHECKING = False  # as in typing, which takes 2 ms to import
-if TYPE_CHECKING:
-    from stager.config import Config
-    from stager.repository import Published
-
 ABSENT = "-"
 """What :func:`identity` says of a path that does not exist."""
 
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 _VARIABLES = ("HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "SLURM_JOB_ID", "SLURM_STEP_ID")
 """What an answer may depend on, besides all that begin with ``STAGER_``."""
-_OLD = 86400.0
-"""Seconds after which a note is removed when another one is written."""
 
 
 # -- what a node is asked on every start -----------------------------------------------------
@@ -141,12 +134,12 @@ def hit(wish: str) -> str:
     claimed: list[str] = []
     prefix = ""
     try:
-        path = _path(wish)
+        path = note_path(wish)
         if not path or not is_private(os.lstat(os.path.dirname(os.path.dirname(path)))):
             return ""
         boot = boot_id()
         known, *rest = _read(path).split("\0")
-        if known != _inputs(wish, boot):
+        if known != inputs(wish, boot):
             return ""
         holder = rest[0] or holder_of(os.getppid(), boot)
         for kind, value, path in zip(rest[1::3], rest[2::3], rest[3::3]):
@@ -174,59 +167,7 @@ def hit(wish: str) -> str:
     return prefix
 
 
-def remember(wish: str, published: Published, config: Config, holder: str) -> None:
-    """Leave a note of a stage that has just succeeded; nothing happens where none can be made.
-
-    Args:
-        wish: what the user typed: the name of one environment.
-        published: what was found under it.
-        config: as it was loaded, nothing set after that.
-        holder: who claimed it.
-    """
-    import contextlib
-
-    from stager import allocation, freshness, fsutil, lookup
-    from stager.errors import StagerError
-    from stager.ref import Ref
-    from stager.store import Store
-
-    manifest, path = published.manifest, _path(wish)
-    if wish != manifest.name or not path or any(one.tree for one in manifest.watches):
-        return
-    with contextlib.suppress(OSError, StagerError):
-        fields = [_inputs(wish, boot_id()), "" if holder.startswith("pid-") else holder]
-        for name, was in config.files.items():
-            fields += ["same", was, name]
-        for one in lookup.repositories(config):
-            was = identity(one.ref(wish))
-            fields += ["same", was, one.ref(wish)]
-            found = one.find(Ref(name=wish))
-            if found is not None:
-                if found.digest != published.digest:
-                    return  # it was packed again meanwhile
-                break
-        # What they are now, and after that the look whether they have changed: not between them.
-        if config["stage.on_stale"] != "ignore":
-            for watch in manifest.watches:
-                fields += ["same", identity(watch.path), watch.path]
-            if freshness.changed(manifest):
-                return
-        node = Store(config["store"])
-        for layer in manifest.layers:
-            was = identity(f"{node.root}/ready/{layer.id}")
-            stamp = node.ready(layer.id)
-            if stamp is None or allocation.foreign(node, layer) is not None:
-                return
-            fields += [stamp.how, was, node.tree(layer.id)]
-        fsutil.own_directory(os.path.dirname(os.path.dirname(path)), "store")
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(os.path.dirname(path), 0o700)
-        data = "\0".join(fields).encode("utf-8", "surrogateescape")
-        fsutil.write_atomic(path, data, mode=0o600, durable=False)
-        _sweep(os.path.dirname(path))
-
-
-def _path(wish: str) -> str:
+def note_path(wish: str) -> str:
     """Where the note for what the user typed is; empty where there is none.
 
     A place that is known without the configuration: the store's, where that is the default or
@@ -243,7 +184,7 @@ def _path(wish: str) -> str:
     return f"{store.replace('{uid}', str(os.getuid()))}/warm/{name}"
 
 
-def _inputs(wish: str, boot: str) -> str:
+def inputs(wish: str, boot: str) -> str:
     """All that is not on a file system, in one text."""
     variables = sorted(
         (name, value)
@@ -262,12 +203,3 @@ def _read(path: str) -> str:
         return data.decode("utf-8", "surrogateescape")
     finally:
         os.close(fd)
-
-
-def _sweep(directory: str) -> None:
-    import time
-
-    for name in os.listdir(directory):
-        path = os.path.join(directory, name)
-        if time.time() - os.lstat(path).st_mtime > _OLD:
-            os.unlink(path)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from stager import activate as activation
-from stager import allocation, envpatch, lease, lookup, schedulers, warm
+from stager import allocation, envpatch, lease, lookup, notes, schedulers
 from stager.cli.common import count, load_config, options_given, print_json, say, size, table
 from stager.cli.preparing import ask_job, prepare
 from stager.errors import StagerError
@@ -23,7 +23,7 @@ def stage(arguments: argparse.Namespace) -> int:
     holder = lease.of_job_or_process(os.getppid())
     found, results = prepare(arguments.ref, config, holder=holder)
     if arguments.ref and not options_given(arguments):
-        warm.remember(arguments.ref, found[0], config, holder)
+        notes.remember(arguments.ref, found[0], config, holder)
     if arguments.json:
         values = [
             {
