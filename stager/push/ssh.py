@@ -110,7 +110,7 @@ class Network:
             with self._lock:
                 stuck = [one for one in self._open if one.is_stuck(limit)]
             for one in stuck:
-                one.close()
+                one.give_up()
 
     def forget(self, connection: Connection) -> None:
         """Close one connection."""
@@ -362,6 +362,12 @@ class Connection:
         since = self._session.sending_since if self._session is not None else None
         return since is not None and time.monotonic() - since > limit
 
+    def give_up(self) -> None:
+        """End it because it is stuck: whoever waits for it is told so, not that it broke."""
+        if self._session is not None:
+            self._session.given_up = True
+        self.close()
+
     def close(self) -> None:
         """End it, and what was started there."""
         with contextlib.suppress(Exception):
@@ -382,6 +388,7 @@ class Session:
         self._channel = channel
         self._idle = idle
         self.sending_since: float | None = None
+        self.given_up = False
         self.reader = Reader(self._receive)
 
     def send(self, data: bytes | memoryview) -> None:
@@ -391,13 +398,13 @@ class Session:
             BusyError: it takes none.
             BrokenPipeError: it has ended, or the connection broke.
         """
-        started = self.sending_since = time.monotonic()
+        self.sending_since = time.monotonic()
         try:
             self._channel.sendall(data)
         except socket.timeout as error:
             raise self._silent() from error
         except (OSError, EOFError) as error:
-            if time.monotonic() - started > self._idle:  # we were stuck, and closed it
+            if self.given_up:
                 raise self._silent() from error
             raise BrokenPipeError from error
         finally:
@@ -405,9 +412,12 @@ class Session:
 
     def _receive(self, count: int) -> bytes:
         try:
-            return bytes(self._channel.recv(count))
+            data = bytes(self._channel.recv(count))
         except socket.timeout as error:
             raise self._silent() from error
+        if not data and self.given_up:
+            raise self._silent()
+        return data
 
     def _silent(self) -> BusyError:
         return BusyError(
