@@ -311,8 +311,8 @@ def test_squashfuse_outlives_the_prolog_and_the_job(site: Site, prefix: str) -> 
 def test_a_warm_prolog_is_cheap(site: Site, prefix: str) -> None:
     """The CPU time of the Prolog, its worker and the process of the user together."""
     site.batch("true", "-w", "n1", comment="pyenv:demo")
-    # A Prolog may take 0.15 s. How slow or busy a machine is tells a Python that does nothing, right
-    # before: 0.01 to 0.015 s where idle, so where it takes longer, ten of these are as much.
+    # A Prolog may take 0.15 s. How slow or busy a machine is, tells a Python that does nothing,
+    # right before: 0.01 to 0.015 s where idle; where it takes longer, ten of these are as much.
     empty = ["python3", "-c", _TIMED, "/usr/bin/python3", "-I", "-S", "-B", "-c", "pass"]
     ratios = []
     for _ in range(7):
