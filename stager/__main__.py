@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 
@@ -10,6 +9,8 @@ import sys
 def main() -> int:
     """Run the command line, or a scheduler's hook, and return its exit status."""
     if sys.argv[1:2] == ["hook"]:
+        import gc
+
         gc.disable()  # a search for cycles at each import: a twelfth of a warm Prolog's CPU
         from stager import hooks
 
