@@ -206,35 +206,24 @@ def test_a_comment_changed_while_the_job_runs(site: Site) -> None:
 
 
 def test_a_repository_that_is_a_fifo(site: Site) -> None:
-    site.shell(
-        "alice",
-        """
-        mkdir -p fifo/refs && rm -f fifo/refs/mine && mkfifo fifo/refs/mine
-        mkdir -p .config/stager && echo "repository: ~/fifo" >.config/stager/config.yaml
-    """,
-    )
+    site.shell("alice", "mkdir -p fifo/refs && mkfifo fifo/refs/mine")
     try:
-        _, (line,) = only(site, "pyenv:mine")
+        with site.users_configuration("alice", "echo 'repository: ~/fifo' >config.yaml"):
+            _, (line,) = only(site, "pyenv:mine")
     finally:
-        site.cluster.exec("ctl", "alice", ["rm", "-r", ".config/stager", "fifo"])
+        site.shell("alice", "rm -r fifo")
     assert "is not a file" in line or "not published" in line, line
 
 
 def test_a_configuration_of_the_users_that_is_a_fifo(site: Site) -> None:
-    site.shell("alice", "mkdir -p .config/stager; mkfifo .config/stager/config.yaml")
-    try:
+    with site.users_configuration("alice", "mkfifo config.yaml"):
         only(site, "pyenv:mine")
-    finally:
-        site.cluster.exec("ctl", "alice", ["rm", "-r", ".config/stager"])
 
 
 def test_a_user_cannot_choose_the_store_or_the_hooks_keys(site: Site) -> None:
     text = "store: /tmp/mine\\nhook: {prolog_wait: 1h, on_node_fault: drain, log: /tmp/log}\\n"
-    site.shell("alice", f"mkdir -p .config/stager; printf '{text}' >.config/stager/config.yaml")
-    try:
+    with site.users_configuration("alice", f"printf '{text}' >config.yaml"):
         done = site.batch(SHOW, "-w", "n1", comment="pyenv:mine")
-    finally:
-        site.cluster.exec("ctl", "alice", ["rm", "-r", ".config/stager"])
     (prefix,) = done.prefixes()["n1"]
     assert prefix.startswith(f"{STORE}/20001/envs/")
     assert not site.place("n1", "/tmp/log").exists()
@@ -244,20 +233,16 @@ def test_one_user_naming_anothers_environment(site: Site) -> None:
     private = site.home("alice") / ".local"
     private.chmod(0o700)
     own = f"{REPOSITORY}/refs"
-    site.shell(
-        "bob",
-        f"""
-        mkdir -p .config/stager; mv {own} {own}.away
-        echo 'repositories: [/home/alice/{REPOSITORY}]' >.config/stager/config.yaml
-        """,
-    )
+    theirs = f"/home/alice/{REPOSITORY}"
+    site.shell("bob", f"mv {own} {own}.away")
     try:
-        for name in ("/home/alice/envs/mine", f"/home/alice/{REPOSITORY}/refs/mine", "mine"):
-            _, (line,) = only(site, f"pyenv:{name}", user="bob")
-            assert re.search(r"not published|Permission denied", line), line
+        with site.users_configuration("bob", f"echo 'repositories: [{theirs}]' >config.yaml"):
+            for name in ("/home/alice/envs/mine", f"{theirs}/refs/mine", "mine"):
+                _, (line,) = only(site, f"pyenv:{name}", user="bob")
+                assert re.search(r"not published|Permission denied", line), line
         assert not list(site.place("n1", f"{STORE}/20002/envs").glob("*"))
     finally:
-        site.shell("bob", f"rm -r .config/stager; rm -rf {own}; mv {own}.away {own}")
+        site.shell("bob", f"rm -rf {own}; mv {own}.away {own}")
         private.chmod(0o755)
 
 
