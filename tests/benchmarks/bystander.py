@@ -29,7 +29,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks.jobs import HOME, make_environment, mounted, start
-from benchmarks.settings import ALL, Settings
+from benchmarks.metafs import Metafs
+from benchmarks.settings import ALL
 from cluster.client import Cluster
 from slurm.conftest import SETTINGS
 from slurm.site import Site
@@ -59,12 +60,12 @@ while not select.select([0], [], [], pause)[0]:
 class Bystander:
     """Somebody on :data:`NODE`."""
 
-    def __init__(self, site: Site, dilation: float) -> None:
-        self.dilation = dilation
+    def __init__(self, site: Site, shared: Metafs) -> None:
+        self.dilation = shared.dilation
         # A directory of its own: what it asks is not what the job asks.
         argv = ["nsenter", "-t", str(site.cluster.pid(NODE)), "-m", sys.executable, "-c", _ASKING]
         self.process = subprocess.Popen(
-            [*argv, f"{HOME}/other", str(PAUSE * dilation)],
+            [*argv, f"{HOME}/other", str(PAUSE * self.dilation)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -80,10 +81,10 @@ class Bystander:
 
 
 @contextlib.contextmanager
-def watching(site: Site, dilation: float) -> Iterator[list[tuple[float, float]]]:
+def watching(site: Site, shared: Metafs) -> Iterator[list[tuple[float, float]]]:
     """What it notices is in the list afterwards."""
     noticed: list[tuple[float, float]] = []
-    bystander = Bystander(site, dilation)
+    bystander = Bystander(site, shared)
     try:
         yield noticed
     finally:
@@ -91,30 +92,31 @@ def watching(site: Site, dilation: float) -> Iterator[list[tuple[float, float]]]
 
 
 def measure(
-    site: Site, case: str, nodes: tuple[str, ...], ranks: int, settings: Settings, repeat: int
+    site: Site, case: str, nodes: tuple[str, ...], options: argparse.Namespace
 ) -> dict[str, Any]:
     """One row of the table, over some jobs; their clients know nothing, each time."""
+    dilation: float = options.dilation
     waited: list[float] = []
     measured: list[float] = []
     operations, seconds = [], []
-    for _ in range(repeat):
+    for _ in range(options.repeat):
         if case == "hook, cold":
             site.clear_stores()
-        with (
-            mounted(site, *nodes, NODE, settings=settings) as shared,
-            watching(site, settings.dilation) as noticed,
-        ):
+        with contextlib.ExitStack() as stack:
+            shared = stack.enter_context(mounted(site, *nodes, NODE, settings=ALL[options.setting]))
+            shared.dilate(dilation)
+            noticed = stack.enter_context(watching(site, shared))
             if case == "idle":
                 begin, took = shared.mark(), IDLE
-                time.sleep(IDLE * settings.dilation)
+                time.sleep(IDLE * dilation)
                 ledger = shared.ledger(begin)
             else:
                 way, _, _ = case.partition(",")
-                started = start(site, shared, way, nodes=nodes, ranks=ranks)
+                started = start(site, shared, way, nodes=nodes, ranks=options.ranks)
                 begin, took, ledger = started.submitted, started.seconds, started.ledger
-        end = begin + took * settings.dilation
+        end = begin + took * dilation
         measured += (one for at, one in noticed if begin <= at <= end)
-        waited += (one.took / settings.dilation for one in ledger.of(NODE) if one.kind == "lookup")
+        waited += (one.took / dilation for one in ledger.of(NODE) if one.kind == "lookup")
         operations.append(sum(ledger.of(node).count() for node in nodes))
         seconds.append(took)
     return {
@@ -148,7 +150,6 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one object instead of the table")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # clean up
-    settings = ALL[options.setting].dilated(options.dilation)
     nodes = tuple(f"n{number + 1}" for number in range(options.nodes))
     rows = []
     with tempfile.TemporaryDirectory(prefix="bystander-") as directory:
@@ -160,14 +161,14 @@ def main() -> int:
             site.shell("alice", "mkdir other")
             make_environment(site, "numpy")
             for case in ("idle", "direct", "hook, cold", "hook, hit"):
-                rows.append(measure(site, case, nodes, options.ranks, settings, options.repeat))
+                rows.append(measure(site, case, nodes, options))
         finally:
             cluster.down()
     if options.json:
-        print(json.dumps({"setting": settings.name, "dilation": options.dilation, "rows": rows}))
+        print(json.dumps({"setting": options.setting, "dilation": options.dilation, "rows": rows}))
         return 0
     print(
-        f"{settings.name}, time dilated {options.dilation:g} times [dilated]; a job of"
+        f"{options.setting}, time dilated {options.dilation:g} times [dilated]; a job of"
         f" {options.nodes} nodes x {options.ranks} ranks imports numpy; stat on {NODE}, in ms"
     )
     print(f"{'':22}{'n':>6}{'min':>9}{'median':>9}{'p99':>9}{'max':>9}")

@@ -119,7 +119,7 @@ def start(
     site.settled()
     return Started(
         submitted=submitted,
-        seconds=(last - submitted) / shared.settings.dilation,
+        seconds=(last - submitted) / shared.dilation,
         ledger=shared.ledger(submitted).between(submitted, last),
         prefixes=frozenset(prefix for _, prefix, _ in lines),
         ranks=len(lines),

@@ -81,6 +81,7 @@ class Metafs:
         settings: Settings = NONE,
     ) -> None:
         self.settings = settings
+        self.dilation = 1.0
         self.nodes = tuple(nodes)
         self._order = {
             "directory": os.path.realpath(directory),
@@ -125,12 +126,16 @@ class Metafs:
         self._stack.close()
 
     def dilate(self, factor: float) -> None:
-        """From now on, everything takes so many times as long as the settings say."""
+        """From now on, everything takes so many times as long as the settings say.
+
+        For more nodes than the machine can serve; measured seconds are to be divided by it.
+        """
         assert self._server.stdin is not None and self._server.stdout is not None
         self._server.stdin.write(f"{factor}\n")
         self._server.stdin.flush()
         if self._server.stdout.readline() != "dilated\n":
             raise RuntimeError("metafs has ended")
+        self.dilation = factor
 
     def mark(self) -> float:
         """The moment from which on :meth:`ledger` is to count."""
@@ -235,7 +240,7 @@ def main() -> int:
     parser.add_argument("--dilation", type=float, default=1.0, help="make all times so much longer")
     parser.add_argument("--node", action="append", default=[], metavar="NAME=PID",
                         help="mount in the namespace of this process; default: here")  # fmt: skip
-    parser.add_argument("--ledger", type=Path, help="where all operations are written, JSON lines")
+    parser.add_argument("--ledger", type=Path, help="where all operations are written, .jsonl.gz")
     parser.add_argument("--overhead", action="store_true", help="measure metafs itself")
     parser.add_argument("directory", nargs="?")
     parser.add_argument("mountpoint", nargs="?")
@@ -249,8 +254,9 @@ def main() -> int:
     nodes: dict[str, int | None] = {"here": None}
     if options.node:
         nodes = {name: int(pid) for name, _, pid in (one.partition("=") for one in options.node)}
-    settings = replace(ALL[options.setting].dilated(options.dilation), callers=True)
+    settings = replace(ALL[options.setting], callers=True)
     with Metafs(options.directory, options.mountpoint, nodes, settings) as shared:
+        shared.dilate(options.dilation)
         start = shared.mark()
         status = subprocess.run(
             options.command or [os.environ.get("SHELL", "/bin/sh")], check=False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,6 @@ class Settings:
         data_latency: seconds until one read is answered.
         wide: patterns (fnmatch) of paths below the mount: files that lie on all servers.
         stripe_size: bytes.
-        dilation: by how much time was stretched; measured seconds are to be divided by it.
         callers: whether the ledger names the programs that asked (takes a moment for each).
     """
 
@@ -33,7 +32,6 @@ class Settings:
     data_latency: float = 0.0
     wide: tuple[str, ...] = ("*/stager/images/*",)
     stripe_size: int = 1 << 20
-    dilation: float = 1.0
     callers: bool = False
 
     @property
@@ -41,19 +39,6 @@ class Settings:
         """Whether anything takes longer than it has to."""
         return any(
             (self.rate, self.latency, self.bandwidth, self.node_bandwidth, self.ost_bandwidth)
-        )
-
-    def dilated(self, factor: float) -> Settings:
-        """The same with all times longer by a factor: for more nodes than the machine can serve."""
-        return replace(
-            self,
-            rate=self.rate / factor,
-            latency=self.latency * factor,
-            bandwidth=self.bandwidth / factor,
-            node_bandwidth=self.node_bandwidth / factor,
-            ost_bandwidth=self.ost_bandwidth / factor,
-            data_latency=self.data_latency * factor,
-            dilation=self.dilation * factor,
         )
 
 

@@ -160,6 +160,12 @@ def test_bandwidth_is_for_all() -> None:
 
 
 def test_dilated_ten_times() -> None:
-    slow = COLD_LUSTRE.dilated(10)
-    assert (slow.rate, slow.latency, slow.dilation) == (10e3, pytest.approx(0.1), 10)
-    assert not NONE.delays and slow.delays
+    settings = Settings("test", rate=100, latency=1.0, bandwidth=100.0, data_latency=0.5)
+    service = Service(settings)
+    service.dilate(10)
+    assert service.metadata(0.0) == pytest.approx(10.1)
+    assert service.data(0.0, 100, 0, 0, wide=False) == pytest.approx(15.0)
+
+
+def test_what_delays() -> None:
+    assert COLD_LUSTRE.delays and not NONE.delays
