@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -37,11 +38,6 @@ WORKLOADS = {
 }
 
 
-def tag(one: Start) -> str:
-    """Whether any of its phases was dilated."""
-    return "dilated" if max(one.dilation.values()) > 1 else "real"
-
-
 def calibrated(directory: str) -> dict[str, float]:
     """What this machine does in the same run: bytes a second, and seconds of one Python."""
     started = time.perf_counter()
@@ -59,6 +55,22 @@ def calibrated(directory: str) -> dict[str, float]:
     return {"write": write, "read": read, "zstd": zstd, "python": python}
 
 
+def conclusion(workload: str, measured: dict[str, list[Start]]) -> str:
+    """What came out for ours and the others, in one line."""
+    told = []
+    ours = statistics.median(one.whole for one in measured["ours"]) if "ours" in measured else 0
+    for name in ("ours", "direct", "recipe", "squashfs in place"):
+        if starts := measured.get(name):
+            whole = statistics.median(one.whole for one in starts)
+            ratio = f" ({whole / ours:.1f} x)" if ours else ""
+            told.append(f"{name} {whole:.2f} s{ratio}, {starts[0].operations:,} requests a node")
+    first = next(iter(measured.values()))[0]
+    return (
+        f"{workload}, {first.nodes} nodes of 8 ranks, {first.setting} [{first.tag}]: "
+        + "; ".join(told)
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--workload", choices=WORKLOADS, default="numpy")
@@ -67,7 +79,8 @@ def main() -> None:
     parser.add_argument("--strategies", default="", help="names, parted by |; default: all")
     parser.add_argument("--skip", default="", help="names, parted by |")
     parser.add_argument("--runs", type=int, default=1)
-    parser.add_argument("--ledgers", type=Path, help="directory for every operation of each start")
+    parser.add_argument("--ledgers", type=Path, default=Path(".build/ledgers"),
+                        help="where every operation of each start is kept")  # fmt: skip
     parser.add_argument("--json", type=Path, help="file for every start, one object a line")
     arguments = parser.parse_args()
     counts = [int(one) for one in arguments.nodes.split(",")]
@@ -83,6 +96,9 @@ def main() -> None:
     )
     print(f"{arguments.workload}, 8 ranks a node; {machine}")
 
+    ledgers: Path = arguments.ledgers / arguments.workload
+    ledgers.mkdir(parents=True, exist_ok=True)
+
     def keep(row: dict[str, object]) -> None:
         if arguments.json:
             with arguments.json.open("a") as file:
@@ -92,12 +108,13 @@ def main() -> None:
         wheels = Path(scratch) / "wheels"
         Path(scratch).chmod(0o755)
         pip_download(names, wheels)
-        rig = Rig(Path(scratch) / "cluster", max(counts), binds=scratch, ledgers=arguments.ledgers)
+        rig = Rig(Path(scratch) / "cluster", max(counts), binds=scratch)
         with rig.up():
             rig.make(wheels)
-            keep(
-                {"environment": rig.made(), "machine": machine, "calibration": calibrated(scratch)}
-            )
+            calibration = {**calibrated(scratch), "link": rig.link()}
+            print(", ".join(f"{name} {value:.3g}" for name, value in calibration.items()))
+            keep({"environment": rig.made(), "machine": machine, "calibration": calibration})
+            results = []
             for setting in arguments.settings.split(","):
                 print(f"\n{setting} (dilated seconds)")
                 print(
@@ -106,13 +123,18 @@ def main() -> None:
                 )
                 for count in counts:
                     measured: dict[str, list[Start]] = {one.name: [] for one in chosen}
-                    for _ in range(arguments.runs):
+                    for run in range(arguments.runs):
                         for strategy in chosen:
-                            one = rig.start(strategy, ALL[setting], count)
+                            one, ledger = rig.start(strategy, ALL[setting], count)
                             measured[strategy.name].append(one)
-                            keep({"tag": tag(one), **asdict(one)})
+                            keep({"tag": one.tag, **asdict(one)})
+                            name = f"{setting} {count} {strategy.name} {run}.jsonl.gz"
+                            ledger.write(ledgers / name)
                     for starts in measured.values():
                         print(summary(starts), flush=True)
+                    results.append(measured)
+    print(f"\nledgers of all starts: {ledgers}")
+    print(conclusion(arguments.workload, results[len(counts) - 1]))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -116,13 +117,13 @@ class Ledger:
         }
 
     def write(self, path: Path) -> None:
-        """One JSON object in each line."""
-        with path.open("w") as file:
+        """One JSON object in each line, compressed."""
+        with gzip.open(path, "wt") as file:
             file.writelines(json.dumps(one._asdict()) + "\n" for one in self.operations)
 
     @classmethod
     def read(cls, path: Path) -> Ledger:
-        with path.open() as file:
+        with gzip.open(path, "rt") as file:
             return cls([Operation(**json.loads(line)) for line in file])
 
     @classmethod

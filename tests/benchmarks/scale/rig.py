@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.ledger import DATA
+from benchmarks.ledger import DATA, Ledger
 from benchmarks.metafs import Metafs
 from benchmarks.settings import Settings
 from cluster.client import Cluster
@@ -74,12 +74,16 @@ class Start:
         """Seconds of all phases."""
         return sum(self.seconds.values())
 
+    @property
+    def tag(self) -> str:
+        """Whether any of its phases was dilated."""
+        return "dilated" if max(self.dilation.values()) > 1 else "real"
+
 
 class Rig:
     """The cluster, its user's environment, and one start after the other."""
 
-    def __init__(self, state: Path, nodes: int, *, binds: str, ledgers: Path | None = None) -> None:
-        self.ledgers = ledgers
+    def __init__(self, state: Path, nodes: int, *, binds: str) -> None:
         self.cluster = Cluster(state)
         self.binds = binds
         self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
@@ -150,9 +154,26 @@ class Rig:
         """The shared directory as this machine sees it."""
         return self.cluster.state / PFS.lstrip("/")
 
+    def link(self) -> float:
+        """Bytes a second that one node sends another, over one connection."""
+        port, size = 8731, 256 << 20
+        serve = f"import socket; s = socket.create_server(('', {port})); print(flush=True);"
+        serve += f" s.accept()[0].sendall(bytes({size}))"
+        take = "import socket, time; a = time.monotonic();"
+        take += f" s = socket.create_connection(('{self.nodes[0]}', {port}));"
+        take += " b = bytearray(1 << 20)\nwhile s.recv_into(b): pass\nprint(time.monotonic() - a)"
+        python = ["/usr/bin/python3", "-I", "-c"]
+        with ThreadPoolExecutor(1) as pool:
+            served = pool.submit(self.cluster.exec, self.nodes[0], USER, [*python, serve])
+            listening = f"until grep -q :{port:04X} /proc/net/tcp; do sleep 0.05; done"
+            self.cluster.exec(self.nodes[0], USER, ["sh", "-c", listening], timeout=30)
+            done = self.cluster.exec("ctl", USER, [*python, take])
+            served.result()
+        return size / float(done.stdout)
+
     # -- one start
 
-    def start(self, strategy: Strategy, setting: Settings, count: int) -> Start:
+    def start(self, strategy: Strategy, setting: Settings, count: int) -> tuple[Start, Ledger]:
         """Start a job and all its ranks once, with nothing known on any node."""
         nodes = self.nodes[:count]
         seconds: dict[str, float] = {}
@@ -183,15 +204,14 @@ class Rig:
                     seconds[phase.name] = (ended - started) / factor
             ledger = shared.ledger()
         self._clean(nodes)
-        if self.ledgers:
-            ledger.write(self.ledgers / f"{strategy.name} {setting.name} {count}.jsonl")
         operations = [ledger.of(node).requests() for node in nodes]
         busiest = nodes[operations.index(max(operations))]
         kinds = ledger.of(busiest).kinds()
-        return Start(
+        start = Start(
             strategy.name, setting.name, count, seconds, dilation,
             max(operations), sum(operations), dict(kinds), kinds[DATA], ledger.bytes(),
         )  # fmt: skip
+        return start, ledger
 
     @contextlib.contextmanager
     def _job(self, nodes: list[str], comment: str) -> Iterator[str]:
@@ -270,14 +290,15 @@ def summary(starts: list[Start]) -> str:
     """One line of a table for runs of the same start."""
     times = sorted(one.whole for one in starts)
     first = starts[0]
+    operations = max(one.operations for one in starts)
     phases = ", ".join(
         f"{name} {statistics.median(one.seconds[name] for one in starts):.2f}"
         for name in first.seconds
     )
     return (
         f"{first.strategy:<20} {first.nodes:>3} {times[0]:8.2f} {statistics.median(times):8.2f}"
-        f" {times[-1]:8.2f} {len(times):>2} {first.operations:>9,} {first.total:>10,}"
-        f" {first.read / 1e6:>9,.0f}  {phases}"
+        f" {times[-1]:8.2f} {len(times):>2} {operations:>9,} {first.total:>10,}"
+        f" {first.read / 1e6:>9,.0f}  [{first.tag}] {phases}"
     )
 
 
