@@ -33,14 +33,14 @@ from stager.envpatch import EnvPatch
 from stager.errors import JOB, SITE, NotFoundError, StagerError, UsageError
 from stager.jobstate import MAX_MESSAGE, Job
 from stager.manifest import Manifest
-from stager.ref import Directive, Ref
+from stager.ref import KEYS, Directive, Ref
 from stager.repository import Published
 from stager.stage import Staged
 from stager.store import Store
 
 _OF_THE_USER = ("HOME", "USER", "LOGNAME", "SHELL", "LANG")
 VISIBLE, PROLOG, NEVER = "visible", "prolog", "never"
-_OPTIONS = ("strict", "verbose", "format", "timeout")
+_OPTIONS = ("strict", "verbose", *KEYS)
 _INHERITED = (
     "VIRTUAL_ENV", "VIRTUAL_ENV_PROMPT", "PYTHONHOME", "PYTHONPYCACHEPREFIX",
     "__PYVENV_LAUNCHER__", "_CE_CONDA", "_CE_M", "CONDA_PREFIX",
@@ -171,8 +171,9 @@ def _options(directive: Directive) -> dict[str, Any]:
 def _overrides(directive: Directive, trusted: Config) -> dict[str, object]:
     # A store of the user's own choosing would be where the site does not want it.
     overrides: dict[str, object] = {"store": trusted["store"]}
-    if directive.options.get("format"):
-        overrides["pack.format"] = directive.options["format"]
+    for option, key in KEYS.items():
+        if option != "timeout" and directive.options.get(option):  # its limit is the site's as well
+            overrides[key] = directive.options[option]
     return overrides
 
 

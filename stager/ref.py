@@ -23,6 +23,9 @@ from stager.errors import UsageError
 MAX_DIRECTIVE = 1024
 """Bytes of a directive; Slurm's own limit for a comment is 1024 characters."""
 
+KEYS = {"format": "pack.format", "on_stale": "stage.on_stale", "timeout": "stage.timeout"}
+"""Options of a directive that set a key of the configuration, for its job."""
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
 _PINNED = re.compile(r"(?P<name>[^@]+)@sha256:(?P<digest>[0-9a-f]{12,64})\Z")
 _TOKEN_SEPARATORS = re.compile(r"[\s,;]+")

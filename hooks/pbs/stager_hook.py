@@ -41,6 +41,7 @@ _OPTIONS = {
     "strict": re.compile(r"\Z"),
     "verbose": re.compile(r"\Z"),
     "format": re.compile(r"(squashfs|tar\.zst)\Z"),
+    "on_stale": re.compile(r"(repack|warn|fallback|ignore)\Z"),
     "timeout": re.compile(r"\d+(\.\d+)?\s*(ms|s|m|h|d|)\Z"),
 }
 _LONGEST = 1024

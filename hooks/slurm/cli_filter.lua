@@ -3,15 +3,22 @@
 -- changed since. It runs in sbatch, salloc and srun as the user; it only ever warns, because the
 -- job would run on the original environment.
 
+-- An environment that has not changed is not looked at again by every node when the job starts: the
+-- directive gets `on_stale=ignore`. What changes while the job is queued is then not noticed; with
+-- false, each node looks, and asks shared storage for seven names more.
+local CHECKED_IS_CHECKED = true
+
+-- What stands behind `pyenv:`, and where in the comment it ends.
 local function directive(comment)
-    if comment == nil or #comment > 1024 then
+    if comment == nil or #comment > 1000 then
         return nil
     end
-    local token = (" " .. comment):match("[%s,;]pyenv:([^%s,;]+)")
-    if token == nil then
-        token = comment:match('"pyenv"%s*:%s*"([^"]+)"')
+    local token, behind = (" " .. comment):match("[%s,;]pyenv:([^%s,;]+)()")
+    if token ~= nil then
+        return token, behind - 2
     end
-    return token
+    token, behind = comment:match('"pyenv"%s*:%s*"([^"]+)()"')
+    return token, behind and behind - 1
 end
 
 -- Everything but these characters would have to be quoted for the shell: then nothing is asked.
@@ -19,7 +26,8 @@ local function is_plain(ref)
     return ref:match("^[%w._/~@:-]+$") ~= nil and ref:sub(1, 1) ~= "-"
 end
 
-local function warn(ref)
+-- Tells the user what is wrong; returns whether nothing is.
+local function check(ref)
     -- Ends by itself, and quickly: somebody waits for the prompt.
     local command = "timeout 10 stager inspect --json " .. ref .. " 2>&1"
     local pipe = io.popen(command)
@@ -40,6 +48,7 @@ local function warn(ref)
             slurm.log_info("stager: hint: %s", hint)
         end
     end
+    return problem == nil and said:match('"changed": %[%s*%]') ~= nil
 end
 
 function slurm_cli_setup_defaults(options, early_pass)
@@ -47,15 +56,19 @@ function slurm_cli_setup_defaults(options, early_pass)
 end
 
 function slurm_cli_pre_submit(options, offset)
-    local names = directive(options["comment"])
-    if names == nil then
+    local comment = options["comment"]
+    local asked, behind = directive(comment)
+    if asked == nil then
         return slurm.SUCCESS
     end
-    names = names:gsub("%?.*$", "")
-    for ref in names:gmatch("[^+]+") do
-        if is_plain(ref) then
-            warn(ref)
-        end
+    local fresh = true
+    for ref in asked:gsub("%?.*$", ""):gmatch("[^+]+") do
+        fresh = is_plain(ref) and check(ref) and fresh
+    end
+    if fresh and CHECKED_IS_CHECKED and not asked:find("on_stale=", 1, true) then
+        local mark = asked:find("?", 1, true) and "&" or "?"
+        options["comment"] = comment:sub(1, behind) .. mark .. "on_stale=ignore"
+            .. comment:sub(behind + 1)
     end
     return slurm.SUCCESS
 end

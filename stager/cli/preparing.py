@@ -11,7 +11,7 @@ from stager import stage as staging
 from stager.cli.common import Bars, say
 from stager.config import Config
 from stager.errors import StagerError
-from stager.ref import Ref
+from stager.ref import KEYS, Ref
 from stager.repository import Published
 from stager.schedulers import Allocation
 
@@ -94,7 +94,7 @@ def ask_job(arguments: argparse.Namespace, name: str, config: Config) -> None:
     Args:
         arguments: the command line.
         name: the argument that names an environment; set where the directive does.
-        config: ``run.strict``, ``stage.timeout`` and ``pack.format`` are set.
+        config: ``run.strict`` and :data:`stager.ref.KEYS` are set.
 
     Raises:
         UsageError: the directive is malformed.
@@ -107,6 +107,6 @@ def ask_job(arguments: argparse.Namespace, name: str, config: Config) -> None:
     setattr(arguments, name, "+".join(map(str, directive.refs)))
     if "strict" in directive.options:
         config.set("run.strict", True, "the job's directive")
-    for option, key in (("timeout", "stage.timeout"), ("format", "pack.format")):
+    for option, key in KEYS.items():
         if directive.options.get(option):
             config.set(key, directive.options[option], "the job's directive")

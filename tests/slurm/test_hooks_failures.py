@@ -425,6 +425,16 @@ def test_users_are_told_at_submit_time(site: Site) -> None:
     try:
         assert "stager" not in submit("pyenv:demo?strict")
         assert "stager" not in submit("anything")
+        for comment, kept in (
+            ("a=1,pyenv:demo;b", "a=1,pyenv:demo?on_stale=ignore;b"),
+            ("pyenv:demo?strict", "pyenv:demo?strict&on_stale=ignore"),
+            ("pyenv:demo?on_stale=warn", "pyenv:demo?on_stale=warn"),
+            ('{"pyenv": "demo", "x": 1}', '{"pyenv": "demo?on_stale=ignore", "x": 1}'),
+            ("pyenv:no-such+demo", "pyenv:no-such+demo"),
+        ):
+            job = re.findall(r"Submitted batch job (\d+)", submit(comment))[0]
+            told = site.root("ctl", "scontrol", "show", "job", job)
+            assert f"Comment={kept}\n" in told, told
         text = submit("pyenv:demoo")
         assert "stager: warning: environment `demoo` is not published" in text
         assert "stager: hint: did you mean `demo`?" in text
