@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("--settings", default="cold-lustre", help=", ".join(ALL))
     parser.add_argument("--strategies", default="", help="names, parted by |; default: all")
     parser.add_argument("--skip", default="", help="names, parted by |")
+    parser.add_argument("--once", default="", help="names: one start, on the first number of nodes")
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--ledgers", type=Path, default=Path(".build/ledgers"),
                         help="where every operation of each start is kept")  # fmt: skip
@@ -87,9 +89,11 @@ def main() -> None:
     names, modules = WORKLOADS[arguments.workload]
     known = {one.name: one for one in strategies(modules, BIN)}
     wanted = arguments.strategies.split("|") if arguments.strategies else [*known]
-    for name in {*wanted, *filter(None, arguments.skip.split("|"))} - {*known}:
+    skip = set(filter(None, arguments.skip.split("|")))
+    once = set(filter(None, arguments.once.split("|")))
+    for name in {*wanted, *skip, *once} - {*known}:
         parser.error(f"no strategy {name!r}; there are: {' | '.join(known)}")
-    chosen = [known[name] for name in wanted if name not in arguments.skip.split("|")]
+    chosen = [known[name] for name in wanted if name not in skip]
     machine = (
         f"{platform.machine()}, {os.cpu_count()} processors, load {os.getloadavg()[0]:.1f},"
         f" Linux {platform.release().partition('-')[0]}, {time.strftime('%Y-%m-%d')}"
@@ -104,6 +108,7 @@ def main() -> None:
             with arguments.json.open("a") as file:
                 file.write(json.dumps({"workload": arguments.workload, **row}) + "\n")
 
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # clean up
     with tempfile.TemporaryDirectory(prefix="stager-bench-", dir="/var/tmp") as scratch:
         wheels = Path(scratch) / "wheels"
         Path(scratch).chmod(0o755)
@@ -125,12 +130,14 @@ def main() -> None:
                     measured: dict[str, list[Start]] = {one.name: [] for one in chosen}
                     for run in range(arguments.runs):
                         for strategy in chosen:
+                            if strategy.name in once and (run or count != counts[0]):
+                                continue
                             one, ledger = rig.start(strategy, ALL[setting], count)
                             measured[strategy.name].append(one)
                             keep({"tag": one.tag, **asdict(one)})
                             name = f"{setting} {count} {strategy.name} {run}.jsonl.gz"
                             ledger.write(ledgers / name)
-                    for starts in measured.values():
+                    for starts in filter(None, measured.values()):
                         print(summary(starts), flush=True)
                     results.append(measured)
     print(f"\nledgers of all starts: {ledgers}")

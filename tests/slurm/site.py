@@ -144,8 +144,8 @@ class Site:
     @contextlib.contextmanager
     def users_configuration(self, user: str, make: str) -> Iterator[None]:
         """Run a script that makes ``config.yaml``, in the directory where stager looks for it."""
-        self.shell(user, f"mkdir -p .config/stager && cd .config/stager && {make}")
         try:
+            self.shell(user, f"mkdir -p .config/stager && cd .config/stager && {make}")
             yield
         finally:
             # All of it: most users have no such directory, and the ledger counts who looks there.

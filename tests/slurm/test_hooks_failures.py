@@ -434,7 +434,7 @@ def test_users_are_told_at_submit_time(site: Site) -> None:
         ):
             job = re.findall(r"Submitted batch job (\d+)", submit(comment))[0]
             told = site.root("ctl", "scontrol", "show", "job", job)
-            assert f"Comment={kept}\n" in told, told
+            assert f"Comment={kept} \n" in told, told
         text = submit("pyenv:demoo")
         assert "stager: warning: environment `demoo` is not published" in text
         assert "stager: hint: did you mean `demo`?" in text

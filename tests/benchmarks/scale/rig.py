@@ -94,12 +94,12 @@ class Rig:
     @contextlib.contextmanager
     def up(self) -> Iterator[None]:
         """Start it; end it again."""
-        self.cluster.up(
-            nodes=len(self.nodes), cpus=RANKS, prolog=self._prolog(), epilog=f"{HOOKS}/epilog",
-            task_prolog=f"{HOOKS}/task_prolog", prolog_flags="Alloc",
-            binds=self.binds, extra_conf="SchedulerParameters=batch_sched_delay=0",
-        )  # fmt: skip
         try:
+            self.cluster.up(
+                nodes=len(self.nodes), cpus=RANKS, prolog=self._prolog(),
+                epilog=f"{HOOKS}/epilog", task_prolog=f"{HOOKS}/task_prolog", prolog_flags="Alloc",
+                binds=self.binds, extra_conf="SchedulerParameters=batch_sched_delay=0",
+            )  # fmt: skip
             with ThreadPoolExecutor(2) as pool:
                 list(pool.map(self._install, ("ctl", *self.nodes)))
             yield
@@ -155,7 +155,7 @@ class Rig:
         return self.cluster.state / PFS.lstrip("/")
 
     def link(self) -> float:
-        """Bytes a second that one node sends another, over one connection."""
+        """Bytes a second that a node sends the login node, over one connection."""
         port, size = 8731, 256 << 20
         serve = f"import socket; s = socket.create_server(('', {port})); print(flush=True);"
         serve += f" s.accept()[0].sendall(bytes({size}))"
