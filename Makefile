@@ -18,7 +18,7 @@ WHEEL_SOURCES = $(shell find stager -name __pycache__ -prune -o -print) \
 
 .PHONY: help setup tools lint test test-unit test-hook test-root test-environments test-slurm \
 	test-pbs test-push test-slurm-24.11 \
-	bench bench-extract bench-main bench-mounts bench-pack bench-push bench-quick bench-starts \
+	bench bench-extract bench-mounts bench-pack bench-push bench-quick bench-starts \
 	performance \
 	comparison demo cluster cluster-down build clean FORCE
 .NOTPARALLEL:
@@ -32,7 +32,6 @@ help:
 	@echo 'make test-unit     Python and a temporary directory; test-{hook,root,environments,push,slurm,pbs}'
 	@echo 'make bench         starts of jobs by every strategy, half an hour; bench-quick: three minutes'
 	@echo 'make performance   docs/performance.md and its plots, from the recorded runs'
-	@echo 'make bench-main    pack and stage against the plain tools; ENV=/path for one of yours'
 	@echo 'make bench-pack    pack against its compressor, its memory, and a slow file system'
 	@echo 'make bench-starts  what a start costs; staging against reading and writing'
 	@echo 'make bench-push    push to eight nodes over slow links, flat and as a tree'
@@ -98,11 +97,7 @@ test-slurm-24.11: setup
 	tests/cluster/cluster setup
 	ROOTFS="$$(tests/cluster/rootfs trixie)" && export ROOTFS && $(PYTEST) -m slurm
 
-# ENV=/path/to/venv measures one of yours.
-bench-main: setup
-	$(VENV)/bin/python tests/benchmarks/main_job.py $(ENV)
-
-# ENV=/path/to/venv as above; the part with a slow file system needs root.
+# ENV=/path/to/venv measures one of yours; the part with a slow file system needs root.
 bench-pack: setup
 	$(VENV)/bin/python tests/benchmarks/pack.py $(ENV)
 

@@ -1,7 +1,7 @@
 """Lustre: over how many of its servers an image is spread, which is settled when its file is made.
 
 A file that lies on one storage target is read by every node through that one: at 1.7 GB/s for all
-together, 128 nodes wait 280 s for an image of 3.7 GB, and 10 s for one that is spread wide. That is
+together, 128 nodes wait 280 s for an image of 3.7 GB, and 5 s for one that is spread wide. That is
 what most file systems do by default, for it is right for small files.
 """
 

@@ -71,7 +71,8 @@ class Bystander:
             text=True,
         )
         assert self.process.stdout is not None
-        self.process.stdout.readline()
+        if self.process.stdout.readline() != "begins\n":
+            raise RuntimeError("the bystander cannot ask")
 
     def stop(self) -> list[tuple[float, float]]:
         """When each ``stat`` began, and the seconds it took, without the dilation."""
@@ -117,7 +118,7 @@ def measure(
         end = begin + took * dilation
         measured += (one for at, one in noticed if begin <= at <= end)
         waited += (one.took / dilation for one in ledger.of(NODE) if one.kind == "lookup")
-        operations.append(sum(ledger.of(node).count() for node in nodes))
+        operations.append(sum(ledger.of(node).requests() for node in nodes))
         seconds.append(took)
     return {
         "case": case,
@@ -179,7 +180,7 @@ def main() -> int:
                 f"{row['case']:12}{what:10}{one['n']:6}{one['min']:9.2f}{one['median']:9.2f}"
                 f"{one['p99']:9.2f}{one['max']:9.2f}"
             )
-        print(f"{row['case']:12}operations of each job: {row['operations']}")
+        print(f"{row['case']:12}requests of each job: {row['operations']}")
     return 0
 
 

@@ -1,7 +1,9 @@
 """How long it takes until the last rank of a job has imported: ours and what else sites recommend.
 
     make bench-quick        numpy, two nodes of eight ranks, cold Lustre
-    make bench              all settings, one to eight nodes, torch, and simulated to 9,408 nodes
+    make bench              three settings, one to eight nodes, numpy and torch
+
+`make performance` simulates more nodes from what was measured, see ``benchmarks/report.py``.
 
 Every strategy does the same work in the same run, each time with nothing known on any node. What is
 measured on this machine's processors is dilated, see ``benchmarks/scale/rig.py``.
@@ -24,9 +26,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the tests' own packages
 
-from benchmarks.scale.rig import BIN, Rig, Start, pip_download, summary
+from benchmarks.scale.rig import Rig, Start, pip_download, summary
 from benchmarks.scale.strategies import strategies
 from benchmarks.settings import ALL
+from slurm.site import BIN
 from stager import timings
 
 WORKLOADS = {

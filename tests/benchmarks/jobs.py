@@ -1,8 +1,9 @@
-"""Jobs on the test cluster whose ranks import something from an environment on metafs.
+"""Jobs on the test cluster whose ranks import numpy from an environment on metafs.
 
 All of the users' homes lies on metafs, on the nodes of the job: the environment, the repository of
 packed ones, the configuration, ``~/.local``, the working directory. The login node has the real
-directory; there everything is made and packed.
+directory; there everything is made and packed. A job is measured from its submission on, as one
+whole: what it asks for. (How long each step of a start takes: ``benchmarks/scale/rig.py``.)
 """
 
 from __future__ import annotations
@@ -49,16 +50,16 @@ class Started:
     ranks: int
 
 
-def make_environment(site: Site, *requirements: str, directory: str = ENVIRONMENT) -> None:
+def make_environment(site: Site, *requirements: str) -> None:
     """Make an environment of alice's from wheels, and pack it in both formats."""
     install = [f"{VENV}/bin/uv", "pip", "install", "--quiet", "--offline", "--no-cache"]
     install += ["--no-index", "--find-links", str(wheels(*requirements)), "--link-mode=copy"]
-    install += ["--compile-bytecode", "--python", directory, *requirements]
+    install += ["--compile-bytecode", "--python", ENVIRONMENT, *requirements]
     script = f"""
-        /usr/bin/python3 -m venv --without-pip {directory}
+        /usr/bin/python3 -m venv --without-pip {ENVIRONMENT}
         {shlex.join(install)}
         for format in squashfs tar.zst; do
-            {BIN}/stager pack --format $format --name measured-$format {directory}
+            {BIN}/stager pack --format $format --name measured-$format {ENVIRONMENT}
         done
     """
     site.shell("alice", script)
@@ -80,10 +81,8 @@ def start(
     *,
     ref: str = "measured-squashfs",
     ranks: int = 2,
-    modules: str = "numpy",
     python: str = "python -P",
     nodes: tuple[str, ...] = (),
-    directory: str = HOME,
 ) -> Started:
     """Run a job on all nodes that have metafs.
 
@@ -91,13 +90,11 @@ def start(
         way: ``direct``, ``hook`` or ``stage-run``; ``empty`` imports nothing of the environment.
         ref: the packed environment.
         ranks: on each node.
-        modules: what each imports.
         python: with ``-P`` it does not look for modules in the working directory.
         nodes: fewer of the nodes.
-        directory: the working directory.
     """
     nodes = nodes or shared.nodes
-    importing = f"{python} -c {shlex.quote(_IMPORT.format(modules=modules))}"
+    importing = f"{python} -c {shlex.quote(_IMPORT.format(modules='numpy'))}"
     body = {
         "empty": f"srun /usr/bin/python3 -I -c {shlex.quote(_IMPORT.format(modules='sys'))}",
         "direct": f". {ENVIRONMENT}/bin/activate\nsrun {importing}",
@@ -105,7 +102,7 @@ def start(
         "stage-run": f"srun {BIN}/stage-run --env {ref} {importing}",
     }[way]
     arguments = [f"-N{len(nodes)}", f"--ntasks-per-node={ranks}", "--exclusive"]
-    arguments += ["-w", ",".join(nodes), "-D", directory, "-o", "/tmp/job.%j"]
+    arguments += ["-w", ",".join(nodes), "-D", HOME, "-o", "/tmp/job.%j"]
     if way == "hook":
         arguments.append(f"--comment=pyenv:{ref}")
     submitted = shared.mark()

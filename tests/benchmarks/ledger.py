@@ -93,16 +93,6 @@ class Ledger:
     def kinds(self) -> Counter[str]:
         return Counter(one.kind for one in self.operations)
 
-    def busiest(self, window: float = 1.0) -> float:
-        """Most metadata operations within a window of so many seconds, per second: admins' view."""
-        times = sorted(one.at for one in self.metadata())
-        most = first = 0
-        for last, time in enumerate(times):
-            while times[first] <= time - window:
-                first += 1
-            most = max(most, last - first + 1)
-        return most / window
-
     def summary(self) -> dict[str, object]:
         """What is kept of a run: for each node the numbers."""
         return {
@@ -120,11 +110,6 @@ class Ledger:
         """One JSON object in each line, compressed."""
         with gzip.open(path, "wt") as file:
             file.writelines(json.dumps(one._asdict()) + "\n" for one in self.operations)
-
-    @classmethod
-    def read(cls, path: Path) -> Ledger:
-        with gzip.open(path, "rt") as file:
-            return cls([Operation(**json.loads(line)) for line in file])
 
     @classmethod
     def merged(cls, operations: Iterable[Operation]) -> Ledger:

@@ -18,6 +18,7 @@ import signal
 import stat
 import sys
 import time
+import traceback
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -336,8 +337,10 @@ class Node:
         if self.server == 0:
             try:
                 _serve(directory, self.target, service, ledger, device, writer)
-            finally:
-                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
         os.close(device)
         os.close(writer)
         with os.fdopen(reader, "rb") as pipe:

@@ -3,8 +3,8 @@
     make bench-pack                      new environments: one with much in it, one with little
     make bench-pack ENV=/path/to/venv    one of yours for the first part; it is only read
 
-1. ``stager pack`` against ``mksquashfs`` with the same options, and against ``tar | zstd`` for
-   tar.zst, in turn (A B A B ...), after one run of each that does not count.
+1. ``stager pack`` against ``mksquashfs`` with the same options and against venv-pack2, and against
+   ``tar | zstd`` for tar.zst, in turn (A B A B ...), after one run of each that does not count.
 2. The most memory that all processes of a pack held at one moment: the sum of their PSS (what is
    theirs alone, and their part of what they share), sampled every 20 ms in runs of their own.
    The page cache is no part of it.
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -31,9 +30,19 @@ TESTS = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(TESTS)
 
-from benchmarks import main_job  # noqa: E402
-from benchmarks.main_job import Run, ratio, row  # noqa: E402
+from benchmarks.measuring import (  # noqa: E402
+    HEAD,
+    Run,
+    command,
+    machine,
+    measure,
+    new_environment,
+    ratio,
+    row,
+)  # fmt: skip
 
+BIN = os.path.dirname(sys.executable)
+LARGE = ["numpy", "scipy", "pandas", "matplotlib", "requests"]
 SMALL = ["numpy", "requests"]
 LATENCY = 0.005
 SAMPLE = 0.02
@@ -50,23 +59,52 @@ for parent, directories, names in os.walk(sys.argv[1]):
 """
 
 
-class Bench(main_job.Bench):
-    def pack_as(self, image_format: str, env: str | None = None) -> list[str]:
+class Bench:
+    """What packs one environment, each time anew.
+
+    Args:
+        env: the environment; it is only read.
+        scratch: a directory for what is made.
+    """
+
+    def __init__(self, env: str, scratch: str) -> None:
+        self.env, self.scratch = env, scratch
+        self.repository = os.path.join(scratch, "repository")
+        self.environ = {
+            **{key: value for key, value in os.environ.items() if not key.startswith("STAGER_")},
+            "STAGER_STORE": os.path.join(scratch, "store"),
+            "STAGER_REPOSITORY": self.repository,
+        }
+
+    def packing(self, image_format: str, env: str | None = None) -> list[str]:
+        """The command; nothing is published when it is asked for."""
         shutil.rmtree(self.repository, ignore_errors=True)
-        return [
-            self.stager, "pack", env or self.env, "--name", "bench", "--format", image_format,
-        ]  # fmt: skip
+        argv = [os.path.join(BIN, "stager"), "pack", env or self.env]
+        return [*argv, "--name", "bench", "--format", image_format]
+
+    def run(self, argv: list[str]) -> Run:
+        return measure(lambda: command(argv, self.environ))
 
     def squashfs(self) -> Run:
-        return main_job.measure(self.pack_as("squashfs"), self.environ)
+        return self.run(self.packing("squashfs"))
 
     def tar_zst(self) -> Run:
-        return main_job.measure(self.pack_as("tar.zst"), self.environ)
+        return self.run(self.packing("tar.zst"))
+
+    def mksquashfs(self) -> Run:
+        image = os.path.join(self.scratch, "plain.squashfs")
+        options = "-noappend -quiet -no-progress -comp zstd -Xcompression-level 3 -b 128K"
+        options += " -no-xattrs -all-root -no-exports"
+        return self.run(["mksquashfs", self.env, image, *options.split()])
 
     def tar(self) -> Run:
         line = 'tar -C "$1" -c . | zstd -q -f -T0 -3 -o "$2"'
         output = os.path.join(self.scratch, "plain.tar.zst")
-        return main_job.measure(["sh", "-c", line, "sh", self.env, output], self.environ)
+        return self.run(["sh", "-c", line, "sh", self.env, output])
+
+    def venv_pack(self) -> Run:
+        output = os.path.join(self.scratch, "venv-pack.tar.gz")
+        return self.run([os.path.join(BIN, "venv-pack"), "-q", "-f", "-p", self.env, "-o", output])
 
     def peak(self, argv: list[str]) -> int:
         """The most bytes that a program and its children held at one moment."""
@@ -109,14 +147,8 @@ def slowly(bench: Bench, env: str, argv: Callable[[str], list[str]]) -> tuple[Ru
         os.mkdir(target)
     with Metafs(backing, target, {"here": None}, Settings("slow", latency=LATENCY)) as shared:
         start = shared.mark()
-        run = main_job.measure(argv(target), bench.environ)
+        run = bench.run(argv(target))
         return run, shared.ledger(start).requests()
-
-
-def make_environment(path: str, packages: list[str]) -> str:
-    subprocess.run([sys.executable, "-m", "venv", path], check=True)
-    subprocess.run([f"{path}/bin/pip", "install", "-q", *packages], check=True)
-    return path
 
 
 def main() -> None:
@@ -131,31 +163,33 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="stager-bench-", dir="/var/tmp") as scratch:
         env = arguments.env
         if not env and set(arguments.parts) & set("12"):
-            env = make_environment(os.path.join(scratch, "env"), main_job.PACKAGES)
-        bench = Bench(env or "", scratch, arguments.runs)
-        load = os.getloadavg()[0]
-        print(f"{platform.machine()}, {os.cpu_count()} processors, load {load:.1f}")
-        print(f"{'':<34} {'min s':>8} {'median':>8} {'max':>8} {'cpu s':>8}")
+            env = new_environment(os.path.join(scratch, "env"), LARGE)
+        bench = Bench(env or "", scratch)
+        print(", ".join(f"{name} {value}" for name, value in machine().items()))
+        print(HEAD)
         if "1" in arguments.parts:
-            for ours, other, name in (
-                (bench.squashfs, bench.mksquashfs, "mksquashfs alone, same options"),
-                (bench.tar_zst, bench.tar, "tar | zstd -T0 -3"),
+            for ways in (
+                (bench.squashfs, bench.mksquashfs, bench.venv_pack),
+                (bench.tar_zst, bench.tar),
             ):
-                packs, plain = bench.pair(ours, other)
-                row(f"stager pack, {ours.__name__.replace('_', '.')}", packs)
-                row(name, plain)
-                said.append(f"{ratio(packs, plain):.2f} x {name.partition(' alone')[0]}")
+                runs = [[way() for way in ways] for _ in range(arguments.runs + 1)][1:]
+                each = dict(zip((way.__name__ for way in ways), zip(*runs)))
+                for name, those in each.items():
+                    print(row(name.replace("_", " "), those))
+                ours, *others = each
+                for name in others:
+                    said.append(f"{ours} {ratio(each[ours], each[name]):.2f} x {name}")
         if "2" in arguments.parts:
             for image_format in ("squashfs", "tar.zst"):
-                most = bench.peak(bench.pack_as(image_format)) / 1e6
+                most = bench.peak(bench.packing(image_format)) / 1e6
                 print(f"most memory, {image_format}: {most:.0f} MB")
                 said.append(f"{most:.0f} MB")
         if "3" in arguments.parts:
-            small = arguments.slow or make_environment(os.path.join(scratch, "small"), SMALL)
+            small = arguments.slow or new_environment(os.path.join(scratch, "small"), SMALL)
             packs, serial = [], []
             for _ in range(max(1, arguments.runs - 1)):
                 for runs, argv in (
-                    (packs, lambda target: bench.pack_as("squashfs", target)),
+                    (packs, lambda target: bench.packing("squashfs", target)),
                     (serial, lambda target: [sys.executable, "-c", SERIAL, target]),
                 ):
                     run, asked = slowly(bench, small, argv)

@@ -5,6 +5,7 @@ make performance        from the runs that are committed in docs/performance
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import sys
@@ -58,7 +59,6 @@ def work(found: list[Row]) -> Work:
     one = {name: starts["cold-lustre", count, name] for name in ("direct", "recipe")}
     copied = starts["cold-lustre", count, "cp -r"]
     ours, warm = starts["cold-lustre", count, "ours"], starts["cold-lustre", count, "ours, warm"]
-    extracted = starts["cold-lustre", count, "ours, tar.zst"]
     node = one["direct"][0]
     job = median(warm, "job")
     imported = median(warm, "import")
@@ -77,9 +77,31 @@ def work(found: list[Row]) -> Work:
         untarred=median(one["recipe"], "untar"),
         staged=max(0.0, median(ours, "job") - job),
         through_mount=max(0.0, median(ours, "import") - imported),
-        extracted=max(0.0, median(extracted, "job") - job),
         asked=ours[0]["operations"],
     )
+
+
+def machines(found: list[Row]) -> list[str]:
+    """A line for each run: where, what it measured, and what the machine could do right then."""
+    lines = []
+    for number, row in enumerate(found):
+        if "machine" not in row:
+            continue
+        did: dict[str, set[int]] = defaultdict(set)
+        for one in itertools.takewhile(lambda one: "machine" not in one, found[number + 1 :]):
+            did[one["setting"]].add(one["nodes"])
+        cells = "; ".join(
+            f"{setting} {', '.join(map(str, sorted(did[setting])))}" for setting in did
+        )
+        rates = row["calibration"]
+        link = f", from node to node {rates['link'] / 1e9:.2f} GB/s" if "link" in rates else ""
+        lines.append(
+            f"- A run of {cells} nodes: {row['machine']}; calibration: write"
+            f" {rates['write'] / 1e9:.2f} GB/s, read {rates['read'] / 1e9:.2f} GB/s, zstd"
+            f" {rates['zstd'] / 1e9:.2f} GB/s{link}, an empty Python"
+            f" {rates['python'] * 1000:.0f} ms."
+        )
+    return lines
 
 
 def measured(found: list[Row]) -> list[str]:
@@ -92,7 +114,13 @@ def measured(found: list[Row]) -> list[str]:
             continue
         names = list(dict.fromkeys(name for one, _, name in starts if one == setting))
         head = " | ".join(f"{count} node{'s' if count > 1 else ''}" for count in counts)
-        lines += ["", f"| {setting} | {head} | operations a node | MB read a node |"]
+        tags = sorted(
+            {row["tag"] for key, those in starts.items() for row in those if key[0] == setting}
+        )
+        lines += [
+            "",
+            f"| {setting}, s [{', '.join(tags)}] | {head} | operations a node | MB read a node |",
+        ]
         lines += ["|---" * (len(counts) + 3) + "|"]
         for name in names:
             cells, last = [], None
@@ -119,7 +147,8 @@ def simulated(one: Work) -> tuple[list[str], dict[str, dict[str, list[float]]]]:
     """The table of a simulation, and its numbers by setting and strategy."""
     lines, numbers = [], {}
     for setting in SHOWN:
-        lines += ["", f"| {setting} | " + " | ".join(f"{count:,}" for count in NODES) + " |"]
+        head = " | ".join(f"{count:,}" for count in NODES)
+        lines += ["", f"| {setting}, s [simulated] | {head} |"]
         lines += ["|---" * (len(NODES) + 1) + "|"]
         numbers[setting] = {}
         for name in simulate.STRATEGIES:
@@ -169,12 +198,8 @@ def main() -> None:
         one = work(found)
         table, numbers = simulated(one)
         draw(found, numbers, DATA / f"{path.stem}.svg")
-        machine = next(row for row in found if "machine" in row)
-        rates = machine["calibration"]
         parts[path.stem] = [
-            f"Machine: {machine['machine']}; calibration of the same run: write"
-            f" {rates['write'] / 1e9:.2f} GB/s, read {rates['read'] / 1e9:.2f} GB/s, zstd"
-            f" {rates['zstd'] / 1e9:.2f} GB/s, an empty Python {rates['python'] * 1000:.0f} ms.",
+            *machines(found),
             *measured(found),
             "",
             "Simulated from these (in brackets the closed form), seconds:",
@@ -190,8 +215,10 @@ def replace(path: Path, parts: dict[str, list[str]]) -> None:
     text = path.read_text()
     for name, lines in parts.items():
         first, last = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
-        before, _, rest = text.partition(first)
-        _, _, after = rest.partition(last)
+        before, found, rest = text.partition(first)
+        _, ended, after = rest.partition(last)
+        if not found or not ended:
+            raise SystemExit(f"{path} has no place for {name}: {first.strip()} ... {last.strip()}")
         text = before + first + "\n".join(lines).strip("\n") + "\n" + last + after
     path.write_text(text)
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -27,9 +26,9 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from main_job import Run, measure
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.measuring import Run, command, forget, machine, measure
 
 BIN = os.path.dirname(sys.executable)
 STAGER = os.path.join(BIN, "stager")
@@ -46,7 +45,10 @@ class Bench:
         }
 
     def stager(self, *words: str) -> None:
-        subprocess.run([STAGER, *words], env=self.environ, check=True, capture_output=True)
+        command([STAGER, *words], self.environ)
+
+    def run(self, argv: list[str]) -> Run:
+        return measure(lambda: command(argv, self.environ))
 
     def pack(self, format: str, *, compressible: bool) -> Path:
         import tiny
@@ -88,7 +90,7 @@ class Bench:
         found: dict[str, list[Run]] = {name: [] for name in commands}
         for turn in range(runs + 1):
             for name, argv in commands.items():
-                run = measure(argv, self.environ)
+                run = self.run(argv)
                 if turn:
                     found[name].append(run)
         print(f"\n{'CPU of a start, ms':<34} {'min':>8} {'median':>8} {'max':>8}   wall")
@@ -103,8 +105,7 @@ class Bench:
 
     def calls(self, argv: list[str]) -> int:
         trace = self.scratch / "trace"
-        command = ["strace", "-f", "-qqq", "-o", str(trace), *argv]
-        measure(command, self.environ)
+        command(["strace", "-f", "-qqq", "-o", str(trace), *argv], self.environ)
         return len(trace.read_text().splitlines())
 
     # -- staging -----------------------------------------------------------------------------
@@ -115,7 +116,7 @@ class Bench:
         written = self.mib << 20 if format == "tar.zst" else size
 
         def told(*argv: object) -> Callable[[], float]:
-            return lambda: measure(list(map(str, argv)), self.environ).wall
+            return lambda: self.run(list(map(str, argv))).wall
 
         stage = [STAGER, "stage", format]
         steps: dict[str, Callable[[], float]] = {
@@ -135,7 +136,7 @@ class Bench:
                 self.evict()
                 copy.unlink(missing_ok=True)
                 os.sync()
-                forget(image)
+                forget(str(image))
                 wall = step()
                 if turn:
                     found[name].append(size / wall / 1e6)
@@ -166,12 +167,6 @@ class Bench:
         return float(done.stdout)
 
 
-def forget(path: Path) -> None:
-    """Have the kernel drop a file from its page cache."""
-    with path.open("rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 def summary(values: Sequence[float], digits: int = 1) -> str:
     each = (min(values), statistics.median(values), max(values))
     return " ".join(f"{one:8.{digits}f}" for one in each)
@@ -183,7 +178,7 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=20)
     parser.add_argument("--runs", type=int, default=5)
     arguments = parser.parse_args()
-    print(f"{os.cpu_count()} processors, Linux {platform.release()}, {platform.python_version()}")
+    print(", ".join(f"{name} {value}" for name, value in machine().items()))
     # A short path: a store's is limited.
     scratch = Path(tempfile.mkdtemp(prefix="stager-bench-", dir="/var/tmp"))
     bench = Bench(scratch, arguments.mib)

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.unit
 WORK = Work(
     name="torch", operations=9000, serial=3400, touched=90_000_000, files=34_348,
     everything=110_000, size=1_740_000_000, image=486_000_000, archive=600_000_000,
-    imported=2.3, untarred=20.0, staged=0.3, through_mount=0.5, extracted=4.0, asked=10,
+    imported=2.3, untarred=20.0, staged=0.3, through_mount=0.5, asked=10,
 )  # fmt: skip
 
 
@@ -24,7 +24,7 @@ def test_one_node_does_not_queue(strategy: str, setting: Settings) -> None:
     assert simulated == pytest.approx(closed.FORMS[strategy](WORK, setting, 1), rel=0.1)
 
 
-@pytest.mark.parametrize("strategy", ["direct", "ours"])
+@pytest.mark.parametrize("strategy", ["direct", "ours", "ours, sbcast", "ours, warm", "recipe"])
 def test_thousands_wait_for_the_one_bottleneck(strategy: str) -> None:
     simulated = simulate.start(strategy, WORK, WEAK_NFS, 4096)
     assert simulated == pytest.approx(closed.FORMS[strategy](WORK, WEAK_NFS, 4096), rel=0.05)

@@ -15,7 +15,7 @@ _BLOCK, _FANOUT, _HOP = 8e6, 8, 0.001
 """sbcast(1): 8 MB blocks, each acknowledged by the whole tree of fan-out 8; seconds of a hop."""
 _LINK = 2.5e9
 """Bytes a second from node to node: one TCP stream, 22.5 Gb/s in EESSI's tutorial."""
-_DISK = 2.0e9
+DISK = 2.0e9
 """Bytes a second to a node's own disk: NVMe of the sites that published it."""
 
 
@@ -44,34 +44,41 @@ def sbcast(size: float, nodes: int) -> float:
     while reached < nodes:
         depth += 1
         reached += _FANOUT**depth
-    block = depth * (min(_FANOUT, nodes) * _BLOCK / _LINK + _HOP) + _BLOCK / _DISK
+    block = depth * (min(_FANOUT, nodes) * _BLOCK / _LINK + _HOP) + _BLOCK / DISK
     return math.ceil(size / _BLOCK) * block
 
 
 def recipe(work: Work, setting: Settings, nodes: int) -> float:
     """A tar.gz by sbcast, unpacked and repaired on every node."""
-    return sbcast(work.archive, nodes) + work.untarred + work.imported + 4 * setting.latency
+    asked = _asked(4, setting, nodes)
+    return asked + sbcast(work.archive, nodes) + work.untarred + work.imported
 
 
 def shared(work: Work, setting: Settings, nodes: int) -> float:
     """Ours: every node reads the image."""
-    one = work.image / min(setting.node_bandwidth, _DISK)
+    one = work.image / min(setting.node_bandwidth, DISK)
     read = max(one, nodes * work.image / setting.bandwidth)
-    return _ours(work, setting) + read
+    return _ours(work, setting, nodes) + read
 
 
 def broadcast(work: Work, setting: Settings, nodes: int) -> float:
     """Ours: the image by sbcast."""
-    return _ours(work, setting) + sbcast(work.image, nodes)
+    return _ours(work, setting, nodes) + sbcast(work.image, nodes)
 
 
 def warm(work: Work, setting: Settings, nodes: int) -> float:
     """Ours: staged already."""
-    return work.asked * setting.latency + work.imported
+    return _asked(work.asked, setting, nodes) + work.imported
 
 
-def _ours(work: Work, setting: Settings) -> float:
-    return work.asked * setting.latency + work.staged + work.through_mount + work.imported
+def _ours(work: Work, setting: Settings, nodes: int) -> float:
+    asked = _asked(work.asked, setting, nodes)
+    return asked + work.staged + work.through_mount + work.imported
+
+
+def _asked(operations: int, setting: Settings, nodes: int) -> float:
+    """One after the other by each node, and by all of them together."""
+    return operations * max(setting.latency, nodes / setting.rate)
 
 
 FORMS = {

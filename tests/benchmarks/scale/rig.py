@@ -23,11 +23,10 @@ from benchmarks.metafs import Metafs
 from benchmarks.settings import Settings
 from cluster.client import Cluster
 from environments import REPO, VENV
+from slurm.site import BIN, HOOKS, PACKAGES
 
 from .strategies import ARCHIVE_NAME, IMAGE_NAME, LOCAL, PFS, Phase, Strategy
 
-BIN = "/usr/libexec/stager/bin"
-HOOKS = "/usr/libexec/stager/slurm"
 USER = "alice"
 RANKS = 8
 LONGEST = 2400.0
@@ -118,8 +117,7 @@ class Rig:
         return min(float(place.read_text()) for place in places)
 
     def _install(self, host: str) -> None:
-        (packages,) = VENV.glob("lib/python3.*/site-packages")
-        install = [f"{REPO}/deploy/install", "--packages", str(packages), "--bindir", BIN]
+        install = [f"{REPO}/deploy/install", "--packages", str(PACKAGES), "--bindir", BIN]
         self.cluster.exec(host, "root", [*install, "--unitdir", ""])
         configured = f"repository: {PFS}/repository\n"
         script = "mkdir -p /etc/stager/config.d; cat >/etc/stager/config.d/bench.yaml"

@@ -51,16 +51,23 @@ class Shared:
             yield self.world.timeout(count * max(0.0, self.setting.latency - busy))
             serial -= count
 
-    def read(self, size: float) -> Steps:
-        """One node's bytes, at its link's speed where the file system is faster."""
+    def read(self, size: float, *, kept: bool = False) -> Steps:
+        """One node's bytes, at its link's speed where the file system is faster.
+
+        Args:
+            size: bytes.
+            kept: they are written to the node's own disk, which may be slower.
+        """
+        one = self.setting.node_bandwidth
+        if kept:
+            one = min(one, closed.DISK)
         piece = size / _PIECES
         for _ in range(_PIECES):
             started = self.world.now
             with self.data.request() as turn:
                 yield turn
                 yield self.world.timeout(piece / self.setting.bandwidth)
-            link = piece / self.setting.node_bandwidth
-            yield self.world.timeout(max(0.0, link - (self.world.now - started)))
+            yield self.world.timeout(max(0.0, piece / one - (self.world.now - started)))
 
 
 def direct(shared: Shared, work: Work) -> Steps:
@@ -90,7 +97,7 @@ def recipe(shared: Shared, work: Work) -> Steps:
 def ours(shared: Shared, work: Work) -> Steps:
     """Read the image, mount it, import."""
     yield from shared.ask(work.asked)
-    yield from shared.read(work.image)
+    yield from shared.read(work.image, kept=True)
     yield shared.world.timeout(work.staged + work.through_mount + work.imported)
 
 

@@ -6,7 +6,7 @@ Every command runs as the user on the nodes of an allocation; ``$PFS`` is on the
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 PFS = "/home/alice/pfs"
 """What is on the shared file system: the environment, its archives, the repository."""
@@ -48,7 +48,6 @@ class Strategy:
     comment: str = ""
     warm: bool = False
     daemon: bool = False
-    note: str = field(default="")
 
 
 def _import(python: str, modules: str, *, before: str = "") -> Phase:
@@ -73,7 +72,7 @@ def strategies(modules: str, stager: str) -> list[Strategy]:
     ours = _import("python", modules)
     return [
         Strategy("direct", (_import(f"{PFS}/env/bin/python", modules),)),
-        Strategy(
+        Strategy(  # as sites have it, with venv-pack2, which has no script to run after
             "recipe",
             (
                 Phase("sbcast", f"sbcast --force {PFS}/env.tar.gz /tmp/bench.tar.gz", ranks=0),
@@ -81,10 +80,9 @@ def strategies(modules: str, stager: str) -> list[Strategy]:
                 Phase("untar", f"tar --use-compress-program=pigz -xf /tmp/bench.tar.gz -C {LOCAL}"),
                 local,
             ),
-            note="venv-pack2 tar.gz, sbcast, untar; it has no script to run after",
         ),
         Strategy("cp -r", (Phase("copy", f"cp -r {PFS}/env {LOCAL}"), local)),
-        Strategy(
+        Strategy(  # one reader, the others from it: as `ezpz yeet` does for up to eight nodes
             "rsync",
             (
                 Phase(
@@ -97,7 +95,6 @@ def strategies(modules: str, stager: str) -> list[Strategy]:
                 local,
             ),
             daemon=True,
-            note="one reader, the others from it: as `ezpz yeet` does for up to eight nodes",
         ),
         Strategy("squashfs in place", (_import(f"{LOCAL}/bin/python", modules, before=mount),)),
         Strategy("ours", (ours,), comment=f"pyenv:{IMAGE_NAME}"),

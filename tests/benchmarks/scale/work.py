@@ -23,7 +23,6 @@ class Work:
         untarred: seconds to unpack the tar.gz and run what repairs it.
         staged: seconds of our staging beside the transfer: checks, mount, claim.
         through_mount: seconds more that the first import takes through the mount.
-        extracted: seconds that a tar.zst takes from local memory to a ready tree.
         asked: our operations on a node that stages.
     """
 
@@ -40,5 +39,4 @@ class Work:
     untarred: float
     staged: float
     through_mount: float
-    extracted: float
     asked: int
