@@ -5,7 +5,8 @@
     stage-run, activate --srun--> `stager keep` on each node: stages, reports, holds the mounts
 
 The step that holds the mounts is called the keeper. It lasts until the job ends, for a FUSE server
-started in a step is killed with it; where every tree was extracted, it ends at once.
+started in a step is killed with it; where every tree was extracted, it ends at once. Under PBS it
+is pbsdsh that starts it, and it stays in any case: a watcher does what is to be done at the end.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from stager.config import Config
 from stager.errors import BusyError, StagerError
 from stager.formats import squashfs
 from stager.processes import KEEPER, has_tasks, own_command, owner_of
-from stager.repository import Published
+from stager.repository import Published, Repository
 from stager.schedulers import Allocation
 from stager.sessions import session_directory
 from stager.stage import Staged
@@ -98,53 +99,49 @@ def _keep(
         "--how", config["stage.how"],
         "--timeout", str(config["stage.timeout"]),
     ]  # fmt: skip
-    answers = ""
-    if where.scheduler == schedulers.PBS:
-        # What tasks print is the job's own output: the nodes answer where all can write.
-        answers = os.path.join(config["repository"], "tmp", f"nodes-{secrets.token_hex(8)}")
-        fsutil.own_directory(config["repository"], "repository")
-        os.makedirs(answers, 0o700)
-        command = _pbsdsh(where, [*arguments, "--answers", answers])
-    else:
-        if _is_sent(via, config, where):
-            arguments += _send(published, config, progress)
-        command = _srun(where, arguments)
-    environ = {key: value for key, value in os.environ.items() if not key.startswith(_INPUT)}
-    environ[KEEPER] = where.job
-    if "SLURM_CONF" in os.environ:
-        environ["SLURM_CONF"] = os.environ["SLURM_CONF"]
-    try:
-        with open(f"{record}.out", "wb") as out, open(f"{record}.err", "wb") as said:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=said,
-                env=environ,
-                start_new_session=True,
-            )
-    except OSError as error:
-        raise fsutil.explain(error, f"start {command[0]}") from error
-    try:
-        reports = _await(process, record, answers, where.nodes, config["stage.timeout"])
-        failed = [one for one in reports if "error" in one]
-        if failed:
-            raise _folded(failed, len(reports))
-        prefixes = {str(one["prefix"]) for one in reports}
-        if len(prefixes) != 1:
-            raise StagerError(f"the nodes have different stores: {', '.join(sorted(prefixes))}")
-    except BaseException:
-        _end(process)
-        raise
-    finally:
-        if answers:
-            fsutil.remove_tree(answers)
-    held = any(one["holds"] for one in reports)
-    return {
-        "prefix": prefixes.pop(),
-        "how": EXTRACTED if any(one["how"] == EXTRACTED for one in reports) else MOUNTED,
-        "keeper": lease.of_process(process.pid) if held else "",
-    }
+    with contextlib.ExitStack() as stack:
+        answers = ""
+        if where.scheduler == schedulers.PBS:
+            # What tasks print is the job's own output: the nodes answer where all can write.
+            answers = stack.enter_context(Repository(config["repository"]).workspace())
+            command = _pbsdsh(where, [*arguments, "--answers", answers])
+        else:
+            if _is_sent(via, config, where):
+                arguments += _send(published, config, progress)
+            command = _srun(where, arguments)
+        environ = {key: value for key, value in os.environ.items() if not key.startswith(_INPUT)}
+        environ[KEEPER] = where.job
+        if "SLURM_CONF" in os.environ:
+            environ["SLURM_CONF"] = os.environ["SLURM_CONF"]
+        try:
+            with open(f"{record}.out", "wb") as out, open(f"{record}.err", "wb") as said:
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=said,
+                    env=environ,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise fsutil.explain(error, f"start {command[0]}") from error
+        try:
+            reports = _await(process, record, answers, where.nodes, config["stage.timeout"])
+            failed = [one for one in reports if "error" in one]
+            if failed:
+                raise _folded(failed, len(reports))
+            prefixes = {str(one["prefix"]) for one in reports}
+            if len(prefixes) != 1:
+                raise StagerError(f"the nodes have different stores: {', '.join(sorted(prefixes))}")
+        except BaseException:
+            _end(process)
+            raise
+        held = any(one["holds"] for one in reports)
+        return {
+            "prefix": prefixes.pop(),
+            "how": EXTRACTED if any(one["how"] == EXTRACTED for one in reports) else MOUNTED,
+            "keeper": lease.of_process(process.pid) if held else "",
+        }
 
 
 def _srun(where: Allocation, command: list[str]) -> list[str]:
@@ -237,8 +234,14 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def report(result: Staged | StagerError, *, holds: bool) -> str:
-    """The line in which a node of the keeper tells how it went."""
+def report(result: Staged | StagerError, *, mounted: bool = False, stays: bool = False) -> str:
+    """The line in which a node of the keeper tells how it went.
+
+    Args:
+        result: what came out.
+        mounted: some of it is mounted.
+        stays: this process lasts as long as the job.
+    """
     node = os.environ.get("SLURMD_NODENAME") or os.uname().nodename
     if isinstance(result, StagerError):
         value: dict[str, Any] = {
@@ -247,8 +250,8 @@ def report(result: Staged | StagerError, *, holds: bool) -> str:
             "blame": result.blame,
         }
     else:
-        how = MOUNTED if holds else EXTRACTED
-        value = {"prefix": result.prefix, "how": how, "holds": holds}
+        how = MOUNTED if mounted else EXTRACTED
+        value = {"prefix": result.prefix, "how": how, "holds": stays}
     return json.dumps({"node": node, **value}) + "\n"
 
 
@@ -294,9 +297,8 @@ def hold(layers: list[str], node: Store, holder: str) -> None:
         time.sleep(0.2)
     for layer in layers:
         with contextlib.suppress(StagerError), node.lock(layer, timeout=1.0):
-            node.withdraw(layer)
-            squashfs.unmount(node.tree(layer))
-            node.release(holder, layer)
+            node.end_mount(layer, me.text)
+    node.release(holder)
 
 
 # -- the image, sent ahead -------------------------------------------------------------------

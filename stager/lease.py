@@ -6,7 +6,6 @@ A holder is a file name: ``slurm-<job>-<boot>``, ``pbs-<job>-<boot>``, or
 
 from __future__ import annotations
 
-import os
 import re
 from typing import Callable
 
@@ -47,15 +46,10 @@ def is_alive(holder: str, exists: Callable[[str, str], bool | None] | None = Non
     match = _PROCESS.match(holder)
     if match is not None:
         pid, start, boot = int(match[1]), match[2], match[3]
-        return boot == boot_id()[:8] and start_time(pid) == start
+        return boot == boot_id()[:8] and start != "0" and start_time(pid) == start
     match = _JOB.match(holder)
     if match is None:
         return True
     if match[3] != boot_id()[:8]:
         return False
     return exists is None or exists(match[1], match[2]) is not False
-
-
-def parent() -> int:
-    """The process that called us: a shell, for ``activate`` and ``stage``."""
-    return os.getppid()

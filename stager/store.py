@@ -1,4 +1,4 @@
-"""The node-local side: images, trees, leases, locks. The only writer of a store.
+"""The node-local side: images, trees, leases, locks. Only notes are written elsewhere.
 
 ::
 
@@ -8,6 +8,7 @@
     leases/<layer id>/<who>  claims that protect a tree from collection
     locks/<layer id>         an flock for whoever makes, mounts or removes any of these
     tmp/<layer id>/          work in progress
+    warm/<name>              notes of :mod:`stager.notes`
 
 The format is specified in ``docs/formats/store.md``. A store belongs to one user and is private,
 so that nobody can plant a tree that another one runs.
@@ -143,6 +144,20 @@ class Store:
             if squashfs.is_dead(tree) or squashfs.is_mounted(tree):
                 squashfs.unmount(tree, force=True)
         fsutil.remove_tree(tree)
+
+    def end_mount(self, layer_id: str, owner: str) -> None:
+        """Unmount a tree at the end of whoever mounted it. Needs the lock.
+
+        Meanwhile another job may have put a tree of its own in its place; that stays.
+
+        Args:
+            layer_id: the tree.
+            owner: who ends, as :attr:`Stamp.owner` has it.
+        """
+        stamp = self.stamp(layer_id)
+        if stamp is None or (stamp.how == MOUNTED and stamp.owner in (owner, None)):
+            self.withdraw(layer_id)
+            squashfs.unmount(self.tree(layer_id))
 
     def workspace(self, layer_id: str) -> str:
         """A directory to make this tree or image in, cleared of earlier tries. Needs the lock."""

@@ -15,7 +15,6 @@ import time
 
 from stager import jobstate, lease, processes, schedulers, sessions
 from stager.errors import StagerError
-from stager.formats import squashfs
 from stager.schedulers import Allocation
 from stager.store import Store
 
@@ -78,6 +77,5 @@ def watch(session: str, mark: str, node: Store, job: str) -> None:
         layer = os.path.basename(tree)
         if tree == node.tree(layer):
             with contextlib.suppress(StagerError), node.lock(layer, timeout=5.0):
-                node.withdraw(layer)
-                squashfs.unmount(tree)
+                node.end_mount(layer, owner.text)
     node.release(lease.of_job(schedulers.PBS, job))

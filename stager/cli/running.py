@@ -183,10 +183,11 @@ def keep(arguments: argparse.Namespace) -> int:
         holder = lease.of_job(where.scheduler, os.environ[KEEPER])
         result = allocation.stage_with_room(published, config, holder=holder, progress=bars)
         held = keeper.mounted_layers(result, node)
-        line = keeper.report(result, holds=bool(held) or where.scheduler == schedulers.PBS)
+        stays = bool(held) or where.scheduler == schedulers.PBS
+        line = keeper.report(result, mounted=bool(held), stays=stays)
         staged = True
     except StagerError as error:
-        line = keeper.report(error, holds=False)
+        line = keeper.report(error)
         staged = False
     if arguments.answers:
         keeper.answer(line, arguments.answers)

@@ -17,7 +17,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Callable
 
 from stager import fitness, fsutil, lease, manifest, store, transfer, trees
@@ -119,11 +119,11 @@ class Receiver:
                 os.close(fd)
             stamp = node.stamp(layer.id)
             # One that is mounted elsewhere, in a job's own mount namespace, goes on being used.
-            mounted = stamp is not None and stamp.boot == store.boot_id() and stamp.how == MOUNTED
-            how = MOUNTED if mounted else RECEIVED
-            node.place(
-                layer.id, path, Stamp(layer.filename, how, store.boot_id(), layer.image.size)
-            )
+            if stamp is not None and stamp.boot == store.boot_id() and stamp.how == MOUNTED:
+                stamp = replace(stamp, image=layer.filename)
+            else:
+                stamp = _stamp(layer, RECEIVED)
+            node.place(layer.id, path, stamp)
             self._answer({"layer": layer.id, "has": True})
             return True
 

@@ -115,6 +115,27 @@ def test_a_job_does_not_use_the_mount_of_another_job(cold: Login) -> None:
     assert_staged(cold.run("srun", "-wn1", *RUN.split(), "python", SHOW), 1, ["n1"])
 
 
+def test_the_end_of_a_job_leaves_what_another_one_has_put_in_the_place_of_its_mount(
+    cold: Login,
+) -> None:
+    keeping = cold.submit(f"{RUN} srun sh -c 'touch up; sleep 600'", "-N2", "-wn1,n2", "-n2")
+    until("the first job", (cold.home / "up").exists)
+    assert cold.mounts("n1") == 1
+    using = cold.submit(f"srun {RUN} sh -c 'touch too; sleep 600'", "-wn1", "-n1")
+    until("the second job", (cold.home / "too").exists)
+    assert cold.mounts("n1") == 0
+    stamps = cold.sh("n1", f"ls -i {STORE}/ready")
+    assert stamps
+    cold.run("scancel", str(keeping))
+    cold.cluster.wait(keeping)
+    until("the keepers", lambda: not cold.sh("n1", "pgrep -f '[ ]keep ' || true"))
+    assert cold.sh("n1", f"ls -i {STORE}/ready") == stamps
+    cold.run("scancel", str(using))
+    cold.cluster.wait(using)
+    for name in ("up", "too"):
+        (cold.home / name).unlink()
+
+
 @pytest.mark.parametrize(
     "script",
     [f"srun {RUN} --how extract true", f"{RUN} --how extract srun true"],
