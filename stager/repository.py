@@ -122,17 +122,12 @@ class Repository:
 
     def _load(self, path: str) -> Published | None:
         data = self._read_manifest(path)
-        turns = 10
-        while data is None and turns and os.path.islink(path):
-            # A link, as earlier versions made it, to what was replaced and removed meanwhile.
-            data = self._read_manifest(path)
-            turns -= 1
         return Published(manifest.decode(data, path), data, self) if data is not None else None
 
     @staticmethod
     def _read_manifest(path: str) -> bytes | None:
         try:
-            # One open: with the close, all that a warm start asks of shared storage.
+            # One open: nothing else is asked before it is known what the name stands for.
             with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     raise IntegrityError(f"{path} is not a file", hint="pack the environment again")
@@ -265,20 +260,19 @@ class Repository:
 
     def _mark_replaced(self, name: str, new: str) -> None:
         """Note on the manifest that a name stands for when it was replaced, for :meth:`collect`."""
-        old = self._stands_for("refs", name)
-        if old and old != new:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, StagerError):
+            old = self._stands_for("refs", name)
+            if old and old != new:
                 os.utime(self._path("manifests", old))
 
     def _stands_for(self, *parts: str) -> str:
-        """The file in ``manifests`` that a name stands for; empty where there is no such name."""
-        path = self._path(*parts)
-        with contextlib.suppress(OSError):  # a link of an earlier version, also one to nothing
-            return os.path.basename(os.readlink(path))
-        with contextlib.suppress(StagerError):
-            data = self._read_manifest(path)
-            return f"{manifest.digest(data)}.json" if data is not None else ""
-        return ""
+        """The file in ``manifests`` that a name stands for; empty where there is no such name.
+
+        Raises:
+            StagerError: it cannot be read.
+        """
+        data = self._read_manifest(self._path(*parts))
+        return f"{manifest.digest(data)}.json" if data is not None else ""
 
     def _check_name(self, value: Manifest) -> None:
         with contextlib.suppress(IntegrityError):
@@ -309,14 +303,15 @@ class Repository:
             # Its name may be another environment's by now: only those of this very manifest go.
             for room in ("refs", "origins"):
                 for name in self._listdir(room):
-                    if self._stands_for(room, name) == target:
-                        with contextlib.suppress(OSError):
+                    with contextlib.suppress(OSError, StagerError):
+                        if self._stands_for(room, name) == target:
                             os.unlink(self._path(room, name))
         return self.collect()
 
     def collect(self, *, keep: float = 0.0) -> list[str]:
         """Remove manifests no name leads to, and images no manifest names.
 
+        Where one cannot be read nothing is removed, for what it refers to is not known.
         Nothing is removed while a pack is at work: it may be about to name what it found.
 
         Args:
@@ -333,22 +328,21 @@ class Repository:
                 return []
 
     def _collect(self, keep: float) -> list[str]:
-        kept: set[str] = set()
-        for room in ("refs", "origins"):
-            for name in self._listdir(room):
-                kept.add(self._stands_for(room, name))
-        images: set[str] = set()
-        for name in self._listdir("manifests"):
-            path = self._path("manifests", name)
-            if name not in kept and _age(path) >= keep:
-                os.unlink(path)
-                continue
-            try:
-                published = self._load(path)
-            except StagerError:
-                return []  # what an unreadable manifest refers to is unknown: remove nothing
-            if published is not None:
-                images.update(layer.filename for layer in published.manifest.layers)
+        kept: dict[str, Manifest] = {}
+        unnamed: list[str] = []
+        try:
+            for room in ("refs", "origins", "manifests"):
+                for name in self._listdir(room):
+                    path = self._path(room, name)
+                    if room == "manifests" and name not in kept and _age(path) >= keep:
+                        unnamed.append(path)
+                    elif published := self._load(path):
+                        kept[f"{published.digest}.json"] = published.manifest
+        except StagerError:
+            return []
+        for path in unnamed:
+            os.unlink(path)
+        images = {layer.filename for one in kept.values() for layer in one.layers}
         for name in self._listdir("layers"):
             path = self._path("layers", name)
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
