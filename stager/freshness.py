@@ -32,14 +32,19 @@ def changed(manifest: Manifest) -> list[str]:
     return list(_changed(manifest.watches))
 
 
+def is_untouched(one: Watch) -> bool:
+    """Tell whether a single ``stat`` shows that a path is as it was, or that it cannot be seen."""
+    now = _stat_mark(one.path)
+    return not now or one.mark.startswith(f"{now}:")
+
+
 def _changed(watches: Iterable[Watch]) -> Iterator[str]:
     for one in watches:
         if one.tree:
             now = _mark(one.path, tree=True)
         else:
-            now = _stat_mark(one.path)
-            if now and one.mark.startswith(f"{now}:"):
-                continue  # one stat was enough
+            if is_untouched(one):
+                continue
             now = _mark(one.path, tree=False)
             # Importing a module for the first time changes a directory's time, not its modules.
             if now.partition(":")[2] and now.partition(":")[2] == one.mark.partition(":")[2]:

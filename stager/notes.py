@@ -46,8 +46,8 @@ def remember(wish: str, published: Published, config: Config, holder: str) -> No
         if config["stage.on_stale"] != "ignore":
             for watch in manifest.watches:
                 fields += ["same", identity(watch.path), watch.path]
-            if freshness.changed(manifest):
-                return
+            if not all(map(freshness.is_untouched, manifest.watches)):
+                return  # the whole way looks into the directories each time
         node = Store(config["store"])
         for layer in manifest.layers:
             was = identity(f"{node.root}/ready/{layer.id}")
