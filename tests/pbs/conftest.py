@@ -18,6 +18,12 @@ class PbsSite(Site):
 
     options = ("--pbs", "--profiledir", PROFILE)
 
+    def claims(self, node: str) -> str:
+        """What is claimed on a node, in whichever store there is."""
+        return self.root(
+            node, "sh", "-c", "find /var/lib/stager/*/leases -type f 2>/dev/null || true"
+        )
+
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
@@ -47,15 +53,12 @@ def hidden(site: Site) -> Iterator[None]:
 
 
 @pytest.fixture
-def nothing_is_left(site: Site) -> Iterator[None]:
+def nothing_is_left(site: PbsSite) -> Iterator[None]:
     """After each job: no state, no claim, no process; and no tree, so that each starts cold."""
     yield
     for node in ("n1", "n2", "n3"):
         assert site.job_states(node) == []
-        claims = site.root(
-            node, "sh", "-c", "find /var/lib/stager/*/leases -type f 2>/dev/null || true"
-        )
-        assert claims == ""
+        assert site.claims(node) == ""
         site.cluster.exec(node, "alice", [f"{BIN}/stager", "collect", "--all"], check=False)
         running = site.root(
             node, "sh", "-c", "ps -eo args | grep -E '[s]tager hook|[s]quashfuse' || true"

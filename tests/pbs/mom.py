@@ -57,6 +57,8 @@ class Played:
     known: bool = True
     """Whether the site has the resource."""
     outcomes: list[dict[str, Any]] = field(default_factory=list)
+    domain: str = ""
+    """What the server's names of hosts have, and those of moms do not."""
     runs: list[list[Task]] = field(default_factory=list)
     output: str = ""
     """What hooks said to the user."""
@@ -155,7 +157,7 @@ class Played:
                 "variables": self.variables,
                 "resources": resources,
                 "known": self.known,
-                "exec_host2": "+".join(f"{one}:15002/0*2" for one in nodes),
+                "exec_host2": "+".join(f"{one}{self.domain}:15002/0*2" for one in nodes),
             },
             "job_list": event.get("jobs", []),
             "nodes": nodes,

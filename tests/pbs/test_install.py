@@ -165,7 +165,7 @@ def test_a_first_time(server: Server) -> None:
     said = server.said()
     imported = next(number for number, line in enumerate(said) if line.startswith("import"))
     assert "set hook stager enabled = false" in said[:imported]
-    assert said[-2].startswith("set hook stager enabled = true") or "list hook" in said[-1]
+    assert said[-2:] == ["set hook stager enabled = true", "list hook stager"]
 
 
 def test_again_and_with_settings(server: Server) -> None:

@@ -124,17 +124,13 @@ def job(site: Site, nodes: Sequence[str]) -> Iterator[Job]:
         serving.join()
         # The watchers see that, unmount, and give up what the job held.
         for node in set(nodes):
-            until(lambda node=node: not mounts(site, node) and not claims(site, node))  # type: ignore[misc]
+            until(lambda node=node: not mounts(site, node) and not site.claims(node))  # type: ignore[misc]
 
 
 def mounts(site: Site, node: str) -> str:
     return site.root(
         node, "sh", "-c", "grep squashfuse /proc/mounts | grep /var/lib/stager/ || true"
     )
-
-
-def claims(site: Site, node: str) -> str:
-    return site.root(node, "sh", "-c", "find /var/lib/stager/*/leases -type f")
 
 
 @pytest.mark.usefixtures("_directory")
