@@ -195,13 +195,14 @@ class Worker:
         """
         trees = []
         for part, layers in enumerate(parts):
-            for number, (staged, original, ready) in enumerate(layers):
+            for number, (staged, before, ready) in enumerate(layers):
                 name = jobstate.link_name(part, number, len(layers))
+                original = jobstate.path(before) if before else ""
                 if staged:
                     jobstate.path(staged, below=os.path.join(self.config["store"], "envs"))
                     trees.append((name, staged, original))
                 if ready is True or original:
-                    self.state.link(name, staged if ready is True else jobstate.path(original))
+                    self.state.link(name, staged if ready is True else original)
         self.trees = trees
 
     def _unlink(self) -> None:

@@ -71,7 +71,7 @@ def job_exists(job: str) -> bool | None:
     part = "" if match[2] is None else f"[{match[2]}]"
     try:
         answer = subprocess.run(
-            ["qstat", f"{match[1]}{part}{match[3] or ''}"],
+            [_qstat(), f"{match[1]}{part}{match[3] or ''}"],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=TIMEOUT,
@@ -82,3 +82,19 @@ def job_exists(job: str) -> bool | None:
     if answer.returncode in (_UNKNOWN, _FINISHED):
         return False
     return True if answer.returncode == 0 else None
+
+
+def _qstat() -> str:
+    """Where qstat is: a file of /etc/profile.d puts it on PATH, for login shells alone."""
+    import shutil
+
+    found = shutil.which("qstat")
+    if found is not None:
+        return found
+    try:
+        path = os.environ.get("PBS_CONF_FILE", "/etc/pbs.conf")
+        with open(path, encoding="utf-8", errors="replace") as file:
+            match = re.search(r"^PBS_EXEC=(\S+)", file.read(), re.MULTILINE)
+    except OSError:
+        match = None
+    return f"{match[1]}/bin/qstat" if match else "qstat"

@@ -347,6 +347,20 @@ def test_asking_qstat(
     assert pbs.job_exists("$(id)") is None
 
 
+def test_qstat_where_pbs_says_that_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Hooks and timers have no PATH that leads there."""
+    qstat = tmp_path / "opt" / "bin" / "qstat"
+    qstat.parent.mkdir(parents=True)
+    qstat.write_text("#!/bin/sh\nexit 153\n")
+    qstat.chmod(0o755)
+    (tmp_path / "pbs.conf").write_text(f"PBS_SERVER=head\nPBS_EXEC={tmp_path}/opt\n")
+    monkeypatch.setenv("PATH", "/bin")
+    monkeypatch.setenv("PBS_CONF_FILE", f"{tmp_path}/pbs.conf")
+    assert schedulers.job_exists(schedulers.PBS, "17.head") is False
+    monkeypatch.setenv("PBS_CONF_FILE", f"{tmp_path}/none")
+    assert schedulers.job_exists(schedulers.PBS, "17.head") is None
+
+
 def test_without_qstat(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert pbs.job_exists("12.head") is None
