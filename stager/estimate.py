@@ -113,7 +113,7 @@ def direct(layers: Sequence[Layer], site: Site, nodes: int) -> Way:
 def staged(layers: Sequence[Layer], site: Site, nodes: int) -> Way:
     """Every node reads the images that it lacks, once, and imports from its own disk.
 
-    What is staged on this node counts as staged on all of them.
+    Where one node starts, what is staged on it already is not read again.
     """
     new = [one for one in layers if not one.here]
     image = sum(one.image for one in new)

@@ -17,29 +17,28 @@ _LONGEST = 1.0
 
 
 def latency(directory: str, *, seed: int | None = None) -> tuple[float, int]:
-    """Time how long the file system takes to tell of one file.
+    """Time how long the file system takes to answer one question.
 
-    Files are looked at all over the tree, for this node may know those that were used lately.
+    Names are looked for that are not there, all over the tree: what is there this node may know,
+    and NFS tells of it with the directory's listing. Most questions of an import are such, too.
 
     Args:
         directory: a tree with many files.
         seed: makes the choice of the files repeatable.
 
     Returns:
-        The median in seconds, and how many files it is of; 0 files where there are none.
+        The median in seconds, and how many names it is of; 0 where there are no files.
     """
     choose = random.Random(seed)  # noqa: S311 - a sample, no secret
     seconds: list[float] = []
-    seen: set[str] = set()
     until = time.monotonic() + _LONGEST
     for _ in range(10 * _SAMPLES):
-        path = _somewhere(directory, choose)
-        if path in seen or not path:
-            continue
-        seen.add(path)
-        started = time.perf_counter()
-        with contextlib.suppress(OSError):
-            os.lstat(path)
+        place = _somewhere(directory, choose)
+        if place:
+            missing = os.path.join(place, f".{choose.getrandbits(64):x}")
+            started = time.perf_counter()
+            with contextlib.suppress(OSError):
+                os.lstat(missing)
             seconds.append(time.perf_counter() - started)
         if len(seconds) == _SAMPLES or time.monotonic() > until:
             break
@@ -47,7 +46,7 @@ def latency(directory: str, *, seed: int | None = None) -> tuple[float, int]:
 
 
 def _somewhere(directory: str, choose: random.Random) -> str:
-    """A file somewhere below; a directory's listing says which they are without a look at them."""
+    """The directory of a file somewhere below; listings tell which are files."""
     while True:
         try:
             with os.scandir(directory) as found:
@@ -58,7 +57,7 @@ def _somewhere(directory: str, choose: random.Random) -> str:
             return ""
         entry = choose.choice(entries)
         if not entry.is_dir(follow_symlinks=False):
-            return entry.path
+            return directory
         directory = entry.path
 
 

@@ -136,8 +136,7 @@ def _repository(path: str, count: int) -> list[Check]:
     narrow = [
         name
         for name in sorted(os.listdir(images) if os.path.isdir(images) else ())
-        if os.path.getsize(os.path.join(images, name)) >= lustre.SMALL
-        and lustre.count_of(os.path.join(images, name)) == 1
+        if _is_narrow(os.path.join(images, name))
     ]
     if narrow:
         checks.append(
@@ -149,6 +148,15 @@ def _repository(path: str, count: int) -> list[Check]:
             )
         )
     return checks
+
+
+def _is_narrow(image: str) -> bool:
+    from stager import lustre
+
+    try:
+        return os.path.getsize(image) >= lustre.SMALL and lustre.count_of(image) == 1
+    except OSError:  # a link to what its own repository has removed
+        return False
 
 
 def _site_store(config: Config) -> list[Check]:

@@ -6,13 +6,12 @@ import argparse
 import os
 from dataclasses import asdict
 
-from stager import estimate, lookup, ref, timings, trees
+from stager import estimate, lookup, manifest, ref, timings, trees
 from stager.cli.common import count, load_config, print_json, say, size
 from stager.config import Config
 from stager.errors import JOB, NODE, NotFoundError, StagerError, UsageError
 from stager.estimate import Layer, Site, Way
 from stager.fsutil import explain
-from stager.manifest import Manifest
 from stager.repository import Published
 from stager.store import EXTRACTED, Store
 
@@ -24,7 +23,8 @@ def plan(arguments: argparse.Namespace) -> int:
         raise UsageError(f"-N cannot be {arguments.nodes}", hint="a number of nodes, such as 8")
     published = lookup.find(ref.parse(arguments.ref), config)
     node = Store(config["store"])
-    layers = [_layer(published.manifest, number, node, config) for number in _numbers(published)]
+    here = arguments.nodes == 1  # what this node has, others may not have
+    layers = [_layer(one, node, config, here=here) for one in published.manifest.layers]
     site, samples = _site(published, node, config)
     direct = estimate.direct(layers, site, arguments.nodes)
     staged = estimate.staged(layers, site, arguments.nodes)
@@ -51,18 +51,13 @@ def plan(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _numbers(published: Published) -> range:
-    return range(len(published.manifest.layers))
-
-
-def _layer(manifest: Manifest, number: int, node: Store, config: Config) -> Layer:
-    layer = manifest.layers[number]
+def _layer(layer: manifest.Layer, node: Store, config: Config, *, here: bool) -> Layer:
     moved = layer.destination != node.tree(layer.id)
     try:
         extracted = trees.choose(layer, config["stage.how"], moved) == EXTRACTED
     except StagerError:  # staging would say so
         extracted = True
-    here = node.ready(layer.id) is not None
+    here = here and node.ready(layer.id) is not None
     return Layer(layer.files, layer.size, layer.image.size, extracted, here)
 
 
@@ -112,7 +107,7 @@ def _advice(advice: str, direct: Way, staged: Way, layers: list[Layer]) -> str:
 
 
 def _basis(site: Site, samples: int) -> str:
-    timed = f"{site.latency * 1000:.3g} ms an operation ({count(samples, 'file')} timed here)"
+    timed = f"{site.latency * 1000:.3g} ms an operation ({count(samples, 'name')} looked for here)"
     if not samples:
         timed = f"{site.latency * 1000:.0f} ms an operation (assumed: the original is not here)"
     return (

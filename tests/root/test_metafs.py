@@ -100,7 +100,7 @@ def test_what_a_client_keeps(place: Path, tmp_path: Path) -> None:
 def test_lookups_of_one_directory_do_not_wait_for_each_other(place: Path, tmp_path: Path) -> None:
     """As many are asked at a time as there are processes (libfuse 3.14 would not let them)."""
     (tmp_path / "backing").mkdir()
-    slow = Settings("slow", latency=1.0)
+    slow = Settings("slow", latency=5.0)
     with Metafs(tmp_path / "backing", str(place), {"here": None}, slow) as shared:
         run(["sh", "-c", 'for n in 1 2 3 4; do [ -e "$0/$n" ] & done; wait', place])
         moments = sorted(one.at for one in shared.ledger() if one.kind == "lookup")

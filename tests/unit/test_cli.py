@@ -302,7 +302,7 @@ def test_plan(bare: Machine) -> None:
     assert staged.split()[0] == "staged"
     assert " 1,152 metadata operations" in staged
     assert advice.startswith(("either: ", "stage it: ", "run it directly: "))
-    assert "files timed here" in found.err
+    assert "names looked for here" in found.err
     bare("stage", "tiny")
     assert "staged on this node already" in bare("plan", "tiny").out
     shutil.rmtree(bare.prefix)

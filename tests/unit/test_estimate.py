@@ -72,7 +72,7 @@ def test_latency_is_of_files_all_over_the_tree(tmp_path: Path) -> None:
         (tmp_path / f"package{number}" / "sub" / "module.py").write_text("")
     seconds, samples = timings.latency(str(tmp_path), seed=1)
     assert samples == 24
-    assert 0 < seconds < 1
+    assert seconds > 0
 
 
 def test_no_files_no_latency(tmp_path: Path) -> None:
