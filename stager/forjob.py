@@ -24,9 +24,10 @@ import os
 import socket
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Callable
 
-from stager import activate, allocation, fsutil, jobstate, privilege, schedulers, together
+from stager import activate, allocation, fsutil, jobnotes, jobstate, privilege, schedulers, together
 from stager import config as configuration
 from stager.config import Config
 from stager.envpatch import EnvPatch
@@ -52,30 +53,38 @@ _INHERITED = (
 """Traces of an activation that a job may have inherited from where it was submitted."""
 
 
-def run(
-    job: Job,
-    trusted: Config,
-    talk: socket.socket,
-    mounts: str,
-    holder: str,
-    directory: str,
-    broken: StagerError | None = None,
-) -> None:
-    """Do it all; everything that goes wrong is a message.
+@dataclass(frozen=True)
+class Order:
+    """What the worker wants to be done.
 
-    Args:
+    Attributes:
         job: the job.
         trusted: the site's configuration, for the store and the hooks' own keys.
-        talk: a connection to the worker that keeps messages apart.
         mounts: :data:`VISIBLE`, :data:`PROLOG` or :data:`NEVER`: when a mount made now is seen by
             the job.
         holder: who claims what is staged.
         directory: the job's own, where root makes links under PBS.
         broken: why there is no store; then only the original is told.
     """
+
+    job: Job
+    trusted: Config
+    mounts: str
+    holder: str
+    directory: str
+    broken: StagerError | None = None
+
+
+def run(order: Order, talk: socket.socket) -> None:
+    """Do it all; everything that goes wrong is a message.
+
+    Args:
+        order: what is to be done.
+        talk: a connection to the worker that keeps messages apart.
+    """
     try:
-        privilege.become(job.uid, job.gid)
-        _send(talk, _work(job, trusted, talk, mounts, holder, directory, broken))
+        privilege.become(order.job.uid, order.job.gid)
+        _send(talk, _work(order, talk))
     except StagerError as error:
         _send(talk, {"error": error.message, "hint": error.hint or "", "blame": error.blame})
     except BaseException as error:
@@ -97,15 +106,8 @@ def _send(talk: socket.socket, message: Mapping[str, Any]) -> None:
         talk.send(data)
 
 
-def _work(
-    job: Job,
-    trusted: Config,
-    talk: socket.socket,
-    mounts: str,
-    holder: str,
-    directory: str,
-    broken: StagerError | None,
-) -> dict[str, Any]:
+def _work(order: Order, talk: socket.socket) -> dict[str, Any]:
+    job, trusted, broken = order.job, order.trusted, order.broken
     directive = job.directive()
     if directive is None:
         return {"nothing": True}
@@ -133,7 +135,8 @@ def _work(
     if job.scheduler == schedulers.PBS:
         _send_trees(talk, found, config["store"], node)
         parts = [
-            _linked(published.manifest, directory, part) for part, published in enumerate(found)
+            _linked(published.manifest, order.directory, part)
+            for part, published in enumerate(found)
         ]
         beforehand = activation(
             directive, parts, config, bound=(os.path.join(config["store"], "envs"),)
@@ -147,9 +150,9 @@ def _work(
     results = []
     for published in found:
         if config["stage.how"] != "extract":
-            config.values["stage.how"] = _how(published, node, config, talk, mounts, until)
+            config.values["stage.how"] = _how(published, node, config, talk, order.mounts, until)
         # Not on a mount that ends with another job's step.
-        results.append(allocation.stage_here(published, config, holder=holder))
+        results.append(allocation.stage_here(published, config, holder=order.holder))
     staged = beforehand or activation(directive, list(map(activate.Part.staged, results)), config)
     return _outcome(staged, directive, found, results)
 
@@ -224,14 +227,16 @@ def _published(wish: Ref, config: Config, job: Job, until: float) -> Published:
         assert missing is not None
         if not config["hook.pack"]:
             raise missing
-        note = _note(config, job)
+        note = jobnotes.path(config, job)
         if job.first:
             try:
                 return lookup.fresh(wish, config)[0]
             except Exception as error:
-                _leave_note(note, error)
+                jobnotes.leave(note, error)
                 raise
-        _read_note(note)
+        failed = jobnotes.read(note)
+        if failed is not None:
+            raise failed
         if time.monotonic() + pause > until:
             raise StagerError(
                 f"`{wish}` was not packed in time by the first node of the job",
@@ -239,58 +244,6 @@ def _published(wish: Ref, config: Config, job: Job, until: float) -> Published:
             )
         time.sleep(pause)
         pause = min(2.0, pause * 1.5)
-
-
-def _note(config: Config, job: Job, node: str = "") -> str:
-    """Where a node tells the others, in the user's own repository, that it failed."""
-    name = f"job-{job.key}-{job.restart}{'.' if node else ''}{node}.failed"
-    return os.path.join(config["repository"], "tmp", name)
-
-
-def leave_note(job: Job, reason: str) -> int:
-    """Tell the job's first node why this one is not staged, or that it is; called as the user."""
-    config = configuration.load()
-    _leave_note(_note(config, job, job.node), StagerError(reason))
-    return 1
-
-
-def take_notes(job: Job) -> str:
-    """What other nodes have told, ``NODE: REASON`` in a line each; called as the user."""
-    directory, name = os.path.split(_note(configuration.load(), job))
-    beginning, found = name[: -len("failed")], []
-    with contextlib.suppress(OSError):
-        for one in sorted(os.listdir(directory)):
-            node = one[len(beginning) : -len(".failed")]
-            if one.startswith(beginning) and node:
-                try:
-                    _read_note(os.path.join(directory, one))
-                except StagerError as error:
-                    found.append(f"{node}: {error.message}")
-                os.unlink(os.path.join(directory, one))
-    return "\n".join(found)
-
-
-def _leave_note(path: str, error: Exception) -> None:
-    with contextlib.suppress(OSError):
-        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-        for one in os.listdir(os.path.dirname(path)):
-            if one.startswith("job-") and one.endswith(".failed"):
-                old = os.path.join(os.path.dirname(path), one)
-                if time.time() - os.stat(old).st_mtime > 3600:  # its job has long read it
-                    os.unlink(old)
-        reason = error.message if isinstance(error, StagerError) else f"a bug in stager: {error!r}"
-        hint = getattr(error, "hint", "") or ""
-        data = json.dumps({"error": reason, "hint": hint}).encode()
-        fsutil.write_atomic(path, data, mode=0o600, durable=False)
-
-
-def _read_note(path: str) -> None:
-    try:
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as f:
-            value = json.loads(f.read(MAX_MESSAGE))
-        raise StagerError(str(value["error"]), hint=str(value["hint"]), blame=JOB)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return
 
 
 def _how(

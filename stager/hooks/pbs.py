@@ -133,10 +133,10 @@ def _beforehand(talk: Any, state: State, seconds: float) -> Activation:
 
 def note(told: Mapping[str, Any], root: str) -> dict[str, Any]:
     """Tell the job's first node that this one is not staged, where the worker could not."""
-    from stager import forjob
+    from stager import jobnotes
 
     job = Job.of_pbs(told)
-    as_user(job.uid, job.gid, forjob.leave_note, job, str(told["reason"]), limit=_NOTES)
+    as_user(job.uid, job.gid, jobnotes.tell_first, job, str(told["reason"]), limit=_NOTES)
     return {}
 
 
@@ -145,10 +145,10 @@ def notes(told: Mapping[str, Any], root: str) -> dict[str, Any]:
 
     There is no reason where a node of a strict job tells that it is staged.
     """
-    from stager import forjob
+    from stager import jobnotes
 
     job = Job.of_pbs(told)
-    found = as_user(job.uid, job.gid, forjob.take_notes, job, limit=_NOTES)
+    found = as_user(job.uid, job.gid, jobnotes.take, job, limit=_NOTES)
     return {"notes": [events.clean(line, 600) for line in found.splitlines()]}
 
 

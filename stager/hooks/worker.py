@@ -133,7 +133,9 @@ class Worker:
                 from stager import forjob
 
                 holder = lease.of_job(self.job.scheduler, self.job.key)
-                forjob.run(self.job, self.config, theirs, mounts, holder, self.state.path, broken)
+                place = self.state.path
+                order = forjob.Order(self.job, self.config, mounts, holder, place, broken)
+                forjob.run(order, theirs)
             finally:
                 os._exit(0)
         theirs.close()
@@ -216,9 +218,9 @@ class Worker:
         if self.job.scheduler != schedulers.PBS or self.job.first:
             return
         with contextlib.suppress(StagerError):
-            from stager import forjob
+            from stager import jobnotes
 
-            as_user(self.job.uid, self.job.gid, forjob.leave_note, self.job, reason, limit=_NOTE)
+            as_user(self.job.uid, self.job.gid, jobnotes.tell_first, self.job, reason, limit=_NOTE)
 
     def _tell(self, what: bytes) -> None:
         with contextlib.suppress(OSError):  # the hook has returned

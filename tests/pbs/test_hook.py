@@ -414,7 +414,7 @@ def test_shared_storage_hangs(site: Site) -> None:
 )
 def test_a_process_of_the_users_is_not_believed(site: Site, told: str) -> None:
     """Had a user taken over the process that works for them: no link of root's leads elsewhere."""
-    evil = f"def _work(*a):\n    _send(a[2], {told})\n    a[2].recv(1)\n    return {{}}\n"
+    evil = f"def _work(*a):\n    _send(a[1], {told})\n    a[1].recv(1)\n    return {{}}\n"
     seen: list[str] = []
     with site.patched("forjob", evil, "n1"):
         job = play(

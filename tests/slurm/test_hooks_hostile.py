@@ -307,7 +307,7 @@ def test_a_message_of_the_users_process_is_not_believed(site: Site) -> None:
     with site.patched("forjob", evil, "n1"):
         _, (line,) = only(site, "pyenv:mine")
     assert "a path outside" in line
-    big = "def _work(*a):\n    a[2].send(b'x' * 70000)\n    import time; time.sleep(600)\n"
+    big = "def _work(*a):\n    a[1].send(b'x' * 70000)\n    import time; time.sleep(600)\n"
     with site.patched("forjob", big, "n1"):
         _, (line,) = only(site, "pyenv:mine")
     assert "too long a message" in line

@@ -1,0 +1,74 @@
+"""What the nodes of a job tell each other, in files of the user's own repository.
+
+That packing failed on the first node, for the others to give up; and under PBS, where only the
+first node's words reach the user, that another node is not staged, or in a strict job that it is.
+All of it is called as the job's user.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+
+from stager import config as configuration
+from stager import fsutil
+from stager.config import Config
+from stager.errors import JOB, StagerError
+from stager.jobstate import MAX_MESSAGE, Job
+
+_OLD = 3600.0
+"""Seconds after which a job has long read its note."""
+
+
+def path(config: Config, job: Job, node: str = "") -> str:
+    """Where a node tells the others; the first one where `node` is empty."""
+    name = f"job-{job.key}-{job.restart}{'.' if node else ''}{node}.failed"
+    return os.path.join(config["repository"], "tmp", name)
+
+
+def leave(note: str, error: Exception) -> None:
+    """Write down what went wrong, where :func:`path` says; nothing happens where that fails."""
+    with contextlib.suppress(OSError):
+        os.makedirs(os.path.dirname(note), 0o700, exist_ok=True)
+        for one in os.listdir(os.path.dirname(note)):
+            if one.startswith("job-") and one.endswith(".failed"):
+                old = os.path.join(os.path.dirname(note), one)
+                if time.time() - os.stat(old).st_mtime > _OLD:
+                    os.unlink(old)
+        reason = error.message if isinstance(error, StagerError) else f"a bug in stager: {error!r}"
+        hint = getattr(error, "hint", "") or ""
+        data = json.dumps({"error": reason, "hint": hint}).encode()
+        fsutil.write_atomic(note, data, mode=0o600, durable=False)
+
+
+def read(note: str) -> StagerError | None:
+    """What was written down, or None."""
+    try:
+        fd = os.open(note, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(fd, "rb") as file:
+            value = json.loads(file.read(MAX_MESSAGE))
+        return StagerError(str(value["error"]), hint=str(value["hint"]), blame=JOB)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def tell_first(job: Job, reason: str) -> None:
+    """Tell the job's first node why this one is not staged; with no reason, that it is."""
+    leave(path(configuration.load(), job, job.node), StagerError(reason))
+
+
+def take(job: Job) -> str:
+    """What other nodes have told, ``NODE: REASON`` in a line each; it is removed."""
+    directory, name = os.path.split(path(configuration.load(), job))
+    beginning, found = name[: -len("failed")], []
+    with contextlib.suppress(OSError):
+        for one in sorted(os.listdir(directory)):
+            node = one[len(beginning) : -len(".failed")]
+            if one.startswith(beginning) and node:
+                told = read(os.path.join(directory, one))
+                if told is not None:
+                    found.append(f"{node}: {told.message}")
+                os.unlink(os.path.join(directory, one))
+    return "\n".join(found)
