@@ -12,7 +12,7 @@ from stager.estimate import Layer, Site, Way
 
 pytestmark = pytest.mark.unit
 
-# facts of one environment with torch: 34,348 files, 1.74 GB, an image of 486 MB
+# An environment with torch: 34,348 files, 1.74 GB, an image of 486 MB.
 LARGE = [Layer(files=34_348, size=1_740_000_000, image=486_000_000)]
 LUSTRE = Site(latency=0.01, rate=100_000, bandwidth=100e9, read=2.5e9, write=2e9)
 FLASH = replace(LUSTRE, latency=0.0005, rate=500_000)
