@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
+import stager
 import tiny
 from environments import VENV, clean_environ, strace_files
-import stager
 from stager import pack, warm
 from stager.environments import Request
 from stager.store import Store
