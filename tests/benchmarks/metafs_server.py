@@ -34,6 +34,8 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MNT_DETACH = 1, 2, 4, 2  # mount(2), umount2(2)
 PR_SET_TIMERSLACK = 29  # prctl(2); inherited by the threads that libfuse makes
 FOREVER = 10**8
 """Seconds for which a client keeps what it knows: nobody else changes anything here."""
+LOOP_ENDED = 8
+"""What libfuse's fuse_main returns where its loop ended with an error: seen at some unmounts."""
 THREADS = 128
 """As many operations of a node may be waiting at the same time."""
 PAGES = 1 << 20
@@ -337,10 +339,11 @@ class Node:
         if self.server == 0:
             try:
                 _serve(directory, self.target, service, ledger, device, writer)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
+            except BaseException as error:
+                if error.args != (LOOP_ENDED,):
+                    traceback.print_exc()
+            finally:
+                os._exit(0)
         os.close(device)
         os.close(writer)
         with os.fdopen(reader, "rb") as pipe:
