@@ -271,9 +271,14 @@ class State:
     Args:
         root: where the directories of all jobs are; made by root.
         key: the job, see :attr:`Job.key`.
+
+    Raises:
+        StagerError: no job is called that.
     """
 
     def __init__(self, root: str, key: str) -> None:
+        if not re.fullmatch(r"[0-9][A-Za-z0-9._-]*", key):
+            raise StagerError(f"{key!r} is no job")  # nor a way to some other directory
         self.root = os.path.join(root, "jobs")
         self.path = os.path.join(self.root, key)
 

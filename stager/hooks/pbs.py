@@ -194,6 +194,8 @@ def sweep(
     swept = []
     with contextlib.suppress(FileNotFoundError):
         for name in sorted(os.listdir(os.path.join(root, "jobs"))):
+            if not name[:1].isdigit():
+                continue  # nobody of ours made that
             state = State(root, name)
             if (
                 name in known
@@ -201,7 +203,7 @@ def sweep(
                 or state.record().get("scheduler") != schedulers.PBS
             ):
                 continue
-            if time.time() - os.lstat(state.path).st_mtime < float(told.get("grace", _GRACE)):
+            if time.time() - os.lstat(state.path).st_mtime < _GRACE:
                 continue  # its begin may be newer than the list
             if _may_run(name, state):
                 continue

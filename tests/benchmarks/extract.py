@@ -1,7 +1,8 @@
 """How fast an image becomes a tree: stager's extraction against the plain tools and the peers'.
 
     make bench-extract                      a new environment with numpy, scipy, pandas, matplotlib
-    make bench-extract ENV=/path/to/venv    one of yours; nothing is written into it
+    make bench-extract ENV=/path/to/env     one of yours; nothing is written into it
+    make bench-extract OPTIONS=--conda      a new conda environment with the same; as root
 
 In each directory of --at (the disk's, and memory's), in turn, round after round:
 
@@ -11,7 +12,7 @@ In each directory of --at (the disk's, and memory's), in turn, round after round
 - `zstd -dc IMAGE | tar -x`: the same bytes
 - `stager stage --how extract` of a squashfs image (unsquashfs), and `unsquashfs` alone
 - what venv-pack2 writes (tar.gz), by `tar -xzf` and a first activation, which is all its manual
-  asks for. conda-pack writes the same kind of archive; its conda-unpack would come on top.
+  asks for; for a conda environment what conda-pack writes, by `tar -xzf` and its conda-unpack
 
 Each run makes a new tree. In memory it is removed at once. On a disk none is removed before the
 last round: ext4 does not use the inodes of files that were removed in the last minutes, and looks
@@ -28,6 +29,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any, Callable
 
 import measuring
@@ -39,7 +41,23 @@ ONE = "stager, tar.zst, one processor"
 SQUASHFS = "stager, squashfs"
 PIPE = "zstd -dc | tar -x"
 UNSQUASHFS = "unsquashfs"
-PEER = "venv-pack2: tar -xzf, activate"
+PEERS = {
+    "venv-pack": 'tar -xzf "$1" -C "$2" && . "$2/bin/activate"',
+    "conda-pack": 'tar -xzf "$1" -C "$2" && "$2/bin/python" "$2/bin/conda-unpack"',
+}
+"""Programs that pack, and what their manuals say of unpacking."""
+
+
+def new_conda(path: str, packages: list[str]) -> str:
+    """A conda environment from a channel that the tests make, with these packages by its pip."""
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    from conda import channel
+
+    made = channel.build(channel.WORK / "channel")
+    cache = Path(path).parent / "pkgs"
+    channel.environment(Path(path), channel=made, cache=cache, pyc=True)
+    measuring.command([f"{path}/bin/pip", "install", "-q", *packages])
+    return path
 
 
 def file_system(directory: str) -> str:
@@ -67,8 +85,8 @@ def room(directory: str, size: int, trees: int) -> str:
 class Place:
     """Extraction into directories below one."""
 
-    def __init__(self, scratch: str, env: str, peer: str | None) -> None:
-        self.scratch, self.peer = scratch, peer
+    def __init__(self, scratch: str, env: str, peer: str, archive: str | None) -> None:
+        self.scratch, self.peer, self.peers = scratch, peer, archive
         self.bin = os.path.dirname(sys.executable)
         self.tree = os.path.join(scratch, "t")
         self.store = os.path.join(scratch, "s")
@@ -104,9 +122,9 @@ class Place:
                 'unsquashfs -quiet -no-progress -no-xattrs -f -d "$2" "$1"', self.squashfs
             ),
         }
-        if self.peer:
-            peer = self.peer
-            works[PEER] = lambda: self.shell('tar -xzf "$1" -C "$2" && . "$2/bin/activate"', peer)
+        if self.peers:
+            archive = self.peers
+            works[self.peer] = lambda: self.shell(PEERS[self.peer], archive)
         return works
 
     @staticmethod
@@ -122,7 +140,7 @@ class Place:
         measuring.command(["sh", "-c", script, "sh", image, self.tree])
 
     def run(self, work: Callable[[], None]) -> Run:
-        for image in (self.archive, self.squashfs, *([self.peer] if self.peer else [])):
+        for image in (self.archive, self.squashfs, *([self.peers] if self.peers else [])):
             measuring.command(["cat", image])
         measuring.command(["sync", "-f", self.scratch])
         run = measuring.measure(work)
@@ -136,12 +154,14 @@ class Place:
         return run
 
 
-def at(directory: str, env: str, peer: str | None, rounds: int) -> tuple[str, dict[str, list[Run]]]:
+def at(
+    directory: str, env: str, peer: str, archive: str | None, rounds: int
+) -> tuple[str, dict[str, list[Run]]]:
     """All ways, in turn, in one directory."""
     # A short path: a store's is limited.
     scratch = tempfile.mkdtemp(prefix="stager-bench-", dir=directory)
     try:
-        place = Place(scratch, env, peer)
+        place = Place(scratch, env, peer, archive)
         runs: dict[str, list[Run]] = {name: [] for name in place.works()}
         for _ in range(rounds):
             for name, work in place.works().items():
@@ -156,17 +176,22 @@ def main() -> None:
     parser.add_argument("env", nargs="?")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--at", action="append", metavar="DIR")
-    parser.add_argument("--peer", metavar="FILE", help="a tar.gz that venv-pack2 made of ENV")
+    parser.add_argument("--conda", action="store_true", help="make a conda environment")
+    parser.add_argument("--peer", metavar="FILE", help="a tar.gz that the peer made of ENV")
     parser.add_argument("--no-peer", action="store_true", help="packing for it takes minutes")
     parser.add_argument("--json", metavar="FILE")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="stager-bench-", dir="/var/tmp") as scratch:
-        env = arguments.env or measuring.new_environment(os.path.join(scratch, "env"), PACKAGES)
-        peer = arguments.peer
-        if not peer and not arguments.no_peer:
-            peer = os.path.join(scratch, "peer.tar.gz")
-            pack = os.path.join(os.path.dirname(sys.executable), "venv-pack")
-            measuring.command([pack, "-q", "-f", "-p", env, "-o", peer])
+        env = arguments.env
+        if not env:
+            make = new_conda if arguments.conda else measuring.new_environment
+            env = make(os.path.join(scratch, "env"), PACKAGES)
+        peer = "conda-pack" if os.path.isdir(os.path.join(env, "conda-meta")) else "venv-pack"
+        archive = arguments.peer
+        if not archive and not arguments.no_peer:
+            archive = os.path.join(scratch, "peer.tar.gz")
+            pack = os.path.join(os.path.dirname(sys.executable), peer)
+            measuring.command([pack, "-q", "-f", "-p", env, "-o", archive])
         files, size = measuring.count(env)
         result: dict[str, Any] = {
             "machine": measuring.machine(),
@@ -187,7 +212,7 @@ def main() -> None:
             if problem:
                 print(f"\n{directory}: left out: {problem}")
                 continue
-            kind, runs = at(directory, env, peer, arguments.runs)
+            kind, runs = at(directory, env, peer, archive, arguments.runs)
             print(f"\n{directory} ({kind})\n{measuring.HEAD}")
             for name, taken in runs.items():
                 print(measuring.row(name, taken))
@@ -204,8 +229,8 @@ def main() -> None:
             }
             said = f"{kind}: {statistics.median(run.wall for run in ours):.2f} s,"
             said += f" zstd|tar {ratios[PIPE]:.2f} x"
-            if peer:
-                said += f", venv-pack2 {ratios[PEER]:.2f} x"
+            if archive:
+                said += f", {peer} {ratios[peer]:.2f} x"
             said += f", one processor {ratios[ONE]:.2f} x, unsquashfs {ratios[UNSQUASHFS]:.2f} x"
             last.append(said)
         measuring.save(arguments.json, result)

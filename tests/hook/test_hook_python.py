@@ -121,6 +121,12 @@ def test_an_activation_that_is_none(change: dict[str, Any]) -> None:
 # -- the state
 
 
+@pytest.mark.parametrize("key", ["", ".", "..", "a", "7/..", "7 8"])
+def test_no_state_of_what_is_no_job(tmp_path: Path, key: str) -> None:
+    with pytest.raises(StagerError, match="is no job"):
+        State(str(tmp_path), key)
+
+
 def test_a_state_is_made_joined_and_left(tmp_path: Path) -> None:
     job = Job.of_prolog({**VARIABLES, "SLURM_HET_JOB_ID": "6"})
     other = Job.of_prolog({**VARIABLES, "SLURM_HET_JOB_ID": "6", "SLURM_JOB_ID": "6"})
