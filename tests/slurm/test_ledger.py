@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -70,6 +71,28 @@ def shown(site: Site, name: str) -> tuple[str, str]:
     return value["digest"], f"{layer['id']}-{image['crc32']:08x}.{image['format']}"
 
 
+def in_turn(site: Site, way: str, **job: Any) -> dict[str, Started]:
+    """Nodes where nothing is staged; the same again; and clients that know nothing of it."""
+    site.clear_stores()
+    with mounted(site, *NODES) as shared:
+        cold = start(site, shared, way, **job)
+        again = start(site, shared, way, **job)
+    with mounted(site, *NODES) as shared:
+        hit = start(site, shared, way, **job)
+    return {"cold": cold, "again": again, "hit": hit}
+
+
+def compare(
+    started: dict[str, Started], name: str, image: str, found: list[tuple[str, str]]
+) -> None:
+    """Each node asks for what finds the environment, and where it is not staged for the image."""
+    for node in NODES:
+        ledgers = {when: asked(one.ledger.of(node)) for when, one in started.items()}
+        assert ledgers["cold"] == Counter(found + read(f"{REPOSITORY}/images/{image}"))
+        assert ledgers["hit"] == Counter(found)
+        assert ledgers["again"] == Counter([("open", name), ("close", name)])
+
+
 @pytest.mark.parametrize("ranks", [2, 8])
 def test_the_original_is_asked_for_thousands(site: Site, ranks: int) -> None:
     """That the ledger counts."""
@@ -92,25 +115,15 @@ def test_a_pinned_one(site: Site, way: str, image_format: str, ranks: int) -> No
     """Nothing of the original is resolved, and what is asked for does not depend on the ranks."""
     name = f"measured-{image_format}"
     digest, image = shown(site, name)
-    ref = f"{name}@sha256:{digest}"
-    site.clear_stores()
-    with mounted(site, *NODES) as shared:
-        cold = start(site, shared, way, ref=ref, ranks=ranks)
-        again = start(site, shared, way, ref=ref, ranks=ranks)
-    with mounted(site, *NODES) as shared:
-        hit = start(site, shared, way, ref=ref, ranks=ranks)
+    started = in_turn(site, way, ref=f"{name}@sha256:{digest}", ranks=ranks)
     manifest = f"{REPOSITORY}/manifests/{digest}.json"
     for node in NODES:
-        for one in (cold, hit, again):
+        for one in started.values():
             assert one.ledger.of(node).below(ENVIRONMENT).count() == 0
             assert ENVIRONMENT not in one.prefixes
-        found = WAY_TO_REPOSITORY + read(manifest)
-        assert asked(cold.ledger.of(node)) == Counter(found + read(f"{REPOSITORY}/images/{image}"))
-        assert asked(hit.ledger.of(node)) == Counter(found)
-        assert asked(again.ledger.of(node)) == Counter([("open", manifest), ("close", manifest)])
-    tell(f"{way}, {image_format}, pinned, cold", cold)
-    tell(f"{way}, {image_format}, pinned, hit", hit)
-    tell(f"{way}, {image_format}, pinned, again", again)
+    compare(started, manifest, image, WAY_TO_REPOSITORY + read(manifest))
+    for when, one in started.items():
+        tell(f"{way}, {image_format}, pinned, {when}", one)
 
 
 @pytest.mark.parametrize("ranks", [2, 8])
@@ -136,12 +149,7 @@ def test_at_most_ten_more_than_an_empty_job(site: Site, image_format: str, ranks
 def test_by_name(site: Site, way: str) -> None:
     """The one question more is whether the original changed, once for each node."""
     _digest, image = shown(site, "measured-squashfs")
-    site.clear_stores()
-    with mounted(site, *NODES) as shared:
-        cold = start(site, shared, way)
-        again = start(site, shared, way)
-    with mounted(site, *NODES) as shared:
-        hit = start(site, shared, way)
+    started = in_turn(site, way)
     ref = f"{REPOSITORY}/refs/measured-squashfs"
     (library,) = (site.home("alice") / "envs/measured/lib").iterdir()
     changed = [
@@ -153,24 +161,10 @@ def test_by_name(site: Site, way: str) -> None:
         f"{ENVIRONMENT}/lib/{library.name}",
         f"{ENVIRONMENT}/lib/{library.name}/site-packages",
     ]
-    for node in NODES:
-        found = WAY_TO_REPOSITORY + read(ref) + [("lookup", path) for path in changed]
-        assert asked(cold.ledger.of(node)) == Counter(found + read(f"{REPOSITORY}/images/{image}"))
-        assert asked(hit.ledger.of(node)) == Counter(found)
-        assert asked(again.ledger.of(node)) == Counter([("open", ref), ("close", ref)])
-    tell(f"{way}, squashfs, by name, cold", cold)
-    tell(f"{way}, squashfs, by name, hit", hit)
-    tell(f"{way}, squashfs, by name, again", again)
-
-
-def test_what_others_find_in_the_queue(site: Site) -> None:
-    """A bystander waits behind what the nodes of a job ask at the same time, all together."""
-    site.clear_stores()
-    with mounted(site, *NODES) as shared:
-        staged = start(site, shared, "hook", ranks=8).ledger.requests()
-        direct = start(site, shared, "direct", ranks=8).ledger.requests()
-    assert staged < 20 * len(NODES)
-    assert direct > 1500 * len(NODES)
+    looked = [("lookup", path) for path in changed]
+    compare(started, ref, image, WAY_TO_REPOSITORY + read(ref) + looked)
+    for when, one in started.items():
+        tell(f"{way}, squashfs, by name, {when}", one)
 
 
 @pytest.mark.parametrize("ranks", [2, 8])
