@@ -68,8 +68,11 @@ def look_through(tree: Tree, environment: Environment, config: Config) -> Survey
     if tree.role == "env":
         _take_in_editables(found, environment, config)
     _settle_links(found)
-    if tree is environment.top and environment.kind in (USER, TREE):
-        _add_python(found, environment)
+    if tree is environment.top:
+        if environment.kind in (USER, TREE):
+            _add_python(found, environment)
+        else:
+            _require_python(found, environment)
     found.entries.sort(key=lambda entry: entry.path)
     return found
 
@@ -85,6 +88,14 @@ def _add_python(survey: Survey, environment: Environment) -> None:
         survey.entries.append(top._replace(path="bin", mode=0o755))
     link = walk.entry(paths[0], base)._replace(kind=LINK, target=base, size=0)
     survey.entries += [link._replace(path=path) for path in paths]
+
+
+def _require_python(survey: Survey, environment: Environment) -> None:
+    """An error where the patterns of `--exclude` leave no Python."""
+    python = os.path.relpath(environment.interpreter.executable, environment.prefix)
+    if not any(entry.path == python for entry in survey.entries):
+        reason = "the environment's Python is left out: see --exclude and the key pack.exclude"
+        survey.findings.append(Finding(python, "python", reason, "error"))
 
 
 def _too_long(recorded: dict[str, Recorded], config: Config) -> Iterator[Finding]:

@@ -157,6 +157,13 @@ def test_a_check_writes_nothing(bare: Machine) -> None:
     assert not (bare.root / "repository").exists()
 
 
+def test_an_environment_without_its_python_is_refused(bare: Machine) -> None:
+    refused = bare("pack", "--exclude", "*", "environments/tiny")
+    assert refused.status == 1
+    assert "bin/python: the environment's Python is left out: see --exclude" in refused.err
+    assert bare("list").out == ""
+
+
 def test_a_check_of_what_would_be_refused_fails(bare: Machine) -> None:
     (bare.root / "src").mkdir()
     (bare.root / "src" / "mod.py").touch()
