@@ -183,7 +183,15 @@ def _texts(value: object) -> dict[str, str]:
     if not isinstance(value, dict):
         return {}
     pairs = {str(name): str(text) for name, text in value.items()}
-    return {name: text for name, text in pairs.items() if _NAME.match(name) and "\0" not in text}
+    return {name: text for name, text in pairs.items() if _NAME.match(name) and _can_be_set(text)}
+
+
+def _can_be_set(text: str) -> bool:
+    """Whether a variable can have this value: JSON also has characters that are none."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 # -- names ----------------------------------------------------------------------------------

@@ -196,6 +196,15 @@ def test_a_change_makes_it_stale(bench: Bench, small: CondaEnvironment) -> None:
     assert "changed since it was packed" in said
 
 
+def test_what_no_variable_can_hold_is_left_out(bench: Bench, small: CondaEnvironment) -> None:
+    state = '{"env_vars": {"BAD": "\\ud800", "WORSE": "a\\u0000", "GOOD": "\\udc80"}}'
+    (small.prefix / "conda-meta" / "state").write_text(state)
+    bench.pack(small)
+    said = bench.stager("inspect", "--json", "it").stdout
+    assert '"GOOD"' in said
+    assert '"BAD"' not in said and '"WORSE"' not in said
+
+
 def test_a_search_path_out_of_everything_is_told(bench: Bench, small: CondaEnvironment) -> None:
     """One that exists somewhere on shared storage, one that does not, and a loader of its own."""
     shared = bench.root / "shared" / "lib"
