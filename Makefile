@@ -18,7 +18,7 @@ WHEEL_SOURCES = $(shell find stager -name __pycache__ -prune -o -print) \
 
 .PHONY: help setup tools lint test test-unit test-hook test-root test-environments test-slurm \
 	test-pbs test-push test-slurm-24.11 \
-	bench bench-extract bench-mounts bench-pack bench-push bench-quick bench-record bench-starts \
+	bench bench-bystander bench-extract bench-mounts bench-pack bench-push bench-quick bench-record bench-starts \
 	performance \
 	comparison demo cluster cluster-down build clean FORCE
 .NOTPARALLEL:
@@ -31,6 +31,7 @@ help:
 	@echo 'make lint          ruff, mypy, shellcheck'
 	@echo 'make test-unit     Python and a temporary directory; test-{hook,root,environments,push,slurm,pbs}'
 	@echo 'make bench         starts of jobs by every strategy, half an hour; bench-quick: three minutes'
+	@echo 'make bench-bystander  what somebody else waits for while a job starts'
 	@echo 'make performance   docs/performance.md and its plots, from the recorded runs'
 	@echo 'make bench-pack    pack against its compressor, its memory, and a slow file system'
 	@echo 'make bench-starts  what a start costs; staging against reading and writing'
@@ -134,6 +135,10 @@ bench-record: setup
 	$(START) --workload torch --nodes 2,4 $(FEW) --json $(DATA)/starts-torch.jsonl
 	$(START) --workload all --nodes 1 --settings cold-lustre,flash $(FEW) \
 		--json $(DATA)/starts-all.jsonl
+
+# What another node's `stat` waits for while a job starts; OPTIONS='--setting cold-lustre'.
+bench-bystander: setup
+	$(VENV)/bin/python tests/benchmarks/bystander.py $(OPTIONS)
 
 # Writes docs/performance.md and its plots from the recorded runs.
 performance: setup

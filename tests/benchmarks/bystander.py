@@ -1,7 +1,8 @@
 """What somebody else on the machine notices: a node that has nothing to do with a job asks the same
 metadata service, again and again, while the job's ranks start.
 
-    .venv/bin/python tests/benchmarks/bystander.py [--setting weak-nfs] [--nodes 3] [--ranks 8]
+    make bench-bystander                                   weak NFS, three nodes of eight ranks
+    make bench-bystander OPTIONS='--setting cold-lustre'   and others, see --help
 
 As root; it brings up the test cluster. The bystander asks for names that its client does not know,
 one after the other, at most four hundred each (dilated) second. Times are those of ``stat`` on
