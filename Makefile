@@ -120,7 +120,7 @@ bench: setup
 	$(START) --nodes 1 --settings flash,weak-nfs --skip 'cp -r|rsync'
 	$(START) --workload torch --nodes 1 --settings cold-lustre,flash --skip 'cp -r|rsync'
 
-# What docs/performance shows, measured anew: two hours on a machine that does nothing else.
+# What docs/performance shows, measured anew: a good hour on a machine that does nothing else.
 DATA = docs/performance
 FEW = --strategies 'direct|recipe|squashfs in place|ours|ours, warm'
 bench-record: setup
@@ -132,7 +132,6 @@ bench-record: setup
 		--skip 'cp -r|rsync' --json $(DATA)/starts-torch.jsonl
 	$(START) --workload torch --nodes 8 --skip 'cp -r|rsync|ours, tar.zst' \
 		--json $(DATA)/starts-torch.jsonl
-	$(START) --workload torch --nodes 2,4 $(FEW) --json $(DATA)/starts-torch.jsonl
 	$(START) --workload all --nodes 1 --settings cold-lustre,flash $(FEW) \
 		--json $(DATA)/starts-all.jsonl
 

@@ -134,6 +134,27 @@ def measured(found: list[Row]) -> list[str]:
     return lines
 
 
+def against(all_found: list[list[Row]]) -> list[str]:
+    """How many times as long as ours the others took, at the cold setting: medians."""
+    names = ("direct", "recipe", "squashfs in place", "ours, warm")
+    lines = [f"| cold-lustre [dilated] | ours, s | {' | '.join(names)} |"]
+    lines += ["|---" * (len(names) + 2) + "|"]
+    for found in all_found:
+        starts = grouped(found)
+        workload = found[0]["workload"]
+        for count in sorted({nodes for one, nodes, _ in starts if one == "cold-lustre"}):
+            ours = starts.get(("cold-lustre", count, "ours"))
+            if not ours:
+                continue
+            cells = []
+            for name in names:
+                those = starts.get(("cold-lustre", count, name))
+                cells.append(f"{median(those) / median(ours):.1f}" if those else "-")
+            nodes = f"{count} node{'s' if count > 1 else ''}"
+            lines.append(f"| {workload}, {nodes} | {median(ours):.2f} | {' | '.join(cells)} |")
+    return lines
+
+
 def _spread(those: list[Row]) -> str:
     if not those:
         return "-"
@@ -193,8 +214,9 @@ def draw(found: list[Row], numbers: dict[str, dict[str, list[float]]], path: Pat
 
 def main() -> None:
     parts = {}
-    for path in sorted(DATA.glob("starts-*.jsonl")):
-        found = rows(path)
+    recorded = {path: rows(path) for path in sorted(DATA.glob("starts-*.jsonl"))}
+    parts["starts-summary"] = against([*recorded.values()])
+    for path, found in recorded.items():
         one = work(found)
         table, numbers = simulated(one)
         draw(found, numbers, DATA / f"{path.stem}.svg")
