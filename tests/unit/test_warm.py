@@ -311,10 +311,11 @@ def test_no_note_where_a_directory_has_to_be_looked_into(machine: Machine) -> No
 
 def test_options_are_not_for_a_note(machine: Machine) -> None:
     machine.note.unlink()
-    for options in (("--how", "extract"), ("--json",), ("--on-stale", "warn")):
+    for options in (("--how", "extract"), ("--on-stale", "warn")):
         assert machine.stage("tiny", *options)[1] is False
     assert machine.stage("tiny", f"--repository={machine.root}/repository")[1] is False
     assert not machine.note.exists()
+    assert machine.stage("tiny", "--json")[1] is False
     for wish in (str(machine.prefix), "tiny+tiny"):
         assert [machine.stage(wish)[1] for _ in range(2)] == [False, False]
 
