@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import signal
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from benchmarks.jobs import HOME, make_environment, mounted, start
+from benchmarks.measuring import clean_up_when_told_to_end
 from benchmarks.metafs import Metafs
 from benchmarks.settings import ALL
 from cluster.client import Cluster
@@ -151,7 +151,7 @@ def main() -> int:
     parser.add_argument("--repeat", type=int, default=3, help="jobs in each row")
     parser.add_argument("--json", action="store_true", help="one object instead of the table")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # clean up
+    clean_up_when_told_to_end()
     nodes = tuple(f"n{number + 1}" for number in range(options.nodes))
     rows = []
     with tempfile.TemporaryDirectory(prefix="bystander-") as directory:

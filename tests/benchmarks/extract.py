@@ -180,6 +180,7 @@ def main() -> None:
     parser.add_argument("--peer", metavar="FILE", help="a tar.gz that the peer made of ENV")
     parser.add_argument("--no-peer", action="store_true", help="packing for it takes minutes")
     parser.add_argument("--json", metavar="FILE")
+    measuring.clean_up_when_told_to_end()
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="stager-bench-", dir="/var/tmp") as scratch:
         env = arguments.env

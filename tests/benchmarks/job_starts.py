@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import platform
-import signal
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the tests' own packages
 
+from benchmarks.measuring import clean_up_when_told_to_end
 from benchmarks.scale.rig import Rig, Start, pip_download, summary
 from benchmarks.scale.strategies import strategies
 from benchmarks.settings import ALL
@@ -111,7 +111,7 @@ def main() -> None:
             with arguments.json.open("a") as file:
                 file.write(json.dumps({"workload": arguments.workload, **row}) + "\n")
 
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # clean up
+    clean_up_when_told_to_end()
     with tempfile.TemporaryDirectory(prefix="stager-bench-", dir="/var/tmp") as scratch:
         wheels = Path(scratch) / "wheels"
         Path(scratch).chmod(0o755)

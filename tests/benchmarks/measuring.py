@@ -7,12 +7,18 @@ import json
 import os
 import platform
 import resource
+import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any, Callable, NamedTuple
+
+
+def clean_up_when_told_to_end() -> None:
+    """Have SIGTERM, from a time limit say, raise: what was made for the benchmark goes with it."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 class Run(NamedTuple):

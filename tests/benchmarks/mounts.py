@@ -231,6 +231,7 @@ def main() -> None:
     parser.add_argument("--only", metavar="TEXT[;TEXT]", help="ways whose names contain one")
     parser.add_argument("--squashfuse", action="append", default=[], metavar="PROGRAM")
     parser.add_argument("--json", metavar="FILE")
+    measuring.clean_up_when_told_to_end()
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="stager-bench-", dir="/var/tmp") as scratch:
         env = arguments.env or measuring.new_environment(os.path.join(scratch, "env"), PACKAGES)

@@ -34,6 +34,7 @@ if __name__ == "__main__":
 from benchmarks.measuring import (  # noqa: E402
     HEAD,
     Run,
+    clean_up_when_told_to_end,
     command,
     machine,
     measure,
@@ -159,6 +160,7 @@ def main() -> None:
     parser.add_argument("--parts", default="1234", help="which parts; all without it")
     parser.add_argument("--runs", type=int, default=3)
     arguments = parser.parse_args()
+    clean_up_when_told_to_end()
     said = []
     # A short path: a store's is limited.
     with tempfile.TemporaryDirectory(prefix="stager-bench-", dir="/var/tmp") as scratch:

@@ -28,7 +28,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.measuring import Run, command, forget, machine, measure
+from benchmarks.measuring import (
+    Run,
+    clean_up_when_told_to_end,
+    command,
+    forget,
+    machine,
+    measure,
+)
 
 BIN = os.path.dirname(sys.executable)
 STAGER = os.path.join(BIN, "stager")
@@ -181,6 +188,7 @@ def main() -> None:
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
     # A short path: a store's is limited.
     scratch = Path(tempfile.mkdtemp(prefix="stager-bench-", dir="/var/tmp"))
+    clean_up_when_told_to_end()
     bench = Bench(scratch, arguments.mib)
     try:
         bench.starts(arguments.starts)
