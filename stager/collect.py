@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Callable
+from typing import Callable, NamedTuple
 
 from stager import lease
 from stager.errors import BusyError, StagerError
 from stager.store import Held, Store
 
 
-@dataclass(frozen=True)
-class Collected:
+class Collected(NamedTuple):
     """What a collection did: trees evicted, bytes freed, claims of dead holders dropped."""
 
     trees: tuple[str, ...]

@@ -13,8 +13,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 DIRECTORY = "conda-meta"
 RECORD = re.compile(r"conda-meta/[^/]+\.json\Z")
@@ -22,8 +21,7 @@ _CHECKSUM = "sha256_in_prefix"
 TEXT, BINARY = "text", "binary"
 
 
-@dataclass(frozen=True)
-class Recorded:
+class Recorded(NamedTuple):
     """What is recorded of one path.
 
     Attributes:

@@ -14,8 +14,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, BinaryIO, Callable, TextIO
+from typing import Any, BinaryIO, Callable, NamedTuple, TextIO
 
 from stager import fsutil, warm
 from stager.errors import SITE, UsageError
@@ -130,8 +129,7 @@ def _default_repository() -> str:
     return os.path.join(data, "stager")
 
 
-@dataclass(frozen=True)
-class Key:
+class Key(NamedTuple):
     """One configuration key: how it is parsed, its default, and a line of help."""
 
     parse: Callable[[object], Any]
@@ -232,24 +230,32 @@ KEYS: dict[str, Key] = {
 }
 
 
-@dataclass
 class Config:
     """Values by key, and for each where it came from.
 
+    Args:
+        uid: the user that ``{uid}`` in the store's path stands for; None is our own.
+
     Attributes:
-        uid: the user that ``{uid}`` in the store's path stands for.
         store_template: the store's path as it is written, ``{uid}`` not filled in.
         files: every path that was looked at, and what was there (:func:`stager.warm.identity`).
     """
 
-    values: dict[str, Any] = field(default_factory=dict)
-    sources: dict[str, str] = field(default_factory=dict)
-    uid: int = field(default_factory=os.getuid)
-    store_template: str = ""
-    files: dict[str, str] = field(default_factory=dict)
+    def __init__(self, uid: int | None = None) -> None:
+        self.uid = os.getuid() if uid is None else uid
+        self.values: dict[str, Any] = {}
+        self.sources: dict[str, str] = {}
+        self.store_template = ""
+        self.files: dict[str, str] = {}
 
     def __getitem__(self, key: str) -> Any:
         return self.values[key]
+
+    def changed(self, values: Mapping[str, Any]) -> Config:
+        """The same with other values, parsed already."""
+        config = Config(self.uid)
+        vars(config).update(vars(self), values={**self.values, **values})
+        return config
 
     def set(self, key: str, value: object, source: str) -> None:
         """Parse and store one value.
@@ -298,7 +304,7 @@ def load(
         UsageError: a file or value is malformed; the message says where.
     """
     environ = os.environ if environ is None else environ
-    config = Config(uid=os.getuid() if uid is None else uid)
+    config = Config(uid)
     for key, entry in KEYS.items():
         default = entry.default if key != "repository" else _default_repository()
         config.set(key, default, "default")

@@ -9,8 +9,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Callable
+from typing import Callable, NamedTuple
 
 MAGIC = b"\x7fELF\x02\x01"
 
@@ -29,8 +28,7 @@ class MalformedError(ValueError):
     """The headers contradict each other or the file's length."""
 
 
-@dataclass(frozen=True)
-class Elf:
+class Elf(NamedTuple):
     """The parts of an ELF file that moving it depends on.
 
     Attributes:
@@ -46,8 +44,7 @@ class Elf:
     glibc: tuple[int, int] | None
 
 
-@dataclass(frozen=True)
-class _Dynamic:
+class _Dynamic(NamedTuple):
     entries: tuple[tuple[int, int], ...]
     strings: int
 

@@ -6,8 +6,8 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 SEARCH_PATHS = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "MANPATH", "PKG_CONFIG_PATH")
 """Variables that hold lists of directories and may name the original environment."""
@@ -32,8 +32,7 @@ def separator(variable: str) -> str:
     return "," if variable.endswith("_BIND") else ":"
 
 
-@dataclass(frozen=True)
-class EnvPatch:
+class EnvPatch(NamedTuple):
     """What activation does to the environment.
 
     Attributes:
@@ -42,9 +41,9 @@ class EnvPatch:
         prepend: directories to put first in list variables, in order; see :func:`separator`.
     """
 
-    set: Mapping[str, str] = field(default_factory=dict)
+    set: Mapping[str, str] = MappingProxyType({})
     unset: tuple[str, ...] = ()
-    prepend: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    prepend: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
     def at(self, *trees: str) -> EnvPatch:
         """Fill in ``{layer0}``, ... by the trees, from the bottom up; the last is ``{prefix}``."""

@@ -14,7 +14,7 @@ itself, which is the same for both::
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 LATENCY = 0.001
 """Seconds of one metadata operation where none could be timed: between a busy Lustre's 10 ms and
@@ -38,8 +38,7 @@ _CLOSE = 1.0
 """Seconds of a difference that is none."""
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(NamedTuple):
     """What matters of one layer.
 
     Attributes:
@@ -57,8 +56,7 @@ class Layer:
     here: bool = False
 
 
-@dataclass(frozen=True)
-class Site:
+class Site(NamedTuple):
     """What the shared file system and a node do.
 
     Attributes:
@@ -76,8 +74,7 @@ class Site:
     write: float
 
 
-@dataclass(frozen=True)
-class Way:
+class Way(NamedTuple):
     """One way to start.
 
     Attributes:

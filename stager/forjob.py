@@ -24,8 +24,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any, Callable, NamedTuple
 
 from stager import activate, allocation, fsutil, jobnotes, jobstate, privilege, schedulers, together
 from stager import config as configuration
@@ -37,7 +36,7 @@ from stager.manifest import Manifest
 from stager.ref import KEYS, Directive, Ref
 from stager.repository import Published
 from stager.stage import Staged
-from stager.store import Store
+from stager.store import RECEIVED, Stamp, Store, boot_id
 
 _OF_THE_USER = ("HOME", "USER", "LOGNAME", "SHELL", "LANG")
 VISIBLE, PROLOG, NEVER = "visible", "prolog", "never"
@@ -53,8 +52,11 @@ _INHERITED = (
 """Traces of an activation that a job may have inherited from where it was submitted."""
 
 
-@dataclass(frozen=True)
-class Order:
+_LATER, _MAKING = ("hashlib",), ("shutil", "subprocess", "stager.transfer")
+"""Modules that are needed later, and those that only making a tree needs: 15 ms of imports."""
+
+
+class Order(NamedTuple):
     """What the worker wants to be done.
 
     Attributes:
@@ -127,7 +129,7 @@ def _work(order: Order, talk: socket.socket) -> dict[str, Any]:
     if broken is not None:
         config.values["hook.pack"] = False
     try:
-        found = [_published(wish, config, job, until) for wish in directive.refs]
+        found = [_published(wish, config, job, until, node) for wish in directive.refs]
     except StagerError as error:
         raise broken or error from error
     together.require([published.manifest for published in found])
@@ -193,7 +195,7 @@ def _send_original(talk: socket.socket, directive: Directive, job: Job) -> None:
     _send(talk, {"original": _value(patch, path, "bin/python", ())})
 
 
-def _published(wish: Ref, config: Config, job: Job, until: float) -> Published:
+def _published(wish: Ref, config: Config, job: Job, until: float, node: Store | None) -> Published:
     """Find an environment, and see to it that it is up to date, by the policy ``stage.on_stale``.
 
     Packing is for the first node of the job; the others wait for what it publishes.
@@ -215,7 +217,8 @@ def _published(wish: Ref, config: Config, job: Job, until: float) -> Published:
             if not (wish.path and policy == "repack" and os.path.isdir(wish.path)):
                 raise
         if published is not None:
-            unasked = wish.digest or policy == "ignore"
+            unasked = bool(wish.digest or policy == "ignore")
+            _ask_ahead(published, node, watched=not unasked)
             changes = [] if unasked else freshness.changed(published.manifest)
             own = published.repository.root == config["repository"]
             if not changes or policy == "warn" or (policy == "repack" and not own):
@@ -246,6 +249,16 @@ def _published(wish: Ref, config: Config, job: Job, until: float) -> Published:
         pause = min(2.0, pause * 1.5)
 
 
+def _ask_ahead(published: Published, node: Store | None, *, watched: bool) -> None:
+    from stager import lookup
+
+    layers = published.manifest.layers
+    cold = node is not None and any(node.stamp(layer.id) is None for layer in layers)
+    lookup.ask_ahead(published, watched=watched, copied=cold)
+    for name in (*_LATER, *(_MAKING if cold else ())):
+        __import__(name)  # while the answers are on their way
+
+
 def _how(
     published: Published,
     node: Store,
@@ -273,7 +286,7 @@ def _how(
 
 
 def _fetch(published: Published, node: Store, layer_id: str, config: Config, until: float) -> None:
-    """Copy one image into the store, where staging will find and check it."""
+    """Copy one image into the store, where staging will find it."""
     from stager import trees
 
     layer = next(one for one in published.manifest.layers if one.id == layer_id)
@@ -283,6 +296,8 @@ def _fetch(published: Published, node: Store, layer_id: str, config: Config, unt
         workspace = node.workspace(layer_id)
         try:
             trees.fetch(published, layer, node, workspace)
+            stamp = Stamp(layer.filename, RECEIVED, boot_id(), layer.image.size)
+            node.set_ready(layer_id, stamp)  # or staging would read it once more, to be sure
         finally:
             fsutil.remove_tree(workspace)
 

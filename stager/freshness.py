@@ -6,9 +6,12 @@ import contextlib
 import os
 import stat
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from stager.manifest import Manifest, Watch
-from stager.walk import DIRECTORY, Entry, Excluder, fingerprint, walk
+
+if TYPE_CHECKING:
+    from stager.walk import Entry
 
 _METADATA = (".dist-info", ".egg-info", ".egg-link", ".pth", ".py", ".so")
 
@@ -67,6 +70,8 @@ def _mark(path: str, *, tree: bool) -> str:
         if not stat.S_ISDIR(info.st_mode):
             return f"{info.st_mtime_ns}:{info.st_size}-{info.st_mtime_ns}"
         if tree:
+            from stager.walk import fingerprint  # most watch no tree
+
             return "tree:" + fingerprint(_below(path))
         return f"{info.st_mtime_ns}:{_children(path)}"
     except OSError:
@@ -90,6 +95,8 @@ def _children(path: str) -> str:
 
 
 def _below(path: str) -> Iterator[Entry]:
+    from stager.walk import DIRECTORY, Excluder, walk
+
     skip = Excluder(("__pycache__", ".git"))
     with contextlib.suppress(OSError):
         for item in walk(path, skip):

@@ -10,12 +10,10 @@ import contextlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from stager import events, ref, schedulers
+from stager import events, fsutil, ref, schedulers
 from stager.envpatch import EnvPatch, separator
 from stager.errors import StagerError
 from stager.ref import Directive
@@ -35,8 +33,7 @@ _NODE = re.compile(r"\[([0-9A-Za-z]+)[^\]]*\]")
 _MOST, _LONGEST = 200, 4096
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """What the scheduler tells a hook about a job.
 
     Attributes:
@@ -143,8 +140,7 @@ def first_node(nodes: str) -> str:
     return _NODE.sub(r"\1", nodes[:end])
 
 
-@dataclass(frozen=True)
-class Activation:
+class Activation(NamedTuple):
     """What a task's environment becomes, as data that the root side has checked.
 
     Attributes:
@@ -294,7 +290,7 @@ class State:
         try:
             os.mkdir(os.path.join(partial, "holders"), 0o755)
             _write(os.path.join(partial, "holders", job.id), "")
-            known = {**asdict(job), "boot": boot_id(), **record}
+            known = {**job._asdict(), "boot": boot_id(), **record}
             _write(os.path.join(partial, "record.json"), json.dumps(known))
             _write(os.path.join(partial, "status"), f"{PENDING} 0\n")
             for _ in range(8):
@@ -313,7 +309,8 @@ class State:
                 self.remove()
             raise StagerError(f"cannot replace {self.path}")
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                fsutil.remove_tree(partial)
 
     def exists(self) -> bool:
         """Tell whether a Prolog has left anything for this job."""
@@ -386,4 +383,5 @@ class State:
 
     def remove(self) -> None:
         """Remove the directory; nothing happens where it is gone already."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            fsutil.remove_tree(self.path)

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from stager.envpatch import EnvPatch
 from stager.errors import IncompatibleError, IntegrityError
@@ -25,8 +24,7 @@ _PLAIN: Mapping[str, type] = {"str": str, "int": int, "bool": bool}
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True)
-class Image:
+class Image(NamedTuple):
     """The one file that a layer is packed into.
 
     Attributes:
@@ -40,8 +38,7 @@ class Image:
     crc32: int
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(NamedTuple):
     """One tree that is packed and staged as a unit.
 
     Attributes:
@@ -70,8 +67,7 @@ class Layer:
         return f"{self.id}-{self.image.crc32:08x}.{self.image.format}"
 
 
-@dataclass(frozen=True)
-class Python:
+class Python(NamedTuple):
     """The interpreter an environment runs.
 
     Attributes:
@@ -88,16 +84,14 @@ class Python:
     base: str
 
 
-@dataclass(frozen=True)
-class Platform:
+class Platform(NamedTuple):
     """What a node must offer: machine, and the lowest glibc that the packed binaries name."""
 
     machine: str
     glibc: str
 
 
-@dataclass(frozen=True)
-class Watch:
+class Watch(NamedTuple):
     """A path of the origin, and what it looked like when the environment was packed.
 
     Attributes:
@@ -112,8 +106,7 @@ class Watch:
     tree: bool = False
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """Something the user should know about one path: what will not move, was left out, or changed.
 
     Attributes:
@@ -129,8 +122,7 @@ class Finding:
     severity: str = "note"
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Manifest(NamedTuple):
     """A published environment: its layers from the bottom up, and what activation needs."""
 
     name: str
@@ -147,7 +139,7 @@ class Manifest:
     packed: str
     packer: str
     schema: int = SCHEMA
-    findings: tuple[Finding, ...] = field(default=())
+    findings: tuple[Finding, ...] = ()
 
     @property
     def top(self) -> Layer:
@@ -204,7 +196,16 @@ class Manifest:
 
     def encode(self) -> bytes:
         """Canonical JSON: sorted keys, no spaces, ASCII, one final newline."""
-        return canonical(asdict(self))
+        return canonical(plain(self))
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it: named tuples are objects, other tuples lists."""
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return {name: plain(item) for name, item in value._asdict().items()}
+    if isinstance(value, (tuple, list)):
+        return [plain(item) for item in value]
+    return value
 
 
 def canonical(value: object) -> bytes:
@@ -289,12 +290,18 @@ def read_layer(item: Mapping[str, Any]) -> Layer:
 
 
 def _made(kind: type[_T], item: Mapping[str, Any]) -> _T:
-    """Make a value of a dataclass; its texts and numbers are of the type that it declares."""
+    """Make a named tuple; its texts and numbers are of the type that it declares."""
     made = kind(**item)
-    for name, declared in kind.__annotations__.items():
+    for name, declared in declarations(kind):
         if declared in _PLAIN and type(getattr(made, name)) is not _PLAIN[declared]:
             raise TypeError(f"`{name}` is of another type")
     return made
+
+
+def declarations(kind: type) -> Iterator[tuple[str, str]]:
+    """The fields of a named tuple, each with its type as it is written."""
+    for name, declared in kind.__annotations__.items():
+        yield name, str(getattr(declared, "__forward_arg__", declared))
 
 
 def _texts(items: Sequence[object]) -> tuple[str, ...]:

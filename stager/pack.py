@@ -10,8 +10,7 @@ import platform
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import stager
 from stager import freshness, lustre, plan, transfer, walk
@@ -29,6 +28,7 @@ from stager.manifest import (
     Manifest,
     Platform,
     Python,
+    plain,
     read_layer,
 )
 from stager.produce import Outcome, Producer, Sink
@@ -66,8 +66,7 @@ class Progress(Protocol):
         """Something the user may want to know."""
 
 
-@dataclass(frozen=True)
-class Packed:
+class Packed(NamedTuple):
     """What a pack did.
 
     Attributes:
@@ -264,11 +263,11 @@ class _Layers:
             )
             repository.add_image(path, layer)
             record = {
-                "layer": asdict(layer),
+                "layer": plain(layer),
                 "image": layer.filename,
                 "level": self._config["pack.level"],
                 "glibc": list(outcome.glibc or ()),
-                "findings": [asdict(one) for one in outcome.findings],
+                "findings": plain(outcome.findings),
                 "rewritten": sorted(outcome.rewritten),
             }
             repository.add_layer(layer_id, image_format, record)

@@ -11,7 +11,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 from stager import bytecode, condameta
@@ -48,8 +48,7 @@ class Item(NamedTuple):  # made tens of thousands of times: a dataclass takes th
     tag: str = ""
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where a layer comes from and goes to, and what is known around it.
 
     Attributes:
@@ -74,8 +73,8 @@ class Place:
     interpreter: str
     base_executable: str
     local: tuple[str, ...]
-    copies_of_python: frozenset[str] = field(default=frozenset())
-    recorded: Mapping[str, Recorded] = field(default_factory=dict)
+    copies_of_python: frozenset[str] = frozenset()
+    recorded: Mapping[str, Recorded] = MappingProxyType({})
 
 
 def make(

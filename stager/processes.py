@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import stager
 from stager import schedulers
@@ -14,8 +14,7 @@ KEEPER = "STAGER_KEEPER"
 """The job at whose end, and not at a step's, what a process mounts goes away."""
 
 
-@dataclass(frozen=True)
-class Owner:
+class Owner(NamedTuple):
     """A job, and its step where something lasts only as long as that."""
 
     job: str
@@ -47,8 +46,7 @@ def owner_of(environ: Mapping[str, str]) -> Owner | None:
     return Owner(job.id, slurm.step_of(environ))
 
 
-@dataclass(frozen=True)
-class Process:
+class Process(NamedTuple):
     """One of our user's processes: its number, its command line, the variables it began with."""
 
     pid: int

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
 
 from stager.errors import UsageError
 
@@ -32,8 +34,7 @@ _TOKEN_SEPARATORS = re.compile(r"[\s,;]+")
 _PREFIX = "pyenv:"
 
 
-@dataclass(frozen=True)
-class Ref:
+class Ref(NamedTuple):
     """One environment, by published name or by the path it was packed from.
 
     Attributes:
@@ -51,12 +52,11 @@ class Ref:
         return (self.path or self.name) + pinned
 
 
-@dataclass(frozen=True)
-class Directive:
+class Directive(NamedTuple):
     """What a job asks for: the environments, and options such as ``strict``."""
 
     refs: tuple[Ref, ...]
-    options: dict[str, str] = field(default_factory=dict)
+    options: Mapping[str, str] = MappingProxyType({})
 
 
 def is_name(text: str) -> bool:

@@ -12,8 +12,7 @@ import json
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Callable
+from typing import Callable, NamedTuple
 from urllib.parse import quote
 
 from stager import prefix
@@ -31,8 +30,7 @@ MIN_COMPONENTS = 2
 """A prefix such as ``/opt`` is too common a string to be replaced wherever it stands."""
 
 
-@dataclass(frozen=True)
-class Move:
+class Move(NamedTuple):
     """One directory that lies elsewhere after packing.
 
     Attributes:

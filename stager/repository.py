@@ -19,12 +19,10 @@ import errno
 import fcntl
 import json
 import os
-import shutil
 import stat
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from stager import fsutil, manifest
 from stager.errors import BusyError, DeniedError, IntegrityError, NotFoundError, StagerError
@@ -39,8 +37,7 @@ _DIGITS = 64
 _FLOCK_MISSING = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 
 
-@dataclass(frozen=True)
-class Published:
+class Published(NamedTuple):
     """A manifest that was found, its bytes, and the repository it was found in."""
 
     manifest: Manifest
@@ -128,10 +125,14 @@ class Repository:
     def _read_manifest(path: str) -> bytes | None:
         try:
             # One open: nothing else is asked before it is known what the name stands for.
-            with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
-                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            try:
+                if not stat.S_ISREG(os.fstat(fd).st_mode):
                     raise IntegrityError(f"{path} is not a file", hint="pack the environment again")
-                return file.read(_MAX_MANIFEST)
+                with open(fd, "rb", closefd=False) as file:
+                    return file.read(_MAX_MANIFEST)
+            finally:
+                fsutil.aside(os.close, fd)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -181,7 +182,7 @@ class Repository:
                 self._sweep()
                 prefix = f"{socket.gethostname()}-"
                 directory = tempfile.mkdtemp(prefix=prefix, dir=self._path("tmp"))
-                stack.callback(shutil.rmtree, directory, ignore_errors=True)
+                stack.callback(_removed, directory)
                 lock = os.path.join("tmp", os.path.basename(directory), "lock")
                 stack.enter_context(self._lock(lock))
             yield directory
@@ -193,11 +194,11 @@ class Repository:
                 fd = os.open(os.path.join(directory, "lock"), os.O_RDWR | os.O_CLOEXEC)
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(directory, ignore_errors=True)
+                    _removed(directory)
                 except OSError as error:
                     # Without working locks (some shared file systems) only age tells.
                     if error.errno in _FLOCK_MISSING and _age(directory) > _ABANDONED:
-                        shutil.rmtree(directory, ignore_errors=True)
+                        _removed(directory)
                 finally:
                     os.close(fd)
 
@@ -370,6 +371,12 @@ class Repository:
             if held or error.errno not in _FLOCK_MISSING:
                 raise
             yield  # renames keep readers right even where locks do not work
+
+
+def _removed(directory: str) -> None:
+    import shutil  # loads all compressors: a start does without
+
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def _age(path: str) -> float:

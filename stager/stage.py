@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
 
 from stager import fitness, store, trees
 from stager.config import Config
@@ -27,8 +28,7 @@ from stager.trees import Progress
 HIT = "hit"
 
 
-@dataclass(frozen=True)
-class Staged:
+class Staged(NamedTuple):
     """An environment that can be used on this node.
 
     Attributes:
@@ -42,7 +42,7 @@ class Staged:
     how: str
     manifest: Manifest
     layers: dict[str, str]
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float] = MappingProxyType({})
 
 
 def stage(

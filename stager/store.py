@@ -22,8 +22,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Callable
+from typing import Callable, NamedTuple
 
 from stager import fsutil, warm
 from stager.errors import NODE, StagerError, UsageError
@@ -37,8 +36,7 @@ boot_id = warm.boot_id
 MOUNTED, EXTRACTED, RECEIVED = "mounted", "extracted", "received"
 
 
-@dataclass(frozen=True)
-class Stamp:
+class Stamp(NamedTuple):
     """What makes a tree ready.
 
     Attributes:
@@ -60,8 +58,7 @@ class Stamp:
     owner: str | None = None
 
 
-@dataclass(frozen=True)
-class Held:
+class Held(NamedTuple):
     """One tree in a store, for status and collection."""
 
     id: str
@@ -189,7 +186,7 @@ class Store:
     def set_ready(self, layer_id: str, stamp: Stamp) -> None:
         """Write the stamp: from here on the tree is taken for complete. Needs the lock."""
         path = os.path.join(self.root, "ready", layer_id)
-        fsutil.write_atomic(path, json.dumps(asdict(stamp)).encode(), durable=False)
+        fsutil.write_atomic(path, json.dumps(stamp._asdict()).encode(), durable=False)
 
     # -- leases ------------------------------------------------------------------------------
 

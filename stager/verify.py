@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from stager.config import Config
 from stager.errors import StagerError
@@ -42,6 +42,7 @@ _ESCAPE = re.compile(r"\\([0-7]{1,3}|x[0-9a-f]{2}|.)")
 
 _IMPORTS = """
 import json, sys, importlib
+from typing import NamedTuple
 seen, failed = set(), {}
 def hook(event, arguments):
     if event == "open" and arguments and isinstance(arguments[0], str):
@@ -63,8 +64,7 @@ with open(result, "w") as file:
 """
 
 
-@dataclass(frozen=True)
-class Verified:
+class Verified(NamedTuple):
     """What the imports touched.
 
     Attributes:

@@ -118,7 +118,7 @@ def publish(
             path = os.path.join(directory, one.filename)
             Path(path).write_bytes(content)
             repository.add_image(path, one)
-            record = {"layer": manifest.asdict(one), "image": one.filename, "level": 3}
+            record = {"layer": manifest.plain(one), "image": one.filename, "level": 3}
             repository.add_layer(one.id, one.image.format, record)
         return repository.publish(value, replace=replace)
 

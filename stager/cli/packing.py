@@ -6,7 +6,6 @@ import argparse
 import os
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, replace
 
 from stager import lookup, ref
 from stager import pack as packer
@@ -14,7 +13,7 @@ from stager.cli.common import Bars, load_config, print_json, printable, say, siz
 from stager.config import Config
 from stager.environments import Request, userbase
 from stager.errors import NotFoundError, UsageError
-from stager.manifest import TREE, USER, Finding
+from stager.manifest import TREE, USER, Finding, plain
 
 _SHOWN = 8
 
@@ -82,7 +81,7 @@ def _named(name: str, config: Config) -> Request:
         return Request.here([wish.path])
     try:
         known = lookup.find(wish, config).manifest
-        return replace(Request.again(known), search=dict(os.environ))
+        return Request.again(known)._replace(search=dict(os.environ))
     except NotFoundError:
         path = lookup.located(wish, os.environ).path
         if not path:
@@ -135,7 +134,7 @@ def _as_json(result: packer.Packed) -> dict[str, object]:
     value: dict[str, object] = {
         "environment": result.environment.prefix,
         "kind": result.environment.kind,
-        "findings": [asdict(one) for one in result.findings],
+        "findings": plain(result.findings),
         "reused": list(result.reused),
         "seconds": round(result.seconds, 3),
         "rewritten": result.rewritten,
@@ -146,5 +145,5 @@ def _as_json(result: packer.Packed) -> dict[str, object]:
         value["name"] = manifest.name
         value["ref"] = result.published.ref
         value["prefix"] = manifest.prefix
-        value["layers"] = [asdict(layer) for layer in manifest.layers]
+        value["layers"] = plain(manifest.layers)
     return value

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import asdict
 
 from stager import estimate, lookup, manifest, ref, timings, trees
 from stager.cli.common import count, load_config, print_json, say, size
@@ -35,10 +34,10 @@ def plan(arguments: argparse.Namespace) -> int:
                 "ref": published.ref,
                 "nodes": arguments.nodes,
                 "advice": advice,
-                "direct": asdict(direct),
-                "staged": asdict(staged),
-                "site": {**asdict(site), "samples": samples},
-                "layers": [asdict(layer) for layer in layers],
+                "direct": direct._asdict(),
+                "staged": staged._asdict(),
+                "site": {**site._asdict(), "samples": samples},
+                "layers": [layer._asdict() for layer in layers],
             }
         )
         return 0

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
 
 from stager import freshness, lookup, ref
 from stager.cli.common import count, load_config, print_json, printable, say, size, table
 from stager.errors import StagerError
+from stager.manifest import plain
 from stager.ref import Ref
 from stager.repository import Repository
 
@@ -73,9 +73,9 @@ def inspect(arguments: argparse.Namespace) -> int:
         layers = []
         for layer in manifest.layers:
             record = published.repository.layer(layer.id, layer.image.format) or {}
-            layers.append({**asdict(layer), "rewritten": record.get("rewritten", [])})
+            layers.append({**plain(layer), "rewritten": record.get("rewritten", [])})
         changed = freshness.changed(manifest)
-        value = {"digest": published.digest, **asdict(manifest), "layers": layers}
+        value = {"digest": published.digest, **plain(manifest), "layers": layers}
         print_json({**value, "changed": changed})
         return 0
     print(f"name         {manifest.name}")

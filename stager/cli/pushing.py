@@ -6,7 +6,6 @@ import argparse
 import os
 import sys
 import time
-from dataclasses import asdict
 from importlib.util import find_spec
 from typing import Any, Callable
 
@@ -236,7 +235,7 @@ def _failed(outcomes: list[Outcome]) -> list[dict[str, Any]]:
 
 
 def _without_node(outcome: Outcome) -> dict[str, Any]:
-    return {key: value for key, value in asdict(outcome).items() if key != "node"}
+    return {key: value for key, value in outcome._asdict().items() if key != "node"}
 
 
 # -- verbs that nodes are asked to do ------------------------------------------------------------

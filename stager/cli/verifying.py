@@ -7,7 +7,6 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict
 
 from stager import activate, lease, lookup
 from stager import verify as verifier
@@ -54,7 +53,7 @@ def _verify(arguments: argparse.Namespace, config: Config) -> int:
     finally:
         Store(config["store"]).release(holder)
     if arguments.json:
-        print_json({"prefix": prefix, "modules": modules, **asdict(found)})
+        print_json({"prefix": prefix, "modules": modules, **found._asdict()})
     else:
         good = len(modules) - len(found.failed)
         say(f"stager: imported {count(good, 'module')} from {prefix}")

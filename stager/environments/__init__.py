@@ -11,8 +11,8 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Callable, Optional
+from types import MappingProxyType
+from typing import Any, Callable, NamedTuple, Optional
 
 from stager.config import Config
 from stager.envpatch import EnvPatch
@@ -23,8 +23,7 @@ PATH = "path"
 """The role of a directory that a variable names beside the environment."""
 
 
-@dataclass(frozen=True)
-class Interpreter:
+class Interpreter(NamedTuple):
     """A Python, as it describes itself.
 
     Attributes:
@@ -46,8 +45,7 @@ class Interpreter:
     library: str
 
 
-@dataclass(frozen=True)
-class Tree:
+class Tree(NamedTuple):
     """One tree to pack as a layer.
 
     Attributes:
@@ -77,8 +75,7 @@ class Tree:
         return tuple(f"{one}/site-packages" if one else "" for one in self.python_directories)
 
 
-@dataclass(frozen=True)
-class Environment:
+class Environment(NamedTuple):
     """What a user brings.
 
     Attributes:
@@ -99,7 +96,7 @@ class Environment:
     trees: tuple[Tree, ...]
     activation: EnvPatch
     watched: tuple[str, ...]
-    findings: tuple[Finding, ...] = field(default=())
+    findings: tuple[Finding, ...] = ()
 
     @property
     def top(self) -> Tree:
@@ -107,8 +104,7 @@ class Environment:
         return self.trees[-1]
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """What to pack.
 
     Attributes:
@@ -122,7 +118,7 @@ class Request:
     paths: tuple[str, ...]
     kind: str = ""
     python: str = ""
-    search: Mapping[str, str] = field(default_factory=dict)
+    search: Mapping[str, str] = MappingProxyType({})
 
     @classmethod
     def here(cls, paths: Iterable[str], kind: str = "", python: str = "") -> Request:

@@ -16,7 +16,7 @@ import ast
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 _REBUILDS = re.compile(r"_.+_editable(_loader)?\.py\Z")
 _CALLS = re.compile(r"_editable_impl_.+\.py\Z")
@@ -24,8 +24,7 @@ _FINDER = re.compile(r"__editable___.+_finder\.py\Z")
 _SKIPPED = {"build", "dist", "node_modules", "__pycache__"}
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """Something outside the environment that it imports from.
 
     Attributes:
@@ -42,8 +41,7 @@ class Source:
     module: str = ""
 
 
-@dataclass(frozen=True)
-class Rebuilding:
+class Rebuilding(NamedTuple):
     """An editable install of the fourth mechanism."""
 
     named_by: str

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 
 from stager.config import Config
 from stager.environments import PATH, Environment, Tree, is_local, spellings
@@ -34,7 +33,7 @@ def settle(environment: Environment, variables: Mapping[str, str], config: Confi
     if config["pack.module_paths"] != "include":
         loaded = variables.get("LOADEDMODULES", "").replace(":", ", ")
         findings = tuple(_finding(path, names, loaded) for path, names in found.items())
-        environment = replace(environment, findings=(*environment.findings, *findings))
+        environment = environment._replace(findings=(*environment.findings, *findings))
     else:
         own = [spelling for tree in environment.trees for spelling in tree.spellings]
         for path, names in found.items():
@@ -42,8 +41,7 @@ def settle(environment: Environment, variables: Mapping[str, str], config: Confi
         trees = [_tree(path, names) for path, names in found.items()]
         base = [tree for tree in environment.trees if tree.role == "base"]
         above = environment.trees[len(base) :]
-        environment = replace(
-            environment,
+        environment = environment._replace(
             # The first one to be searched is the upper one.
             trees=(*base, *trees[::-1], *above),
             watched=(*environment.watched, *found),
@@ -120,4 +118,4 @@ def _searched(environment: Environment) -> Environment:
             path = f"{{layer{number}}}" + (f"/{directory}" if directory else "")
             prepend.setdefault(variable, []).append(path)
     items = {name: tuple(paths) for name, paths in prepend.items()}
-    return replace(environment, activation=replace(activation, prepend=items))
+    return environment._replace(activation=activation._replace(prepend=items))

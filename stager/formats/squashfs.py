@@ -10,7 +10,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import shutil
 import time
 from collections.abc import Iterable
 from typing import IO, TYPE_CHECKING
@@ -181,7 +180,7 @@ def program(name: str) -> str:
     Raises:
         IncompatibleError: it is not installed.
     """
-    found = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin:/usr/bin:/bin")
+    found = _which(name) or _which(name, path="/usr/sbin:/sbin:/usr/bin:/bin")
     if found is None:
         package = "squashfuse" if name.startswith("squashfuse") else "squashfs-tools"
         raise IncompatibleError(
@@ -191,11 +190,17 @@ def program(name: str) -> str:
     return found
 
 
+def _which(name: str, path: str | None = None) -> str | None:
+    import shutil  # loads all compressors
+
+    return shutil.which(name, path=path)
+
+
 def why_not_mount() -> str:
     """Why images cannot be mounted here; empty where they can."""
-    if not any(shutil.which(name) for name in _HELPERS):
+    if not any(_which(name) for name in _HELPERS):
         return "squashfuse is not installed"
-    if not (shutil.which("fusermount3") or shutil.which("fusermount")):
+    if not (_which("fusermount3") or _which("fusermount")):
         return "fusermount is not installed"
     try:
         os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
@@ -211,13 +216,12 @@ def mount(image: str, directory: str) -> None:
         StagerError: it did not work; the message says what squashfuse said.
     """
     import subprocess
-    import tempfile
 
     helper, options = next(
-        (found, options) for name, options in _HELPERS.items() if (found := shutil.which(name))
+        (found, options) for name, options in _HELPERS.items() if (found := _which(name))
     )
-    # In a file: squashfuse's daemon keeps a pipe open, and a reader would wait for its end.
-    with tempfile.TemporaryFile() as said:
+    # In memory: squashfuse's daemon keeps a pipe open, and a reader would wait for its end.
+    with open(os.memfd_create("said"), "r+b") as said:
         mounting = subprocess.Popen(
             [helper, "-o", options, image, directory],
             stdin=subprocess.DEVNULL,
@@ -265,7 +269,7 @@ def unmount(directory: str, *, force: bool = False) -> bool:
     """
     import subprocess
 
-    helper = shutil.which("fusermount3") or shutil.which("fusermount")
+    helper = _which("fusermount3") or _which("fusermount")
     if helper is None:
         return False
     arguments = [helper, "-u", *(["-z"] if force else []), directory]

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Callable, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Callable, NamedTuple, TypeVar
 
 import stager
+from stager import manifest
 from stager.errors import (
     NODE,
     SITE,
@@ -53,8 +54,7 @@ _KINDS: tuple[type[StagerError], ...] = (
 )
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """How to reach nodes, and what is wanted of them. Nodes that hand images on get the same.
 
     Attributes:
@@ -80,8 +80,7 @@ class Settings:
     forward_agent: bool = False
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """The pusher's first line; the manifest follows it.
 
     Attributes:
@@ -97,8 +96,7 @@ class Request:
     share: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What came of one node.
 
     Attributes:
@@ -136,7 +134,7 @@ class Outcome:
 
     def through(self, node: str) -> Outcome:
         """The same, told by the node that served it."""
-        return replace(self, via=self.via or node)
+        return self._replace(via=self.via or node)
 
 
 def encode(message: Mapping[str, Any]) -> bytes:
@@ -189,7 +187,7 @@ def check_greeting(message: Mapping[str, Any]) -> None:
 
 def request(value: Request) -> dict[str, Any]:
     """The pusher's first line."""
-    return {"request": VERSION, **asdict(value)}
+    return {"request": VERSION, **manifest.plain(value)}
 
 
 def read_request(message: Mapping[str, Any]) -> Request:
@@ -213,13 +211,13 @@ def read_request(message: Mapping[str, Any]) -> Request:
 
 
 def _made(kind: type[_T], values: Mapping[str, Any]) -> _T:
-    """Make a value of a dataclass, each field of the type that it declares.
+    """Make a named tuple, each field of the type that it declares.
 
     Raises:
         TypeError: one is of another type, unknown or missing.
     """
     made = kind(**values)
-    for name, declared in kind.__annotations__.items():
+    for name, declared in manifest.declarations(kind):
         value = getattr(made, name)
         if declared == "float" and type(value) is int:
             continue

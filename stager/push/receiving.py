@@ -17,7 +17,6 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
 from typing import Any, Callable
 
 from stager import fitness, fsutil, lease, manifest, store, transfer, trees
@@ -120,7 +119,7 @@ class Receiver:
             stamp = node.stamp(layer.id)
             # One that is mounted elsewhere, in a job's own mount namespace, goes on being used.
             if stamp is not None and stamp.boot == store.boot_id() and stamp.how == MOUNTED:
-                stamp = replace(stamp, image=layer.filename)
+                stamp = stamp._replace(image=layer.filename)
             else:
                 stamp = _stamp(layer, RECEIVED)
             node.place(layer.id, path, stamp)
@@ -228,7 +227,7 @@ class Receiver:
 
     def done(self, outcome: Outcome) -> None:
         """A node that was served by us has it."""
-        self._answer({"relayed": asdict(outcome)})
+        self._answer({"relayed": outcome._asdict()})
 
     def note(self, message: str) -> None:
         """Something the pusher may want to know."""

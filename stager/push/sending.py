@@ -16,8 +16,7 @@ import shlex
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import IO, Callable, Protocol, TypeVar
+from typing import IO, Callable, NamedTuple, Protocol, TypeVar
 
 from stager import fsutil
 from stager import manifest as manifests
@@ -49,8 +48,7 @@ class Source(Protocol):
         """At least one and at most so many bytes from there; waits where they are yet to come."""
 
 
-@dataclass(frozen=True)
-class Parcel:
+class Parcel(NamedTuple):
     """What is pushed.
 
     Attributes:

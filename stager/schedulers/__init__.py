@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 SLURM, PBS = "slurm", "pbs"
 
@@ -21,8 +21,7 @@ _LOCAL_RANKS = (
 )
 
 
-@dataclass(frozen=True)
-class Allocation:
+class Allocation(NamedTuple):
     """The allocation a process belongs to.
 
     Attributes:
@@ -70,8 +69,7 @@ def job_exists(scheduler: str, job: str) -> bool | None:
     return slurm.job_exists(job) if scheduler == SLURM else pbs.job_exists(job)
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """A scheduler's job as its processes see it.
 
     Attributes:

@@ -66,7 +66,7 @@ def copy(
             os.unlink(target)
         raise
     finally:
-        os.close(reader)
+        fsutil.aside(os.close, reader)
 
 
 def _pump(

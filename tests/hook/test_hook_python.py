@@ -400,4 +400,4 @@ def test_the_state_format_is_documented() -> None:
     text = (REPO / "docs/formats/job-state.md").read_text()
     for word in ("status", "message", "staged", "original", "record.json", "worker", "holders"):
         assert f"`{word}" in text
-    assert all(f"`{name}`" in text for name in Job.__dataclass_fields__)
+    assert all(f"`{name}`" in text for name in Job._fields)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import errno
 import multiprocessing
 import os
@@ -169,7 +168,7 @@ def test_a_stamp_tells_whose_end_takes_a_mount_away(
     stamp = site.node.stamp(site.id)
     assert stamp is not None
     for owner in (stamp.owner, None):  # an older stager did not write it down
-        site.node.set_ready(site.id, dataclasses.replace(stamp, owner=owner))
+        site.node.set_ready(site.id, stamp._replace(owner=owner))
         monkeypatch.setenv("SLURM_STEP_ID", "0")
         assert allocation.foreign(site.node, layer) is None
         monkeypatch.setenv("SLURM_STEP_ID", "1")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ pytestmark = pytest.mark.unit
 # An environment with torch: 34,348 files, 1.74 GB, an image of 486 MB.
 LARGE = [Layer(files=34_348, size=1_740_000_000, image=486_000_000)]
 LUSTRE = Site(latency=0.01, rate=100_000, bandwidth=100e9, read=2.5e9, write=2e9)
-FLASH = replace(LUSTRE, latency=0.0005, rate=500_000)
+FLASH = LUSTRE._replace(latency=0.0005, rate=500_000)
 WEAK = Site(latency=0.002, rate=5_000, bandwidth=1e9, read=1e9, write=1e9)
 
 
@@ -37,13 +36,13 @@ def test_a_small_environment_on_flash_gains_nothing() -> None:
 
 
 def test_a_large_image_behind_a_slow_link_is_not_worth_it() -> None:
-    slow = replace(FLASH, read=20e6)
+    slow = FLASH._replace(read=20e6)
     direct, staged = both(LARGE, slow, 1)
     assert estimate.verdict(direct, staged) == "direct"
 
 
 def test_what_is_here_costs_next_to_nothing() -> None:
-    here = [replace(LARGE[0], here=True)]
+    here = [LARGE[0]._replace(here=True)]
     assert estimate.staged(here, LUSTRE, 1).seconds == pytest.approx(0.18)
     assert estimate.staged(here, LUSTRE, 1).read == 0
 
@@ -56,7 +55,7 @@ def test_more_nodes_are_never_faster() -> None:
 
 
 def test_extraction_costs_every_file() -> None:
-    extracted = [replace(LARGE[0], extracted=True)]
+    extracted = [LARGE[0]._replace(extracted=True)]
     mounted = estimate.staged(LARGE, LUSTRE, 1).seconds
     assert estimate.staged(extracted, LUSTRE, 1).seconds > mounted + 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import errno
 import os
 import stat
@@ -336,6 +337,25 @@ def test_the_limit_of_a_wait_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 # Removing
+
+
+@pytest.mark.parametrize("threads", [True, False])
+def test_what_is_done_aside_may_fail_and_there_may_be_no_more_threads(
+    threads: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    done = threading.Event()
+
+    def work(name: str) -> None:
+        done.set()
+        os.stat(tmp_path / name)
+
+    if not threads:
+        monkeypatch.setattr(_thread, "start_new_thread", none_left)
+    fsutil.aside(work, "not there")
+    assert done.wait(60 if threads else 0)
 
 
 def test_a_tree_is_removed_and_what_its_links_lead_to_is_not(tmp_path: Path) -> None:

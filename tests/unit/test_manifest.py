@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -94,10 +93,10 @@ def test_the_environments_own_layer_is_on_top() -> None:
 
 def test_a_base_is_the_nodes_own_or_packed() -> None:
     assert SAMPLE.local_base == ""
-    python = dataclasses.replace(SAMPLE.python, base="/usr/bin/python3.11")
-    assert dataclasses.replace(SAMPLE, python=python).local_base == "/usr/bin/python3.11"
-    beside = dataclasses.replace(SAMPLE.python, base=f"{BASE.destination}2/bin/python")
-    assert dataclasses.replace(SAMPLE, python=beside).local_base == beside.base
+    python = SAMPLE.python._replace(base="/usr/bin/python3.11")
+    assert SAMPLE._replace(python=python).local_base == "/usr/bin/python3.11"
+    beside = SAMPLE.python._replace(base=f"{BASE.destination}2/bin/python")
+    assert SAMPLE._replace(python=beside).local_base == beside.base
 
 
 def test_an_image_is_named_by_what_went_in_and_what_came_out() -> None:
@@ -146,7 +145,7 @@ def test_a_truncated_manifest_is_damaged(length: int) -> None:
         decode(SAMPLE.encode()[:length], "here")
 
 
-@pytest.mark.parametrize("key", [field.name for field in dataclasses.fields(Manifest)])
+@pytest.mark.parametrize("key", Manifest._fields)
 def test_every_key_is_needed(key: str) -> None:
     less = value()
     del less[key]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import csv
-import dataclasses
 import hashlib
 import importlib.util
 import io
@@ -381,7 +380,7 @@ def test_a_constant_in_bytecode_that_names_the_place_is_never_used(tree: Tree) -
     compiled(source)
     new = "/n".ljust(len(str(tree.root)), "n")
     relocation = Relocation([Move(str(tree.root), new)])
-    place = dataclasses.replace(tree.place, destination=new, relocation=relocation)
+    place = tree.place._replace(destination=new, relocation=relocation)
     found = tree.produce(place=place)
     assert len(found.content[f"{SITE}/mod.py"]) == source.stat().st_size
     scope: dict[str, object] = {}
@@ -594,8 +593,7 @@ def test_what_was_moved_can_be_moved_again(tree: Tree) -> None:
         if member.kind == "file":
             second.write(path, first.content[path])
     target = "/var/tmp/elsewhere/envs/0123456789abcdef"
-    place = dataclasses.replace(
-        second.place, root=NEW, destination=target, relocation=Relocation([Move(NEW, target)])
-    )
+    relocation = Relocation([Move(NEW, target)])
+    place = second.place._replace(root=NEW, destination=target, relocation=relocation)
     found = second.produce(place=place)
     assert found.content["bin/tool"] == f"#!{target}/bin/python\n".encode()

@@ -6,7 +6,6 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -370,7 +369,7 @@ def test_an_image_of_another_boot_is_verified_again(new_node: Callable[[], Node]
 def test_a_node_of_another_kind_is_told_before_a_byte(new_node: Callable[[], Node]) -> None:
     value = tiny.described(layers=(A,))
     node = new_node()
-    node.ask(replace(value, platform=replace(value.platform, machine="vax")))
+    node.ask(value._replace(platform=value.platform._replace(machine="vax")))
     message = node.answer()
     assert (message["code"], message["blame"]) == (15, "job")
     assert "vax" in message["error"]

@@ -11,7 +11,6 @@ import stat
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,7 +91,7 @@ def test_what_is_published_is_found_by_name_origin_and_digest(repository: Reposi
 def test_what_is_not_published_is_not_found(repository: Repository, wish: Ref) -> None:
     published = tiny.publish(repository, named("torch"))
     digest = published.ref.rpartition(":")[2]
-    assert repository.find(replace(wish, digest=wish.digest.replace("{digest}", digest))) is None
+    assert repository.find(wish._replace(digest=wish.digest.replace("{digest}", digest))) is None
 
 
 def test_nothing_is_found_where_there_is_no_repository(tmp_path: Path) -> None:
@@ -129,7 +128,7 @@ def test_publishing_again_replaces_it_and_the_old_goes(repository: Repository) -
 def test_a_name_of_another_environment_is_not_taken(repository: Repository) -> None:
     mine = named("torch", 1)
     tiny.publish(repository, mine)
-    other = replace(named("torch", 2), origin="/home/ada/elsewhere")
+    other = named("torch", 2)._replace(origin="/home/ada/elsewhere")
     with pytest.raises(StagerError, match="already stands for /home/ada/torch") as error:
         tiny.publish(repository, other, replace=False)
     assert "--name" in str(error.value.hint)
@@ -140,7 +139,7 @@ def test_a_name_of_another_environment_is_not_taken(repository: Repository) -> N
 
 def test_a_name_may_be_taken_over_on_purpose(repository: Repository) -> None:
     tiny.publish(repository, named("torch", 1))
-    other = replace(named("torch", 2), origin="/home/ada/elsewhere")
+    other = named("torch", 2)._replace(origin="/home/ada/elsewhere")
     tiny.publish(repository, other, replace=True)
     found = repository.find(Ref(name="torch"))
     assert found is not None
@@ -150,7 +149,7 @@ def test_a_name_may_be_taken_over_on_purpose(repository: Repository) -> None:
 def test_a_damaged_owner_does_not_hold_a_name(repository: Repository) -> None:
     tiny.publish(repository, named("torch", 1))
     Path(repository.root, "refs", "torch").write_bytes(b"{")
-    tiny.publish(repository, replace(named("torch", 2), origin="/elsewhere"), replace=False)
+    tiny.publish(repository, named("torch", 2)._replace(origin="/elsewhere"), replace=False)
     assert repository.find(Ref(name="torch")) is not None
 
 
@@ -326,7 +325,7 @@ def test_an_environment_whose_name_was_taken_over_is_removed_by_its_path(
     repository: Repository,
 ) -> None:
     tiny.publish(repository, named("torch", 1))
-    other = replace(named("torch", 2), origin="/home/ada/elsewhere")
+    other = named("torch", 2)._replace(origin="/home/ada/elsewhere")
     tiny.publish(repository, other, replace=True)
     assert repository.remove(Ref(path="/home/ada/torch")) == [named("torch", 1).top.filename]
     found = repository.find(Ref(name="torch"))
@@ -451,7 +450,7 @@ def test_a_concurrent_pack_keeps_the_images_it_may_be_about_to_name(
 def publishing(root: str, number: int, count: int) -> None:
     repository = Repository(root)
     for turn in range(count):
-        value = replace(named("torch", number), packed=f"{number} {turn}")
+        value = named("torch", number)._replace(packed=f"{number} {turn}")
         tiny.publish(repository, value)
         repository.collect()
 

@@ -22,7 +22,7 @@ import pytest
 
 import tiny
 from environments import BASE_PYTHON, run
-from stager import collect, fitness, stage, store, transfer, trees
+from stager import collect, fitness, forjob, stage, store, transfer, trees
 from stager.config import Config
 from stager.errors import (
     BusyError,
@@ -65,7 +65,7 @@ class Site:
     def with_manifest(self, **changes: object) -> Published:
         """The environment with another manifest, as if it had been packed so."""
         published = self.published["squashfs"]
-        changed = dataclasses.replace(published.manifest, **changes)  # type: ignore[arg-type]
+        changed = published.manifest._replace(**changes)  # type: ignore[arg-type]
         return Published(changed, changed.encode(), published.repository)
 
     @property
@@ -108,6 +108,16 @@ def untouched(node: Store) -> bool:
 
 
 # The way it usually goes
+
+
+def test_an_image_that_a_prolog_has_fetched_is_not_read_again(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    until = time.monotonic() + 60
+    forjob._fetch(site.published["squashfs"], site.node, site.layer.id, site.config, until)
+    with monkeypatch.context() as patched:
+        patched.setattr(transfer, "is_image", lambda *_: pytest.fail("read again"))
+        assert works(site.stage())
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -398,7 +408,7 @@ def test_a_failed_stage_claims_nothing_new_and_drops_nothing_old(
 ) -> None:
     """A job may use a base that it shares with an environment that then cannot be staged."""
     site.stage(holder="job")
-    missing = dataclasses.replace(site.layer, id="0" * 16)
+    missing = site.layer._replace(id="0" * 16)
     both = site.with_manifest(layers=(site.layer, missing))
     with pytest.raises(NotFoundError):
         stage.stage(both, site.node, site.config, holder="job")
@@ -482,17 +492,17 @@ def test_an_image_that_is_a_pipe_does_not_hang(site: Site) -> None:
 
 
 def test_another_machine(site: Site) -> None:
-    needs = dataclasses.replace(site.published["squashfs"].manifest.platform, machine="vax")
+    needs = site.published["squashfs"].manifest.platform._replace(machine="vax")
     refused(site, "packed on vax", platform=needs)
 
 
 def test_a_newer_c_library(site: Site) -> None:
-    needs = dataclasses.replace(site.published["squashfs"].manifest.platform, glibc="2.999")
+    needs = site.published["squashfs"].manifest.platform._replace(glibc="2.999")
     refused(site, "needs glibc 2.999", platform=needs)
 
 
 def test_a_base_that_is_missing(site: Site) -> None:
-    python = dataclasses.replace(site.published["squashfs"].manifest.python, base="/usr/no/python")
+    python = site.published["squashfs"].manifest.python._replace(base="/usr/no/python")
     refused(site, "/usr/no/python is missing", python=python)
 
 
@@ -510,7 +520,7 @@ def refused(site: Site, message: str, **changes: object) -> None:
 
 @pytest.mark.parametrize("glibc", ["", "2.2.5", ".".join(platform.libc_ver()[1].split(".")[:2])])
 def test_a_c_library_that_is_old_enough(site: Site, glibc: str) -> None:
-    needs = dataclasses.replace(site.published["squashfs"].manifest.platform, glibc=glibc)
+    needs = site.published["squashfs"].manifest.platform._replace(glibc=glibc)
     assert stage.stage(site.with_manifest(platform=needs), site.node, site.config, holder=ME)
 
 
@@ -522,7 +532,7 @@ def broken(site: Site, kind: str) -> Manifest:
         "no such program": {"executable": "bin/python9"},
         "no program": {"executable": "pyvenv.cfg"},
     }
-    return site.with_manifest(python=dataclasses.replace(python, **changes[kind])).manifest
+    return site.with_manifest(python=python._replace(**changes[kind])).manifest
 
 
 @pytest.mark.parametrize("kind", ["another version", "no such program", "no program"])

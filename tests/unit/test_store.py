@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -108,7 +107,7 @@ def test_a_mounted_tree_without_its_mount_is_not_ready(node: Store) -> None:
 
 @pytest.mark.parametrize(
     "data", [b"", b"{", b"[]", b"null", b'{"format": 1}', b"\xff", b"0" * 5000]
-    + [json.dumps({**asdict(Stamp("image", EXTRACTED, boot_id(), 1)), **change}).encode()
+    + [json.dumps({**Stamp("image", EXTRACTED, boot_id(), 1)._asdict(), **change}).encode()
        for change in ({"format": 2}, {"format": 0}, {"new key": 1})]
 )  # fmt: skip
 def test_a_stamp_that_is_not_ours_does_not_count(node: Store, data: bytes) -> None:

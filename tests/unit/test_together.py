@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ VENV = {"set": {"VIRTUAL_ENV": "{prefix}"}, "unset": [], "prepend": {"PATH": ["{
 
 
 def manifest(name: str, **changes: Any) -> Manifest:
-    return dataclasses.replace(tiny.described(name=name, origin=f"/o/{name}"), **changes)
+    return tiny.described(name=name, origin=f"/o/{name}")._replace(**changes)
 
 
 def part(name: str, **changes: Any) -> Part:
@@ -75,7 +74,7 @@ def test_what_two_have_and_is_not_the_same(tmp_path: Path) -> None:
         for path, text in files.items():
             (site / path).parent.mkdir(parents=True, exist_ok=True)
             (site / path).write_text(text)
-        python = dataclasses.replace(tiny.described().python, version=_version())
+        python = tiny.described().python._replace(version=_version())
         names = {path.partition("/")[0].partition(".")[0] for path in files}
         modules = tuple(sorted(one for one in names if one.isidentifier()))
         value = manifest(name, python=python, modules=modules)
