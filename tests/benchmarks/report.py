@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the tests' own packages
 
-from benchmarks.scale import closed, simulate
+from benchmarks.scale import closed, published, simulate
 from benchmarks.scale.work import Work
 from benchmarks.settings import ALL
 
@@ -60,6 +60,8 @@ def work(found: list[Row]) -> Work:
     copied = starts["cold-lustre", count, "cp -r"]
     ours, warm = starts["cold-lustre", count, "ours"], starts["cold-lustre", count, "ours, warm"]
     node = one["direct"][0]
+    several = min((n for _, n, name in starts if name == "rsync" and n > 1), default=0)
+    fanned = starts["cold-lustre", several, "rsync"]
     job = median(warm, "job")
     imported = median(warm, "import")
     return Work(
@@ -78,6 +80,8 @@ def work(found: list[Row]) -> Work:
         staged=max(0.0, median(ours, "job") - job),
         through_mount=max(0.0, median(ours, "import") - imported),
         asked=ours[0]["operations"],
+        unpacked=median(fanned, "read") if fanned else 0.0,
+        rsynced=median(fanned, "rsync") if fanned else 0.0,
     )
 
 
@@ -173,8 +177,8 @@ def simulated(one: Work) -> tuple[list[str], dict[str, dict[str, list[float]]]]:
         lines += ["|---" * (len(NODES) + 1) + "|"]
         numbers[setting] = {}
         for name in simulate.STRATEGIES:
-            if name == "cp -r" and not one.everything:
-                continue
+            if (name, 0) in (("cp -r", one.everything), ("rsync", one.rsynced)):
+                continue  # was not measured
             times = [simulate.start(name, one, ALL[setting], count) for count in NODES]
             forms = [closed.FORMS[name](one, ALL[setting], count) for count in NODES]
             numbers[setting][name] = times
@@ -229,6 +233,7 @@ def main() -> None:
             "",
             f"What the simulation was fed with: `{json.dumps(asdict(one))}`",
         ]
+    parts["published"] = published.tables()
     replace(DOCS / "performance.md", parts)
 
 

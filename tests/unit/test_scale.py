@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.scale import closed, simulate
+from benchmarks.scale import closed, published, simulate
 from benchmarks.scale.work import Work
 from benchmarks.settings import COLD_LUSTRE, FLASH, WEAK_NFS, Settings
 
@@ -14,6 +14,7 @@ WORK = Work(
     name="torch", operations=9000, serial=3400, touched=90_000_000, files=34_348,
     everything=110_000, size=1_740_000_000, image=486_000_000, archive=600_000_000,
     imported=2.3, untarred=20.0, staged=0.3, through_mount=0.5, asked=10,
+    unpacked=25.0, rsynced=4.0,
 )  # fmt: skip
 
 
@@ -24,7 +25,9 @@ def test_one_node_does_not_queue(strategy: str, setting: Settings) -> None:
     assert simulated == pytest.approx(closed.FORMS[strategy](WORK, setting, 1), rel=0.1)
 
 
-@pytest.mark.parametrize("strategy", ["direct", "ours", "ours, sbcast", "ours, warm", "recipe"])
+@pytest.mark.parametrize(
+    "strategy", ["direct", "ours", "ours, sbcast", "ours, warm", "recipe", "rsync"]
+)
 def test_thousands_wait_for_the_one_bottleneck(strategy: str) -> None:
     simulated = simulate.start(strategy, WORK, WEAK_NFS, 4096)
     assert simulated == pytest.approx(closed.FORMS[strategy](WORK, WEAK_NFS, 4096), rel=0.05)
@@ -35,3 +38,19 @@ def test_thousands_wait_for_the_one_bottleneck(strategy: str) -> None:
 def test_more_nodes_are_never_faster(strategy: str, setting: Settings) -> None:
     times = [simulate.start(strategy, WORK, setting, nodes) for nodes in (1, 16, 256, 1024)]
     assert times == sorted(times)
+
+
+def test_a_published_fan_out_comes_out_as_it_was_measured_on_another_machine() -> None:
+    (fan_out,) = (one for one in published.SERIES if one.strategy == "rsync")
+    for nodes, measured, simulated in fan_out.compared():
+        assert simulated == pytest.approx(measured, rel=0.1), nodes
+    found = {nodes: simulated for nodes, _, simulated in fan_out.compared()}
+    slope = (found[4096] - found[256]) / (4096 - 256)
+    assert slope == pytest.approx(0.161, rel=0.1)  # seconds for each node more
+
+
+@pytest.mark.parametrize("strategy", ["recipe", "direct"])
+def test_a_published_recipe_on_eight_nodes(strategy: str) -> None:
+    (one,) = (one for one in published.SERIES if one.strategy == strategy and 8 in one.seconds)
+    ((_, measured, simulated),) = one.compared()
+    assert simulated == pytest.approx(measured, rel=0.15)

@@ -15,6 +15,8 @@ _BLOCK, _FANOUT, _HOP = 8e6, 8, 0.001
 """sbcast(1): 8 MB blocks, each acknowledged by the whole tree of fan-out 8; seconds of a hop."""
 _LINK = 2.5e9
 """Bytes a second from node to node: one TCP stream, 22.5 Gb/s in EESSI's tutorial."""
+PER_SOURCE, COPIES = 8, 128
+"""rsyncs that `ezpz yeet` runs at a time, from one node and in all."""
 DISK = 2.0e9
 """Bytes a second to a node's own disk: NVMe of the sites that published it."""
 
@@ -46,6 +48,15 @@ def sbcast(size: float, nodes: int) -> float:
         reached += _FANOUT**depth
     block = depth * (min(_FANOUT, nodes) * _BLOCK / _LINK + _HOP) + _BLOCK / DISK
     return math.ceil(size / _BLOCK) * block
+
+
+def fanned(work: Work, setting: Settings, nodes: int) -> float:
+    """One node unpacks the archive, the others copy from those that have it."""
+    have, waves = 1, 0
+    while have < nodes:
+        have += min(PER_SOURCE * have, COPIES)
+        waves += 1
+    return work.unpacked + waves * work.rsynced + work.imported
 
 
 def recipe(work: Work, setting: Settings, nodes: int) -> float:
@@ -82,6 +93,6 @@ def _asked(operations: int, setting: Settings, nodes: int) -> float:
 
 
 FORMS = {
-    "direct": direct, "cp -r": copied, "recipe": recipe,
+    "direct": direct, "cp -r": copied, "rsync": fanned, "recipe": recipe,
     "ours": shared, "ours, sbcast": broadcast, "ours, warm": warm,
 }  # fmt: skip

@@ -26,12 +26,15 @@ Steps = Generator[Any, Any, None]
 
 
 class Shared:
-    """The file system: a queue for metadata and a queue for data."""
+    """The file system: a queue for metadata and a queue for data; and who copies from whom."""
 
     def __init__(self, world: simpy.Environment, setting: Settings, nodes: int) -> None:
         self.world, self.setting, self.nodes = world, setting, nodes
         self.metadata = simpy.Resource(world)
         self.data = simpy.Resource(world)
+        self.nobody_has_it = True
+        self.sources = simpy.Container(world)
+        self.copies = simpy.Resource(world, closed.COPIES)
 
     def ask(self, serial: int, operations: int = 0) -> Steps:
         """One node's operations.
@@ -87,6 +90,21 @@ def copied(shared: Shared, work: Work) -> Steps:
     yield shared.world.timeout(work.imported)
 
 
+def fanned(shared: Shared, work: Work) -> Steps:
+    """One node unpacks the archive, the others copy from those that have it, as soon as they do."""
+    if shared.nobody_has_it:
+        shared.nobody_has_it = False
+        yield shared.world.timeout(work.unpacked)
+    else:
+        yield shared.sources.get(1)
+        with shared.copies.request() as turn:
+            yield turn
+            yield shared.world.timeout(work.rsynced)
+        yield shared.sources.put(1)
+    yield shared.sources.put(closed.PER_SOURCE)
+    yield shared.world.timeout(work.imported)
+
+
 def recipe(shared: Shared, work: Work) -> Steps:
     """A tar.gz by sbcast, unpacked and repaired."""
     yield from shared.ask(4)
@@ -115,7 +133,7 @@ def warm(shared: Shared, work: Work) -> Steps:
 
 
 STRATEGIES: dict[str, Callable[[Shared, Work], Steps]] = {
-    "direct": direct, "cp -r": copied, "recipe": recipe,
+    "direct": direct, "cp -r": copied, "rsync": fanned, "recipe": recipe,
     "ours": ours, "ours, sbcast": broadcast, "ours, warm": warm,
 }  # fmt: skip
 

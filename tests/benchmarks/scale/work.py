@@ -24,6 +24,8 @@ class Work:
         staged: seconds of our staging beside the transfer: checks, mount, claim.
         through_mount: seconds more that the first import takes through the mount.
         asked: our operations on a node that stages.
+        unpacked: seconds until one node has read and unpacked the archive; 0 where nobody looked.
+        rsynced: seconds in which one node copies what that one has unpacked.
     """
 
     name: str
@@ -40,3 +42,5 @@ class Work:
     staged: float
     through_mount: float
     asked: int
+    unpacked: float = 0.0
+    rsynced: float = 0.0
