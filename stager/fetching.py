@@ -7,7 +7,6 @@ did one after the other would keep the job longer.
 from __future__ import annotations
 
 import functools
-import os
 import time
 from typing import Callable
 
@@ -40,9 +39,6 @@ class Fetcher:
         for layer in published.manifest.layers:
             known = layer.image.format != "squashfs" or layer.filename in self._started
             if not known and not _is_verified(self.node, layer):
-                # Before modules are imported for it. Not the image itself: opening what is known
-                # already is one question more.
-                fsutil.aside(os.stat, os.path.dirname(published.repository.image(layer)))
                 work = functools.partial(_fetch, published, layer, self.node, self.config)
                 self._started[layer.filename] = _Fetch(work, self.until)
 
