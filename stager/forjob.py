@@ -26,18 +26,17 @@ import time
 from collections.abc import Mapping
 from typing import Any, Callable, NamedTuple
 
-from stager import activate, allocation, jobnotes, jobstate, privilege, schedulers, together
+from stager import activate, allocation, fsutil, jobnotes, jobstate, privilege, schedulers, together
 from stager import config as configuration
 from stager.config import Config
 from stager.envpatch import EnvPatch
 from stager.errors import JOB, SITE, NotFoundError, StagerError, UsageError
-from stager.fetching import Fetcher
 from stager.jobstate import MAX_MESSAGE, Job
 from stager.manifest import Manifest
 from stager.ref import KEYS, Directive, Ref
 from stager.repository import Published
 from stager.stage import Staged
-from stager.store import Store
+from stager.store import RECEIVED, Stamp, Store, boot_id
 
 _OF_THE_USER = ("HOME", "USER", "LOGNAME", "SHELL", "LANG")
 VISIBLE, PROLOG, NEVER = "visible", "prolog", "never"
@@ -53,8 +52,8 @@ _INHERITED = (
 """Traces of an activation that a job may have inherited from where it was submitted."""
 
 
-_LATER = ("hashlib", "subprocess")
-"""Modules that will be needed: 10 ms of imports."""
+_LATER, _MAKING = ("hashlib",), ("shutil", "subprocess", "stager.transfer")
+"""Modules that are needed later, and those that only making a tree needs: 15 ms of imports."""
 
 
 class Order(NamedTuple):
@@ -129,9 +128,8 @@ def _work(order: Order, talk: socket.socket) -> dict[str, Any]:
         broken = error
     if broken is not None:
         config.values["hook.pack"] = False
-    fetcher = Fetcher(node, config, until)
     try:
-        found = [_published(wish, config, job, until, fetcher) for wish in directive.refs]
+        found = [_published(wish, config, job, until, node) for wish in directive.refs]
     except StagerError as error:
         raise broken or error from error
     together.require([published.manifest for published in found])
@@ -153,9 +151,8 @@ def _work(order: Order, talk: socket.socket) -> dict[str, Any]:
         raise broken
     results = []
     for published in found:
-        fetcher.wait(published)
         if config["stage.how"] != "extract":
-            config.values["stage.how"] = _how(published, node, config, talk, order.mounts)
+            config.values["stage.how"] = _how(published, node, config, talk, order.mounts, until)
         # Not on a mount that ends with another job's step.
         results.append(allocation.stage_here(published, config, holder=order.holder))
     staged = beforehand or activation(directive, list(map(activate.Part.staged, results)), config)
@@ -198,12 +195,12 @@ def _send_original(talk: socket.socket, directive: Directive, job: Job) -> None:
     _send(talk, {"original": _value(patch, path, "bin/python", ())})
 
 
-def _published(wish: Ref, config: Config, job: Job, until: float, fetcher: Fetcher) -> Published:
+def _published(wish: Ref, config: Config, job: Job, until: float, node: Store | None) -> Published:
     """Find an environment, and see to it that it is up to date, by the policy ``stage.on_stale``.
 
     Packing is for the first node of the job; the others wait for what it publishes.
     """
-    from stager import lookup
+    from stager import freshness, lookup
 
     policy = config["stage.on_stale"]
     pause = 0.25
@@ -220,9 +217,9 @@ def _published(wish: Ref, config: Config, job: Job, until: float, fetcher: Fetch
             if not (wish.path and policy == "repack" and os.path.isdir(wish.path)):
                 raise
         if published is not None:
-            fetcher.start(published)
-            unasked = wish.digest or policy == "ignore"
-            changes = [] if unasked else _changed(published.manifest)
+            unasked = bool(wish.digest or policy == "ignore")
+            _ask_ahead(published, node, watched=not unasked)
+            changes = [] if unasked else freshness.changed(published.manifest)
             own = published.repository.root == config["repository"]
             if not changes or policy == "warn" or (policy == "repack" and not own):
                 return published
@@ -252,31 +249,57 @@ def _published(wish: Ref, config: Config, job: Job, until: float, fetcher: Fetch
         pause = min(2.0, pause * 1.5)
 
 
-def _changed(manifest: Manifest) -> list[str]:
-    from stager import freshness
+def _ask_ahead(published: Published, node: Store | None, *, watched: bool) -> None:
+    from stager import lookup
 
-    freshness.ask_ahead(manifest)
-    for name in _LATER:
+    layers = published.manifest.layers
+    cold = node is not None and any(node.stamp(layer.id) is None for layer in layers)
+    lookup.ask_ahead(published, watched=watched, copied=cold)
+    for name in (*_LATER, *(_MAKING if cold else ())):
         __import__(name)  # while the answers are on their way
-    return freshness.changed(manifest)
 
 
 def _how(
-    published: Published, node: Store, config: Config, talk: socket.socket, mounts: str
+    published: Published,
+    node: Store,
+    config: Config,
+    talk: socket.socket,
+    mounts: str,
+    until: float,
 ) -> str:
     """Decide between mounting and extracting, by whether the job would see a mount.
 
-    The job's mount namespace may be made when the Prolog returns. The slow part, copying, is done;
-    so the Prolog is asked whether it still waits, and if so to stay for a moment.
+    The job's mount namespace may be made when the Prolog returns. So the slow part, copying, is
+    done first; then the Prolog is asked whether it still waits, and if so to stay for a moment.
     """
     wanted: str = config["stage.how"]
-    ready = all(node.ready(layer.id) is not None for layer in published.manifest.layers)
-    if ready or mounts == VISIBLE:
+    cold = [layer for layer in published.manifest.layers if node.ready(layer.id) is None]
+    if not cold or mounts == VISIBLE:
         return wanted
     if mounts == NEVER:
         return "extract"
+    for layer in cold:
+        if layer.image.format == "squashfs" and layer.destination == node.tree(layer.id):
+            _fetch(published, node, layer.id, config, until)
     _send(talk, {"may": "mount"})
     return wanted if talk.recv(1) == b"y" else "extract"
+
+
+def _fetch(published: Published, node: Store, layer_id: str, config: Config, until: float) -> None:
+    """Copy one image into the store, where staging will find it."""
+    from stager import trees
+
+    layer = next(one for one in published.manifest.layers if one.id == layer_id)
+    with node.lock(layer_id, timeout=max(0.0, until - time.monotonic())):
+        if node.ready(layer_id):
+            return
+        workspace = node.workspace(layer_id)
+        try:
+            trees.fetch(published, layer, node, workspace)
+            stamp = Stamp(layer.filename, RECEIVED, boot_id(), layer.image.size)
+            node.set_ready(layer_id, stamp)  # or staging would read it once more, to be sure
+        finally:
+            fsutil.remove_tree(workspace)
 
 
 def _original(manifest: Manifest) -> dict[str, Any]:

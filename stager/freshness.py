@@ -8,14 +8,10 @@ import stat
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from stager import fsutil
 from stager.manifest import Manifest, Watch
 
 if TYPE_CHECKING:
     from stager.walk import Entry
-
-_AHEAD = 32
-"""Questions that are asked at once; each is a thread."""
 
 _METADATA = (".dist-info", ".egg-info", ".egg-link", ".pth", ".py", ".so")
 
@@ -28,12 +24,6 @@ def watch(path: str, *, tree: bool = False) -> Watch:
         tree: look at everything below it, as for editable sources.
     """
     return Watch(path, _mark(path, tree=tree), tree)
-
-
-def ask_ahead(manifest: Manifest) -> None:
-    """Ask shared storage at once for all that :func:`changed` asks in turn."""
-    for one in manifest.watches[:_AHEAD]:
-        fsutil.aside(os.stat, one.path)
 
 
 def changed(manifest: Manifest) -> list[str]:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from stager import freshness, ref
+from stager import freshness, fsutil, ref
 from stager.config import Config
 from stager.errors import NotFoundError, UsageError
 from stager.manifest import Manifest
@@ -16,6 +16,10 @@ from stager.store import Store
 
 if TYPE_CHECKING:
     from stager import pack
+
+
+_AHEAD = 32
+"""Questions that are asked at once; each is a thread."""
 
 
 def repositories(config: Config) -> list[Repository]:
@@ -106,6 +110,22 @@ def find(wish: Ref, config: Config) -> Published:
     raise NotFoundError(f"environment `{wish}` is not published", hint=hint)
 
 
+def ask_ahead(published: Published, *, watched: bool, copied: bool = False) -> None:
+    """Ask shared storage at once for all that is about to be asked in turn.
+
+    Args:
+        published: what was found.
+        watched: whether what it watches will be looked at.
+        copied: whether its images will be.
+    """
+    for one in published.manifest.watches[:_AHEAD] if watched else ():
+        fsutil.aside(os.stat, one.path)
+    if copied:
+        # Not the image itself: what is known already is a question more when it is opened.
+        image = published.repository.image(published.manifest.top)
+        fsutil.aside(os.stat, os.path.dirname(image))
+
+
 def fresh(
     wish: Ref, config: Config, *, progress: pack.Progress | None = None
 ) -> tuple[Published, list[str]]:
@@ -137,7 +157,7 @@ def fresh(
         return _pack(None, wish.path, config, progress), []
     changes = []
     if not wish.digest and policy != "ignore":
-        freshness.ask_ahead(published.manifest)
+        ask_ahead(published, watched=True)
         changes = freshness.changed(published.manifest)
     if changes and _is_covered(published, config):
         changes = []

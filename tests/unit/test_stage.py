@@ -22,7 +22,7 @@ import pytest
 
 import tiny
 from environments import BASE_PYTHON, run
-from stager import collect, fitness, stage, store, transfer, trees
+from stager import collect, fitness, forjob, stage, store, transfer, trees
 from stager.config import Config
 from stager.errors import (
     BusyError,
@@ -32,7 +32,6 @@ from stager.errors import (
     NotFoundError,
     StagerError,
 )
-from stager.fetching import Fetcher
 from stager.formats import squashfs, tarzst
 from stager.formats.tarzst import extracting
 from stager.manifest import Layer, Manifest
@@ -111,45 +110,11 @@ def untouched(node: Store) -> bool:
 # The way it usually goes
 
 
-def test_what_goes_wrong_with_an_image_matters_only_where_it_is_wanted(site: Site) -> None:
-    missing = site.layer.image._replace(crc32=0)
-    layers = (site.layer._replace(id="0" * 16, image=missing),)
-    replaced, wanted = site.with_manifest(layers=layers), site.published["squashfs"]
-    fetcher = Fetcher(site.node, site.config, time.monotonic() + 60)
-    fetcher.start(replaced)
-    fetcher.wait(wanted)
-    assert works(site.stage())
-    with pytest.raises(NotFoundError, match=r"image .* is missing"):
-        fetcher.wait(replaced)
-
-
-def test_an_image_of_an_earlier_boot_is_summed_up_before_it_is_waited_for(
-    site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    published = site.published["squashfs"]
-    Fetcher(site.node, site.config, time.monotonic() + 60).wait(published)
-    stamp = site.node.stamp(site.layer.id)
-    assert stamp is not None
-    site.node.set_ready(site.layer.id, stamp._replace(boot="another"))
-    copies: list[object] = []
-    monkeypatch.setattr(transfer, "copy", lambda *found, **_: copies.append(found))
-    Fetcher(site.node, site.config, time.monotonic() + 60).wait(published)
-    assert (site.node.stamp(site.layer.id), copies) == (stamp, [])
-
-
-def test_room_is_made_for_an_image_that_is_fetched(site: Site) -> None:
-    config = site.config
-    layers = (site.layer._replace(image=site.layer.image._replace(size=1 << 60)),)
-    huge = site.with_manifest(layers=layers)
-    with pytest.raises(NoSpaceError, match="not enough space in the store"):
-        Fetcher(site.node, config, time.monotonic() + 60).wait(huge)
-    assert untouched(site.node)
-
-
 def test_an_image_that_a_prolog_has_fetched_is_not_read_again(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Fetcher(site.node, site.config, time.monotonic() + 60).wait(site.published["squashfs"])
+    until = time.monotonic() + 60
+    forjob._fetch(site.published["squashfs"], site.node, site.layer.id, site.config, until)
     with monkeypatch.context() as patched:
         patched.setattr(transfer, "is_image", lambda *_: pytest.fail("read again"))
         assert works(site.stage())
