@@ -15,7 +15,8 @@ def main() -> int:
         from stager import hooks
 
         status = hooks.main(sys.argv[2:])
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as where it is closed
+            sys.stdout.flush()
         os._exit(status)  # taking all modules apart takes 6 ms
     words = sys.argv[1:]
     if (

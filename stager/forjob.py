@@ -26,17 +26,28 @@ import time
 from collections.abc import Mapping
 from typing import Any, Callable, NamedTuple
 
-from stager import activate, allocation, fsutil, jobnotes, jobstate, privilege, schedulers, together
+from stager import (
+    activate,
+    allocation,
+    fsutil,
+    jobnotes,
+    jobstate,
+    privilege,
+    schedulers,
+    store,
+    together,
+    trees,
+)
 from stager import config as configuration
 from stager.config import Config
 from stager.envpatch import EnvPatch
 from stager.errors import JOB, SITE, NotFoundError, StagerError, UsageError
 from stager.jobstate import MAX_MESSAGE, Job
-from stager.manifest import Manifest
+from stager.manifest import Layer, Manifest
 from stager.ref import KEYS, Directive, Ref
 from stager.repository import Published
 from stager.stage import Staged
-from stager.store import RECEIVED, Stamp, Store, boot_id
+from stager.store import MOUNTED, Stamp, Store
 
 _OF_THE_USER = ("HOME", "USER", "LOGNAME", "SHELL", "LANG")
 VISIBLE, PROLOG, NEVER = "visible", "prolog", "never"
@@ -50,7 +61,6 @@ _INHERITED = (
     "SINGULARITYENV_VIRTUAL_ENV", "SINGULARITYENV_CONDA_PREFIX",
 )  # fmt: skip
 """Traces of an activation that a job may have inherited from where it was submitted."""
-
 
 _LATER, _MAKING = ("hashlib",), ("shutil", "subprocess", "stager.transfer")
 """Modules that are needed later, and those that only making a tree needs: 15 ms of imports."""
@@ -280,26 +290,31 @@ def _how(
         return "extract"
     for layer in cold:
         if layer.image.format == "squashfs" and layer.destination == node.tree(layer.id):
-            _fetch(published, node, layer.id, config, until)
+            _fetch(published, layer, node, config, until)
     _send(talk, {"may": "mount"})
     return wanted if talk.recv(1) == b"y" else "extract"
 
 
-def _fetch(published: Published, node: Store, layer_id: str, config: Config, until: float) -> None:
-    """Copy one image into the store, where staging will find it."""
-    from stager import trees
-
-    layer = next(one for one in published.manifest.layers if one.id == layer_id)
-    with node.lock(layer_id, timeout=max(0.0, until - time.monotonic())):
-        if node.ready(layer_id):
+def _fetch(published: Published, layer: Layer, node: Store, config: Config, until: float) -> None:
+    """See to it that an image is in the store, verified, where staging will find it."""
+    with (
+        store.blame_node("copy an image into the store"),
+        node.lock(layer.id, timeout=max(0.0, until - time.monotonic())),
+    ):
+        if node.ready(layer.id) is not None:
             return
-        workspace = node.workspace(layer_id)
+        here = trees.is_present(layer, node)
+        trees.make_room(layer, MOUNTED, node, config, present=layer.image.size if here else 0)
+        workspace = node.workspace(layer.id)
         try:
-            trees.fetch(published, layer, node, workspace)
-            stamp = Stamp(layer.filename, RECEIVED, boot_id(), layer.image.size)
-            node.set_ready(layer_id, stamp)  # or staging would read it once more, to be sure
+            if not here:
+                trees.fetch(published, layer, node, workspace)
         finally:
             fsutil.remove_tree(workspace)
+        stamp = node.stamp(layer.id)
+        if stamp is None or (stamp.image, stamp.boot) != (layer.filename, store.boot_id()):
+            # Or staging would read it once more, to be sure.
+            node.set_ready(layer.id, Stamp.received(layer.filename, layer.image.size))
 
 
 def _original(manifest: Manifest) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import os
 import stat
 import time
 from collections.abc import Iterator
-from typing import Callable
+from typing import BinaryIO, Callable
 
 from stager import warm
 from stager.errors import BusyError, DeniedError, NoSpaceError, StagerError
@@ -198,6 +198,7 @@ def locked(
             time.sleep(min(0.2, 0.01 + waited / 4))
         yield
     finally:
+        fcntl.flock(fd, fcntl.LOCK_UN)  # a child that was forked meanwhile has it open still
         os.close(fd)
 
 
@@ -209,13 +210,38 @@ def aside(work: Callable[..., object], *arguments: object) -> None:
     """
 
     def run() -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # a path may have a null in it
             work(*arguments)
 
     try:
         _thread.start_new_thread(run, ())  # the module threading is 1.5 ms to import
     except RuntimeError:  # no more threads
         run()
+
+
+def settle(limit: float = 30.0) -> None:
+    """Wait until nothing is done aside any more.
+
+    unshare(2) makes no namespace of users for a process with threads; each thread takes signals.
+
+    Args:
+        limit: seconds; shared storage may hang.
+    """
+    until = time.monotonic() + limit
+    while len(os.listdir("/proc/self/task")) > 1 and time.monotonic() < until:
+        time.sleep(0.001)
+
+
+def nameless() -> BinaryIO:
+    """An empty file without a name, in memory where that can be had.
+
+    Pythons that were built against a glibc before 2.27 have no ``memfd_create``, wherever they run.
+    """
+    if hasattr(os, "memfd_create"):
+        return open(os.memfd_create("stager"), "w+b")
+    import tempfile
+
+    return tempfile.TemporaryFile()
 
 
 def remove_tree(path: str) -> None:

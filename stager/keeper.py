@@ -290,6 +290,7 @@ def hold(layers: list[str], node: Store, holder: str) -> None:
     """
     me = owner_of(os.environ)
     assert me is not None
+    fsutil.settle()  # a thread more would take the signal, and end us
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.sigwait({signal.SIGTERM})

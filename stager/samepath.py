@@ -11,6 +11,7 @@ import errno
 import os
 from collections.abc import Mapping, Sequence
 
+from stager import fsutil
 from stager.activate import Part
 from stager.errors import IncompatibleError
 from stager.manifest import USER
@@ -36,6 +37,7 @@ def enter(parts: Sequence[Part]) -> None:
     places = _places(parts)
     if not places:
         return  # we are where somebody did this before
+    fsutil.settle()
     # In a child first: half of it could not be taken back.
     child = os.fork()
     if child == 0:

@@ -18,6 +18,7 @@ import signal
 import subprocess
 from collections.abc import Iterable, Mapping
 
+from stager import fsutil
 from stager.envpatch import SEARCH_PATHS, EnvPatch
 from stager.errors import JOB, StagerError
 
@@ -112,7 +113,7 @@ def _source(environ: Mapping[str, str], scripts: Iterable[str]) -> dict[str, str
     # to any descriptor, start programs that go on: what counts is what is in the file at the end.
     shell = shutil.which("bash", path=_SYSTEM) or "/bin/sh"
     given = {name: value for name, value in environ.items() if name not in _SHELLS_OWN}
-    with open(os.memfd_create("variables"), "rb") as file:
+    with fsutil.nameless() as file:
         code = "".join(f". {shlex.quote(script)}\n" for script in scripts)
         code += (
             f"{{ command -p env -0; printf '{_COMPLETE}\\0'; }} >/proc/self/fd/{file.fileno()}\n"

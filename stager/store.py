@@ -57,6 +57,11 @@ class Stamp(NamedTuple):
     format: int = FORMAT
     owner: str | None = None
 
+    @classmethod
+    def received(cls, image: str, size: int) -> Stamp:
+        """The stamp of an image that is in the store, verified in this boot."""
+        return cls(image, RECEIVED, boot_id(), size)
+
 
 class Held(NamedTuple):
     """One tree in a store, for status and collection."""

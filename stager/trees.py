@@ -42,18 +42,12 @@ def make(
     published: Published, layer: Layer, node: Store, config: Config, progress: Progress | None
 ) -> str:
     """Make one tree, holding its lock; returns how."""
-    from stager import transfer  # a warm start does without
 
     moved = layer.destination != node.tree(layer.id)
     how = choose(layer, config["stage.how"], moved, progress)
-    trusted = node.stamp(layer.id)
-    # What an interrupted run left is not looked at; an image of another boot is verified again.
-    verified = (
-        trusted is not None and trusted.boot == store.boot_id() and trusted.image == layer.filename
-    )
+    here = is_present(layer, node)
     node.clear(layer.id)
     tree, image = node.tree(layer.id), node.image(layer.id)
-    here = os.path.exists(image) and (verified or transfer.is_image(image, layer.image))
     make_room(layer, how, node, config, present=layer.image.size if here else 0)
     workspace = node.workspace(layer.id)
     try:
@@ -92,6 +86,19 @@ def make(
     return how
 
 
+def is_present(layer: Layer, node: Store) -> bool:
+    """Tell whether a layer's image is in the store and whole.
+
+    What an interrupted run left is not looked at; an image of another boot is verified again.
+    """
+    from stager import transfer
+
+    image, stamp = node.image(layer.id), node.stamp(layer.id)
+    if stamp is not None and (stamp.image, stamp.boot) == (layer.filename, store.boot_id()):
+        return os.path.exists(image)
+    return transfer.is_image(image, layer.image)
+
+
 def fetch(
     published: Published,
     layer: Layer,
@@ -99,7 +106,7 @@ def fetch(
     workspace: str,
     progress: Progress | None = None,
 ) -> None:
-    """Copy a layer's image into the store, unless it is there and whole. Needs the layer's lock.
+    """Copy a layer's image into the store. Needs the layer's lock.
 
     Args:
         published: the environment.
@@ -110,13 +117,10 @@ def fetch(
     """
     from stager import transfer
 
-    image = node.image(layer.id)
-    if transfer.is_image(image, layer.image):
-        return
     advance = progress.copying(layer.origin, layer.image.size) if progress else None
     copied = os.path.join(workspace, "image")
     transfer.copy(published.repository.image(layer), layer.image, copied, advance=advance)
-    os.rename(copied, image)
+    os.rename(copied, node.image(layer.id))
 
 
 def _mounted(image: str, tree: str, wanted: str, progress: Progress | None) -> bool:

@@ -42,7 +42,6 @@ _ESCAPE = re.compile(r"\\([0-7]{1,3}|x[0-9a-f]{2}|.)")
 
 _IMPORTS = """
 import json, sys, importlib
-from typing import NamedTuple
 seen, failed = set(), {}
 def hook(event, arguments):
     if event == "open" and arguments and isinstance(arguments[0], str):

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable
 from typing import IO, TYPE_CHECKING
 
-from stager import warm
+from stager import fsutil, warm
 from stager.errors import (
     IncompatibleError,
     IntegrityError,
@@ -221,7 +221,7 @@ def mount(image: str, directory: str) -> None:
         (found, options) for name, options in _HELPERS.items() if (found := _which(name))
     )
     # In memory: squashfuse's daemon keeps a pipe open, and a reader would wait for its end.
-    with open(os.memfd_create("said"), "r+b") as said:
+    with fsutil.nameless() as said:
         mounting = subprocess.Popen(
             [helper, "-o", options, image, directory],
             stdin=subprocess.DEVNULL,

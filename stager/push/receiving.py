@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Callable
 
-from stager import fitness, fsutil, lease, manifest, store, transfer, trees
+from stager import fitness, fsutil, lease, manifest, store, trees
 from stager import stage as staging
 from stager.config import Config
 from stager.errors import NODE, BusyError, IntegrityError, NoSpaceError, StagerError
@@ -28,7 +28,7 @@ from stager.push import protocol
 from stager.push.protocol import Outcome, Reader, Request
 from stager.repository import Published, Repository
 from stager.stage import HIT
-from stager.store import EXTRACTED, MOUNTED, RECEIVED, Stamp, Store
+from stager.store import EXTRACTED, MOUNTED, Stamp, Store
 
 _PIECE = 1 << 20
 HAD = "had"
@@ -121,7 +121,7 @@ class Receiver:
             if stamp is not None and stamp.boot == store.boot_id() and stamp.how == MOUNTED:
                 stamp = stamp._replace(image=layer.filename)
             else:
-                stamp = _stamp(layer, RECEIVED)
+                stamp = Stamp.received(layer.filename, layer.image.size)
             node.place(layer.id, path, stamp)
             self._answer({"layer": layer.id, "has": True})
             return True
@@ -129,12 +129,9 @@ class Receiver:
     def _has(self, layer: Layer, node: Store) -> bool:
         if node.ready(layer.id) is not None:
             return True
-        image, stamp = node.image(layer.id), node.stamp(layer.id)
-        if stamp is not None and (stamp.image, stamp.boot) == (layer.filename, store.boot_id()):
-            return os.path.exists(image)
-        if not transfer.is_image(image, layer.image):
+        if not trees.is_present(layer, node):
             return False
-        node.set_ready(layer.id, _stamp(layer, RECEIVED))
+        node.set_ready(layer.id, Stamp.received(layer.filename, layer.image.size))
         return True
 
     def _fill(self, fd: int, layer: Layer, node: Store) -> None:
@@ -338,10 +335,6 @@ class _Arrival:
 
     def read(self, offset: int, count: int) -> bytes:
         return self._arrivals.read(self._layer_id, offset, count)
-
-
-def _stamp(layer: Layer, how: str) -> Stamp:
-    return Stamp(layer.filename, how, store.boot_id(), layer.image.size)
 
 
 @contextlib.contextmanager

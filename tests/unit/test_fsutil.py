@@ -6,6 +6,7 @@ import _thread
 import errno
 import os
 import stat
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from environments import run
 from stager import fsutil
 from stager.errors import BusyError, DeniedError, NoSpaceError, StagerError
 from tiny import in_child
@@ -346,16 +348,64 @@ def test_what_is_done_aside_may_fail_and_there_may_be_no_more_threads(
     def none_left(*_: object) -> None:
         raise RuntimeError("can't start new thread")
 
-    done = threading.Event()
+    asked: list[object] = []
+    wrong: list[object] = []
 
     def work(name: str) -> None:
-        done.set()
+        asked.append(name)
         os.stat(tmp_path / name)
 
     if not threads:
         monkeypatch.setattr(_thread, "start_new_thread", none_left)
+    monkeypatch.setattr(sys, "unraisablehook", wrong.append)
     fsutil.aside(work, "not there")
-    assert done.wait(60 if threads else 0)
+    fsutil.aside(work, "a null \0")
+    fsutil.settle()
+    assert (sorted(map(str, asked)), wrong) == (["a null \0", "not there"], [])
+
+
+def test_settled_is_who_has_no_more_threads() -> None:
+    """In a process of its own: this one may have others' threads."""
+    code = """
+import os, time
+from stager import fsutil
+fsutil.aside(time.sleep, 0.3)
+before = len(os.listdir("/proc/self/task"))
+fsutil.settle(limit=0)
+still = len(os.listdir("/proc/self/task"))
+fsutil.settle()
+print(before, still, len(os.listdir("/proc/self/task")))
+"""
+    assert run([sys.executable, "-c", code]).stdout.split() == ["2", "2", "1"]
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_a_file_without_a_name_can_be_had_from_any_python(
+    memory: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not memory:
+        monkeypatch.delattr(os, "memfd_create")
+    with fsutil.nameless() as file:
+        file.write(b"said")
+        file.seek(0)
+        assert (file.read(), os.fstat(file.fileno()).st_nlink) == (b"said", 0)
+
+
+def test_a_lock_that_a_child_has_inherited_is_free(tmp_path: Path) -> None:
+    gate, wait = os.pipe()
+    with fsutil.locked(str(tmp_path / "lock"), timeout=1):
+        child = os.fork()
+        if child == 0:
+            os.close(wait)
+            os.read(gate, 1)
+            os._exit(0)
+    try:
+        with fsutil.locked(str(tmp_path / "lock"), timeout=0):
+            pass
+    finally:
+        os.close(wait)
+        os.close(gate)
+        os.waitpid(child, 0)
 
 
 def test_a_tree_is_removed_and_what_its_links_lead_to_is_not(tmp_path: Path) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import multiprocessing
 import os
 import platform
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import threading
@@ -110,11 +112,44 @@ def untouched(node: Store) -> bool:
 # The way it usually goes
 
 
+def test_an_image_is_whole_before_a_prolog_is_asked_to_wait_for_a_mount(site: Site) -> None:
+    worker, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    arguments = (site.published["squashfs"], site.node, site.config, ours, forjob.PROLOG)
+    with worker, ours, ThreadPoolExecutor(1) as pool:
+        found = pool.submit(forjob._how, *arguments, time.monotonic() + 60)
+        assert json.loads(worker.recv(1000)) == {"may": "mount"}
+        assert trees.is_present(site.layer, site.node)
+        worker.send(b"n")
+        assert found.result() == "extract"
+
+
+def test_what_is_there_already_needs_no_room(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image of an earlier boot is summed up once more; nothing is evicted for it."""
+    until = time.monotonic() + 60
+    arguments = (site.published["squashfs"], site.layer, site.node, site.config, until)
+    forjob._fetch(*arguments)
+    stamp = site.node.stamp(site.layer.id)
+    assert stamp is not None
+    site.node.set_ready(site.layer.id, stamp._replace(boot="another"))
+    monkeypatch.setattr(trees, "_fits", lambda node, size, files: size == 0)
+    monkeypatch.setattr(trees, "fetch", lambda *_: pytest.fail("copied again"))
+    forjob._fetch(*arguments)
+    assert site.node.stamp(site.layer.id) == stamp
+
+
+def test_room_is_made_for_an_image_that_a_prolog_fetches(site: Site) -> None:
+    huge = site.layer._replace(image=site.layer.image._replace(size=1 << 60))
+    published = site.with_manifest(layers=(huge,))
+    with pytest.raises(NoSpaceError, match="not enough space in the store"):
+        forjob._fetch(published, huge, site.node, site.config, time.monotonic() + 60)
+    assert untouched(site.node)
+
+
 def test_an_image_that_a_prolog_has_fetched_is_not_read_again(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     until = time.monotonic() + 60
-    forjob._fetch(site.published["squashfs"], site.node, site.layer.id, site.config, until)
+    forjob._fetch(site.published["squashfs"], site.layer, site.node, site.config, until)
     with monkeypatch.context() as patched:
         patched.setattr(transfer, "is_image", lambda *_: pytest.fail("read again"))
         assert works(site.stage())
