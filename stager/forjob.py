@@ -47,7 +47,7 @@ from stager.manifest import Layer, Manifest
 from stager.ref import KEYS, Directive, Ref
 from stager.repository import Published
 from stager.stage import Staged
-from stager.store import MOUNTED, Stamp, Store
+from stager.store import MOUNTED, Store
 
 _OF_THE_USER = ("HOME", "USER", "LOGNAME", "SHELL", "LANG")
 VISIBLE, PROLOG, NEVER = "visible", "prolog", "never"
@@ -311,10 +311,8 @@ def _fetch(published: Published, layer: Layer, node: Store, config: Config, unti
                 trees.fetch(published, layer, node, workspace)
         finally:
             fsutil.remove_tree(workspace)
-        stamp = node.stamp(layer.id)
-        if stamp is None or (stamp.image, stamp.boot) != (layer.filename, store.boot_id()):
-            # Or staging would read it once more, to be sure.
-            node.set_ready(layer.id, Stamp.received(layer.filename, layer.image.size))
+        # Or staging would read it once more, to be sure.
+        node.set_received(layer.id, layer.filename, layer.image.size)
 
 
 def _original(manifest: Manifest) -> dict[str, Any]:

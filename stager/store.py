@@ -2,7 +2,7 @@
 
 ::
 
-    images/<layer id>        the copy of an image that is mounted, or was pushed; verified
+    images/<layer id>        the copy of an image that is or will be mounted, or was pushed
     envs/<layer id>/         a mounted or extracted tree; its path is what was rewritten into it
     ready/<layer id>         the stamp of a complete tree, written last; JSON
     leases/<layer id>/<who>  claims that protect a tree from collection
@@ -56,11 +56,6 @@ class Stamp(NamedTuple):
     size: int
     format: int = FORMAT
     owner: str | None = None
-
-    @classmethod
-    def received(cls, image: str, size: int) -> Stamp:
-        """The stamp of an image that is in the store, verified in this boot."""
-        return cls(image, RECEIVED, boot_id(), size)
 
 
 class Held(NamedTuple):
@@ -175,18 +170,31 @@ class Store:
             os.mkdir(directory, 0o700)
         return os.path.join(directory, f"{name}-{boot_id()[:8]}")
 
-    def place(self, layer_id: str, path: str, stamp: Stamp) -> None:
+    def place(self, layer_id: str, path: str, image: str, size: int) -> None:
         """Take in a verified image, for a tree to be made of it later. Needs the lock.
 
         Args:
             layer_id: the tree.
             path: the image, in this store.
-            stamp: names the image; from here on it is not verified again in this boot.
+            image: its file name in a repository.
+            size: its bytes.
         """
+        before = self.stamp(layer_id)
         self.withdraw(layer_id)
         os.rename(path, self.image(layer_id))
-        self.set_ready(layer_id, stamp)
+        self._set_received(layer_id, image, size, before)
         fsutil.remove_tree(os.path.dirname(path))
+
+    def set_received(self, layer_id: str, image: str, size: int) -> None:
+        """Write that the image is whole: it is not verified again in this boot. Needs the lock."""
+        self._set_received(layer_id, image, size, self.stamp(layer_id))
+
+    def _set_received(self, layer_id: str, image: str, size: int, before: Stamp | None) -> None:
+        stamp = Stamp(image, RECEIVED, boot_id(), size)
+        # One that is mounted elsewhere, in a job's own mount namespace, goes on being used.
+        if before is not None and (before.boot, before.how) == (stamp.boot, MOUNTED):
+            stamp = before._replace(image=image)
+        self.set_ready(layer_id, stamp)
 
     def set_ready(self, layer_id: str, stamp: Stamp) -> None:
         """Write the stamp: from here on the tree is taken for complete. Needs the lock."""

@@ -28,7 +28,7 @@ from stager.push import protocol
 from stager.push.protocol import Outcome, Reader, Request
 from stager.repository import Published, Repository
 from stager.stage import HIT
-from stager.store import EXTRACTED, MOUNTED, Stamp, Store
+from stager.store import EXTRACTED, MOUNTED, Store
 
 _PIECE = 1 << 20
 HAD = "had"
@@ -116,13 +116,7 @@ class Receiver:
                 raise
             finally:
                 os.close(fd)
-            stamp = node.stamp(layer.id)
-            # One that is mounted elsewhere, in a job's own mount namespace, goes on being used.
-            if stamp is not None and stamp.boot == store.boot_id() and stamp.how == MOUNTED:
-                stamp = stamp._replace(image=layer.filename)
-            else:
-                stamp = Stamp.received(layer.filename, layer.image.size)
-            node.place(layer.id, path, stamp)
+            node.place(layer.id, path, layer.filename, layer.image.size)
             self._answer({"layer": layer.id, "has": True})
             return True
 
@@ -131,7 +125,7 @@ class Receiver:
             return True
         if not trees.is_present(layer, node):
             return False
-        node.set_ready(layer.id, Stamp.received(layer.filename, layer.image.size))
+        node.set_received(layer.id, layer.filename, layer.image.size)
         return True
 
     def _fill(self, fd: int, layer: Layer, node: Store) -> None:

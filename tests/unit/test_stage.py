@@ -602,8 +602,11 @@ def sent_ahead(site: Site, format: str, *, boot: str = "") -> Published:
     with node.lock(layer.id, timeout=1):
         arrived = node.partial(layer.id, layer.filename)
         shutil.copy(published.repository.image(layer), arrived)
-        boot = boot or store.boot_id()
-        node.place(layer.id, arrived, store.Stamp(layer.filename, store.RECEIVED, boot, 1))
+        node.place(layer.id, arrived, layer.filename, layer.image.size)
+        if boot:
+            stamp = node.stamp(layer.id)
+            assert stamp is not None
+            node.set_ready(layer.id, stamp._replace(boot=boot))
     return Published(published.manifest, published.data, Repository("/nonexistent"))
 
 

@@ -18,7 +18,7 @@ from stager import collect, lease, schedulers
 from stager import store as storing
 from stager.collect import Collected
 from stager.errors import BusyError, DeniedError, StagerError, UsageError
-from stager.store import EXTRACTED, MOUNTED, Stamp, Store, boot_id
+from stager.store import EXTRACTED, MOUNTED, RECEIVED, Stamp, Store, boot_id
 
 pytestmark = pytest.mark.unit
 
@@ -103,6 +103,25 @@ def test_a_mounted_tree_without_its_mount_is_not_ready(node: Store) -> None:
     made(node, A)
     node.set_ready(A, Stamp("image", MOUNTED, boot_id(), 100))
     assert not is_ready(node, A)
+
+
+def test_an_image_that_arrives_leaves_a_mount_of_this_boot_what_it_is(node: Store) -> None:
+    """It may be mounted in a job's own mount namespace, where we cannot see it."""
+    mounted = Stamp("old", MOUNTED, boot_id(), 100, owner="7/0")
+    for before, after in (
+        (mounted, mounted._replace(image="new")),
+        (mounted._replace(boot="another"), Stamp("new", RECEIVED, boot_id(), 5)),
+        (mounted._replace(how=EXTRACTED), Stamp("new", RECEIVED, boot_id(), 5)),
+    ):
+        node.set_ready(A, before)
+        arrived = node.partial(A, "new")
+        Path(arrived).write_bytes(b"image")
+        node.place(A, arrived, "new", 5)
+        assert node.stamp(A) == after
+        assert Path(node.image(A)).read_bytes() == b"image"
+        node.set_ready(A, before)
+        node.set_received(A, "new", 5)
+        assert node.stamp(A) == after
 
 
 @pytest.mark.parametrize(
