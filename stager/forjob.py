@@ -210,7 +210,7 @@ def _published(wish: Ref, config: Config, job: Job, until: float, node: Store | 
 
     Packing is for the first node of the job; the others wait for what it publishes.
     """
-    from stager import freshness, lookup
+    from stager import lookup
 
     policy = config["stage.on_stale"]
     pause = 0.25
@@ -227,9 +227,8 @@ def _published(wish: Ref, config: Config, job: Job, until: float, node: Store | 
             if not (wish.path and policy == "repack" and os.path.isdir(wish.path)):
                 raise
         if published is not None:
-            unasked = bool(wish.digest or policy == "ignore")
-            _ask_ahead(published, node, watched=not unasked)
-            changes = [] if unasked else freshness.changed(published.manifest)
+            unasked = wish.digest or policy == "ignore"
+            changes = [] if unasked else _changed(published, node)
             own = published.repository.root == config["repository"]
             if not changes or policy == "warn" or (policy == "repack" and not own):
                 return published
@@ -259,14 +258,16 @@ def _published(wish: Ref, config: Config, job: Job, until: float, node: Store | 
         pause = min(2.0, pause * 1.5)
 
 
-def _ask_ahead(published: Published, node: Store | None, *, watched: bool) -> None:
-    from stager import lookup
+def _changed(published: Published, node: Store | None) -> list[str]:
+    from stager import freshness, lookup
 
     layers = published.manifest.layers
     cold = node is not None and any(node.stamp(layer.id) is None for layer in layers)
-    lookup.ask_ahead(published, watched=watched, copied=cold)
+    wait = lookup.ask_ahead(published, copied=cold)
     for name in (*_LATER, *(_MAKING if cold else ())):
         __import__(name)  # while the answers are on their way
+    wait()
+    return freshness.changed(published.manifest)
 
 
 def _how(

@@ -9,7 +9,7 @@ import fcntl
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO, Callable
 
 from stager import warm
@@ -205,8 +205,7 @@ def locked(
 def aside(work: Callable[..., object], *arguments: object) -> None:
     """Call a function of the system that nobody waits for, in a thread of its own; it may fail.
 
-    On shared storage each name of a path and each close is a question, 10 ms long on a busy Lustre.
-    Those that are asked ahead are known when they are needed, and nobody needs the end of a close.
+    On shared storage a close is a question, 10 ms long on a busy Lustre; nobody needs its answer.
     """
 
     def run() -> None:
@@ -217,6 +216,41 @@ def aside(work: Callable[..., object], *arguments: object) -> None:
         _thread.start_new_thread(run, ())  # the module threading is 1.5 ms to import
     except RuntimeError:  # no more threads
         run()
+
+
+def ask(groups: Iterable[Sequence[str]]) -> Callable[[], None]:
+    """Have shared storage asked for paths: those of a group in turn, the groups at the same time.
+
+    Groups may share no name that is not known yet: two that ask for it at once may both be a
+    question (seen with FUSE). So nothing else may look at these paths before all are answered.
+
+    Returns:
+        A function that waits for all the answers.
+    """
+    answered = []
+
+    def run(paths: Sequence[str], done: _thread.LockType) -> None:
+        try:
+            for path in paths:
+                with contextlib.suppress(OSError, ValueError):
+                    os.stat(path)
+        finally:
+            done.release()
+
+    for paths in groups:
+        done = _thread.allocate_lock()
+        done.acquire()
+        answered.append(done)
+        try:
+            _thread.start_new_thread(run, (paths, done))
+        except RuntimeError:  # no more threads
+            run(paths, done)
+
+    def wait() -> None:
+        for done in answered:
+            done.acquire()
+
+    return wait
 
 
 def settle(limit: float = 30.0) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Callable
 
 from stager import freshness, fsutil, ref
 from stager.config import Config
@@ -16,10 +17,6 @@ from stager.store import Store
 
 if TYPE_CHECKING:
     from stager import pack
-
-
-_AHEAD = 32
-"""Questions that are asked at once; each is a thread."""
 
 
 def repositories(config: Config) -> list[Repository]:
@@ -110,20 +107,27 @@ def find(wish: Ref, config: Config) -> Published:
     raise NotFoundError(f"environment `{wish}` is not published", hint=hint)
 
 
-def ask_ahead(published: Published, *, watched: bool, copied: bool = False) -> None:
-    """Ask shared storage at once for all that is about to be asked in turn.
+def ask_ahead(published: Published, *, copied: bool = False) -> Callable[[], None]:
+    """Ask shared storage at once for what it is watched by, which is asked in turn otherwise.
 
     Args:
         published: what was found.
-        watched: whether what it watches will be looked at.
-        copied: whether its images will be.
+        copied: whether its images will be asked for next.
+
+    Returns:
+        A function that waits for the answers; until then nothing else may ask.
     """
-    for one in published.manifest.watches[:_AHEAD] if watched else ():
-        fsutil.aside(os.stat, one.path)
-    if copied:
-        # Not the image itself: what is known already is a question more when it is opened.
-        image = published.repository.image(published.manifest.top)
-        fsutil.aside(os.stat, os.path.dirname(image))
+    origin = f"{published.manifest.origin}/"
+    groups: dict[str, list[str]] = {}
+    for one in published.manifest.watches:
+        inside = one.path[len(origin) :] if one.path.startswith(origin) else ""
+        groups.setdefault(inside.partition("/")[0], []).append(one.path)
+    if any(groups):  # all of those inside begin with it
+        with contextlib.suppress(OSError, ValueError):
+            os.stat(origin)
+    # Not the image itself: what is known already is one question more when it is opened.
+    images = os.path.dirname(published.repository.image(published.manifest.top))
+    return fsutil.ask([*groups.values(), *([[images]] if copied else [])])
 
 
 def fresh(
@@ -157,7 +161,7 @@ def fresh(
         return _pack(None, wish.path, config, progress), []
     changes = []
     if not wish.digest and policy != "ignore":
-        ask_ahead(published, watched=True)
+        ask_ahead(published)()
         changes = freshness.changed(published.manifest)
     if changes and _is_covered(published, config):
         changes = []

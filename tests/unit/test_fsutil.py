@@ -364,6 +364,31 @@ def test_what_is_done_aside_may_fail_and_there_may_be_no_more_threads(
     assert (sorted(map(str, asked)), wrong) == (["a null \0", "not there"], [])
 
 
+@pytest.mark.parametrize("threads", [True, False])
+def test_who_asks_at_once_waits_for_all_answers(
+    threads: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    if not threads:
+        monkeypatch.setattr(_thread, "start_new_thread", none_left)
+    asked: list[str] = []
+    stat_now = os.stat
+
+    def slow(path: str) -> os.stat_result:
+        time.sleep(0.05)
+        asked.append(path)
+        return stat_now(path)
+
+    groups = [["a", "a/b"], ["a null \0"], ["c"]]
+    monkeypatch.setattr(os, "stat", slow)
+    wait = fsutil.ask(groups)
+    wait()
+    assert sorted(asked) == sorted(path for group in groups for path in group)
+    assert asked.index("a") < asked.index("a/b")
+
+
 def test_settled_is_who_has_no_more_threads() -> None:
     """In a process of its own: this one may have others' threads."""
     code = """
