@@ -392,12 +392,14 @@ def test_who_asks_at_once_waits_for_all_answers(
 def test_settled_is_who_has_no_more_threads() -> None:
     """In a process of its own: this one may have others' threads."""
     code = """
-import os, time
+import os
 from stager import fsutil
-fsutil.aside(time.sleep, 0.3)
+reader, writer = os.pipe()
+fsutil.aside(os.read, reader, 1)
 before = len(os.listdir("/proc/self/task"))
 fsutil.settle(limit=0)
 still = len(os.listdir("/proc/self/task"))
+os.close(writer)
 fsutil.settle()
 print(before, still, len(os.listdir("/proc/self/task")))
 """
