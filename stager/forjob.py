@@ -29,6 +29,7 @@ from typing import Any, Callable, NamedTuple
 from stager import (
     activate,
     allocation,
+    fitness,
     fsutil,
     jobnotes,
     jobstate,
@@ -266,8 +267,7 @@ def _changed(published: Published, node: Store | None) -> list[str]:
     wait = lookup.ask_ahead(published, copied=cold)
     for name in (*_LATER, *(_MAKING if cold else ())):
         __import__(name)  # while the answers are on their way
-    wait()
-    return freshness.changed(published.manifest)
+    return freshness.changed(published.manifest, wait())
 
 
 def _how(
@@ -298,6 +298,7 @@ def _how(
 
 def _fetch(published: Published, layer: Layer, node: Store, config: Config, until: float) -> None:
     """See to it that an image is in the store, verified, where staging will find it."""
+    fitness.require(published.manifest)
     with (
         store.blame_node("copy an image into the store"),
         node.lock(layer.id, timeout=max(0.0, until - time.monotonic())),

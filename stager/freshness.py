@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from stager.manifest import Manifest, Watch
@@ -26,27 +26,35 @@ def watch(path: str, *, tree: bool = False) -> Watch:
     return Watch(path, _mark(path, tree=tree), tree)
 
 
-def changed(manifest: Manifest) -> list[str]:
+Seen = Mapping[str, os.stat_result]
+"""What some paths look like; those that cannot be seen are missing."""
+
+
+def changed(manifest: Manifest, seen: Seen | None = None) -> list[str]:
     """The watched paths that are not as they were when the environment was packed.
 
     What cannot be seen from here (the original hidden or gone) counts as unchanged: there is
     nothing to pack again from.
+
+    Args:
+        manifest: what was packed.
+        seen: what all that it watches looks like, where somebody has just asked.
     """
-    return list(_changed(manifest.watches))
+    return list(_changed(manifest.watches, seen))
 
 
-def is_untouched(one: Watch) -> bool:
+def is_untouched(one: Watch, seen: Seen | None = None) -> bool:
     """Tell whether a single ``stat`` shows that a path is as it was, or that it cannot be seen."""
-    now = _stat_mark(one.path)
+    now = _stat_mark(one.path, seen)
     return not now or one.mark.startswith(f"{now}:")
 
 
-def _changed(watches: Iterable[Watch]) -> Iterator[str]:
+def _changed(watches: Iterable[Watch], seen: Seen | None) -> Iterator[str]:
     for one in watches:
         if one.tree:
             now = _mark(one.path, tree=True)
         else:
-            if is_untouched(one):
+            if is_untouched(one, seen):
                 continue
             now = _mark(one.path, tree=False)
             # Importing a module for the first time changes a directory's time, not its modules.
@@ -56,7 +64,9 @@ def _changed(watches: Iterable[Watch]) -> Iterator[str]:
             yield one.path
 
 
-def _stat_mark(path: str) -> str:
+def _stat_mark(path: str, seen: Seen | None) -> str:
+    if seen is not None:
+        return str(seen[path].st_mtime_ns) if path in seen else ""
     try:
         return str(os.stat(path).st_mtime_ns)
     except OSError:

@@ -218,22 +218,23 @@ def aside(work: Callable[..., object], *arguments: object) -> None:
         run()
 
 
-def ask(groups: Iterable[Sequence[str]]) -> Callable[[], None]:
+def ask(groups: Iterable[Sequence[str]]) -> Callable[[], dict[str, os.stat_result]]:
     """Have shared storage asked for paths: those of a group in turn, the groups at the same time.
 
     Groups may share no name that is not known yet: two that ask for it at once may both be a
     question (seen with FUSE). So nothing else may look at these paths before all are answered.
 
     Returns:
-        A function that waits for all the answers.
+        A function that waits for all the answers and returns them; what cannot be seen has none.
     """
-    answered = []
+    answered: list[_thread.LockType] = []
+    found: dict[str, os.stat_result] = {}
 
     def run(paths: Sequence[str], done: _thread.LockType) -> None:
         try:
             for path in paths:
                 with contextlib.suppress(OSError, ValueError):
-                    os.stat(path)
+                    found[path] = os.stat(path)
         finally:
             done.release()
 
@@ -246,9 +247,10 @@ def ask(groups: Iterable[Sequence[str]]) -> Callable[[], None]:
         except RuntimeError:  # no more threads
             run(paths, done)
 
-    def wait() -> None:
+    def wait() -> dict[str, os.stat_result]:
         for done in answered:
             done.acquire()
+        return found
 
     return wait
 

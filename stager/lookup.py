@@ -107,7 +107,7 @@ def find(wish: Ref, config: Config) -> Published:
     raise NotFoundError(f"environment `{wish}` is not published", hint=hint)
 
 
-def ask_ahead(published: Published, *, copied: bool = False) -> Callable[[], None]:
+def ask_ahead(published: Published, *, copied: bool = False) -> Callable[[], freshness.Seen]:
     """Ask shared storage at once for what it is watched by, which is asked in turn otherwise.
 
     Args:
@@ -115,7 +115,8 @@ def ask_ahead(published: Published, *, copied: bool = False) -> Callable[[], Non
         copied: whether its images will be asked for next.
 
     Returns:
-        A function that waits for the answers; until then nothing else may ask.
+        A function that waits for the answers, for :func:`stager.freshness.changed`; until then
+        nothing else may ask.
     """
     origin = f"{published.manifest.origin}/"
     groups: dict[str, list[str]] = {}
@@ -161,8 +162,7 @@ def fresh(
         return _pack(None, wish.path, config, progress), []
     changes = []
     if not wish.digest and policy != "ignore":
-        ask_ahead(published)()
-        changes = freshness.changed(published.manifest)
+        changes = freshness.changed(published.manifest, ask_ahead(published)())
     if changes and _is_covered(published, config):
         changes = []
     own = published.repository.root == config["repository"]

@@ -25,7 +25,7 @@ _LAST = {"record": 1, "conda": 2}
 _PYTHON_NAME = re.compile(r"python(\d(\.\d+t?)?)?\Z")
 
 
-class Item(NamedTuple):  # made tens of thousands of times: a dataclass takes thrice the time
+class Item(NamedTuple):
     """One thing to write.
 
     Attributes:

@@ -189,3 +189,21 @@ def test_only_what_changed_is_named(site: Path) -> None:
     watches = [freshness.watch(str(site / name)) for name in ("data", "a.pth", "single.py")]
     touch(site / "a.pth")
     assert changed(*watches) == [str(site / "a.pth")]
+
+
+def test_what_somebody_has_just_asked_is_not_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["same", "other", "gone"]
+    for name in names:
+        (tmp_path / name).write_text(name)
+    watches = [freshness.watch(str(tmp_path / name)) for name in names]
+    (tmp_path / "gone").unlink()
+    os.utime(tmp_path / "other", (1, 1))
+    seen = {one.path: os.stat(one.path) for one in watches[:2]}
+    other, asked, stat = str(tmp_path / "other"), [], os.stat
+    manifest = cast(Manifest, SimpleNamespace(watches=watches))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "stat", lambda path: asked.append(path) or stat(path))
+        found = freshness.changed(manifest, seen)
+    assert (found, asked) == ([other], [other])  # only what is another one now is looked into

@@ -341,13 +341,14 @@ def test_the_limit_of_a_wait_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
 # Removing
 
 
+def no_more_threads(*_: object) -> None:
+    raise RuntimeError("can't start new thread")
+
+
 @pytest.mark.parametrize("threads", [True, False])
 def test_what_is_done_aside_may_fail_and_there_may_be_no_more_threads(
     threads: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def none_left(*_: object) -> None:
-        raise RuntimeError("can't start new thread")
-
     asked: list[object] = []
     wrong: list[object] = []
 
@@ -356,7 +357,7 @@ def test_what_is_done_aside_may_fail_and_there_may_be_no_more_threads(
         os.stat(tmp_path / name)
 
     if not threads:
-        monkeypatch.setattr(_thread, "start_new_thread", none_left)
+        monkeypatch.setattr(_thread, "start_new_thread", no_more_threads)
     monkeypatch.setattr(sys, "unraisablehook", wrong.append)
     fsutil.aside(work, "not there")
     fsutil.aside(work, "a null \0")
@@ -368,25 +369,27 @@ def test_what_is_done_aside_may_fail_and_there_may_be_no_more_threads(
 def test_who_asks_at_once_waits_for_all_answers(
     threads: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def none_left(*_: object) -> None:
-        raise RuntimeError("can't start new thread")
-
     if not threads:
-        monkeypatch.setattr(_thread, "start_new_thread", none_left)
+        monkeypatch.setattr(_thread, "start_new_thread", no_more_threads)
+    (tmp_path / "a").mkdir()
+    names = ["a", "a/not there", "a null \0", "."]
+    first, missing, null, here = (f"{tmp_path}/{name}" for name in names)
+    answer, stat = threading.Event(), os.stat
     asked: list[str] = []
-    stat_now = os.stat
 
-    def slow(path: str) -> os.stat_result:
-        time.sleep(0.05)
+    def late(path: str) -> os.stat_result:
+        assert answer.wait(60)
         asked.append(path)
-        return stat_now(path)
+        return stat(path)
 
-    groups = [["a", "a/b"], ["a null \0"], ["c"]]
-    monkeypatch.setattr(os, "stat", slow)
-    wait = fsutil.ask(groups)
-    wait()
-    assert sorted(asked) == sorted(path for group in groups for path in group)
-    assert asked.index("a") < asked.index("a/b")
+    monkeypatch.setattr(os, "stat", late)
+    if not threads:
+        answer.set()
+    wait = fsutil.ask([[first, missing], [null], [here]])
+    assert bool(asked) is not threads
+    answer.set()
+    assert set(wait()) == {first, here}
+    assert (len(asked), asked.index(first) < asked.index(missing)) == (4, True)
 
 
 def test_settled_is_who_has_no_more_threads() -> None:
