@@ -202,15 +202,15 @@ def locked(
         os.close(fd)
 
 
-def aside(work: Callable[..., object], *arguments: object) -> None:
-    """Call a function of the system that nobody waits for, in a thread of its own; it may fail.
+def close_aside(fd: int) -> None:
+    """Close a file that was only read, in a thread of its own.
 
     On shared storage a close is a question, 10 ms long on a busy Lustre; nobody needs its answer.
     """
 
     def run() -> None:
-        with contextlib.suppress(OSError, ValueError):  # a path may have a null in it
-            work(*arguments)
+        with contextlib.suppress(OSError):
+            os.close(fd)
 
     try:
         _thread.start_new_thread(run, ())  # the module threading is 1.5 ms to import
@@ -256,7 +256,7 @@ def ask(groups: Iterable[Sequence[str]]) -> Callable[[], dict[str, os.stat_resul
 
 
 def settle(limit: float = 30.0) -> None:
-    """Wait until nothing is done aside any more.
+    """Wait until no thread is left that closes aside.
 
     unshare(2) makes no namespace of users for a process with threads; each thread takes signals.
 

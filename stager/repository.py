@@ -132,7 +132,7 @@ class Repository:
                 with open(fd, "rb", closefd=False) as file:
                     return file.read(_MAX_MANIFEST)
             finally:
-                fsutil.aside(os.close, fd)
+                fsutil.close_aside(fd)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:

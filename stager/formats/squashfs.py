@@ -220,7 +220,7 @@ def mount(image: str, directory: str) -> None:
     helper, options = next(
         (found, options) for name, options in _HELPERS.items() if (found := _which(name))
     )
-    # In memory: squashfuse's daemon keeps a pipe open, and a reader would wait for its end.
+    # Not in a pipe: squashfuse's daemon keeps it open, and a reader would wait for its end.
     with fsutil.nameless() as said:
         mounting = subprocess.Popen(
             [helper, "-o", options, image, directory],

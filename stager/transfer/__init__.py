@@ -66,7 +66,7 @@ def copy(
             os.unlink(target)
         raise
     finally:
-        fsutil.aside(os.close, reader)
+        fsutil.close_aside(reader)
 
 
 def _pump(

@@ -346,23 +346,24 @@ def no_more_threads(*_: object) -> None:
 
 
 @pytest.mark.parametrize("threads", [True, False])
-def test_what_is_done_aside_may_fail_and_there_may_be_no_more_threads(
-    threads: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_close_that_nobody_waits_for_may_fail(
+    threads: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[object] = []
     wrong: list[object] = []
+    closed: list[int] = []
 
-    def work(name: str) -> None:
-        asked.append(name)
-        os.stat(tmp_path / name)
+    def close(fd: int) -> None:
+        closed.append(fd)
+        raise OSError(errno.EIO, "of an earlier write")
 
     if not threads:
         monkeypatch.setattr(_thread, "start_new_thread", no_more_threads)
     monkeypatch.setattr(sys, "unraisablehook", wrong.append)
-    fsutil.aside(work, "not there")
-    fsutil.aside(work, "a null \0")
-    fsutil.settle()
-    assert (sorted(map(str, asked)), wrong) == (["a null \0", "not there"], [])
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "close", close)
+        fsutil.close_aside(7)
+        fsutil.settle()
+    assert (closed, wrong) == ([7], [])
 
 
 @pytest.mark.parametrize("threads", [True, False])
@@ -395,10 +396,10 @@ def test_who_asks_at_once_waits_for_all_answers(
 def test_settled_is_who_has_no_more_threads() -> None:
     """In a process of its own: this one may have others' threads."""
     code = """
-import os
+import _thread, os
 from stager import fsutil
 reader, writer = os.pipe()
-fsutil.aside(os.read, reader, 1)
+_thread.start_new_thread(os.read, (reader, 1))
 before = len(os.listdir("/proc/self/task"))
 fsutil.settle(limit=0)
 still = len(os.listdir("/proc/self/task"))
