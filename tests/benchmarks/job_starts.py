@@ -22,6 +22,7 @@ import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the tests' own packages
 
@@ -29,14 +30,33 @@ from benchmarks.measuring import clean_up_when_told_to_end
 from benchmarks.scale.rig import Rig, Start, pip_download, summary
 from benchmarks.scale.strategies import strategies
 from benchmarks.settings import ALL
+from conda import channel
 from slurm.site import BIN
 from stager import timings
 
+
+class Workload(NamedTuple):
+    """What an environment is made of, and what each rank imports of it.
+
+    Attributes:
+        packages: what pip installs.
+        modules: as in ``torch,scipy``.
+        conda: a conda environment, which has a Python of its own; else a venv of the nodes'.
+    """
+
+    packages: tuple[str, ...]
+    modules: str
+    conda: bool = False
+
+
+TORCH = ("torch==2.13.0", "numpy")
 WORKLOADS = {
-    "numpy": (["numpy"], "numpy"),
-    "torch": (["torch==2.13.0", "numpy"], "torch"),
-    "all": (
-        ["torch==2.13.0", "numpy", "scipy", "pandas", "scikit-learn", "matplotlib", "jax"],
+    "numpy": Workload(("numpy",), "numpy"),
+    "numpy-conda": Workload(("numpy",), "numpy", conda=True),
+    "torch": Workload(TORCH, "torch"),
+    "torch-conda": Workload(TORCH, "torch", conda=True),
+    "all": Workload(
+        (*TORCH, "scipy", "pandas", "scikit-learn", "matplotlib", "jax"),
         "torch,scipy,pandas,sklearn,matplotlib.pyplot,jax",
     ),
 }
@@ -89,8 +109,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for every start, one object a line")
     arguments = parser.parse_args()
     counts = [int(one) for one in arguments.nodes.split(",")]
-    names, modules = WORKLOADS[arguments.workload]
-    known = {one.name: one for one in strategies(modules, BIN)}
+    workload = WORKLOADS[arguments.workload]
+    known = {one.name: one for one in strategies(workload.modules, BIN, conda=workload.conda)}
     wanted = arguments.strategies.split("|") if arguments.strategies else [*known]
     skip = set(filter(None, arguments.skip.split("|")))
     once = set(filter(None, arguments.once.split("|")))
@@ -115,10 +135,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="stager-bench-", dir="/var/tmp") as scratch:
         wheels = Path(scratch) / "wheels"
         Path(scratch).chmod(0o755)
-        pip_download(names, wheels)
+        pip_download(workload.packages, wheels)
+        packages = channel.build(channel.WORK / "channel") if workload.conda else None
         rig = Rig(Path(scratch) / "cluster", max(counts), binds=scratch)
         with rig.up():
-            rig.make(wheels)
+            rig.make(wheels, packages)
             calibration = {**calibrated(scratch), "link": rig.link()}
             print(", ".join(f"{name} {value:.3g}" for name, value in calibration.items()))
             keep({"environment": rig.made(), "machine": machine, "calibration": calibration})

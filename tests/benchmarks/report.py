@@ -76,7 +76,7 @@ def work(found: list[Row]) -> Work:
         image=environment["image"],
         archive=environment["archive"],
         imported=imported,
-        untarred=median(one["recipe"], "untar"),
+        untarred=median(one["recipe"], "untar") + median(one["recipe"], "unpack"),
         staged=max(0.0, median(ours, "job") - job),
         through_mount=max(0.0, median(ours, "import") - imported),
         asked=ours[0]["operations"],

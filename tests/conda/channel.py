@@ -69,6 +69,8 @@ def build(out: Path, *, work: Path = WORK, environ: Mapping[str, str] | None = N
             _make_tools(work, environ)
             _download_wheels(work, environ)
             _run_tool(work, "building.py", "--out", out, "--work", work)
+            for package in out.rglob("*.conda"):  # rattler-build makes them its user's own
+                package.chmod(0o644)
             stamp.write_text(sources)
     return out
 

@@ -13,7 +13,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -123,15 +123,26 @@ class Rig:
         script = "mkdir -p /etc/stager/config.d; cat >/etc/stager/config.d/bench.yaml"
         self.cluster.exec(host, "root", ["sh", "-c", script], input=configured)
 
-    def make(self, wheels: Path) -> None:
-        """Make the environment, its archives and images on the (not yet slow) shared directory."""
+    def make(self, wheels: Path, channel: Path | None = None) -> None:
+        """Make the environment, its archives and images on the (not yet slow) shared directory.
+
+        Args:
+            wheels: what is installed.
+            channel: of conda packages; without one it is a venv.
+        """
+        if channel is not None:
+            made = f"/usr/bin/python3 -B {REPO}/tests/conda/channel.py env --pyc python pip"
+            made += f" --channel {channel} --prefix {PFS}/env --cache ~/pkgs"
+            packed = "conda-pack"
+        else:
+            made, packed = "/usr/bin/python3 -m venv env", "venv-pack"
         script = f"""
             mkdir -p {PFS}; cd {PFS}
-            /usr/bin/python3 -m venv env
-            env/bin/pip install -q --no-index --find-links {wheels} -r {wheels}/names
+            {made}
+            env/bin/python -m pip install -q --no-index --find-links {wheels} -r {wheels}/names
             {BIN}/stager pack env --name {IMAGE_NAME}
             {BIN}/stager pack env --name {ARCHIVE_NAME} --format tar.zst
-            {VENV}/bin/venv-pack -q -p env -o env.tar.gz
+            {VENV}/bin/{packed} -q -p env -o env.tar.gz
             mksquashfs env env.squashfs -quiet -no-progress -comp zstd -Xcompression-level 3
         """
         self.cluster.exec("ctl", USER, ["sh", "-ec", script], timeout=1800)
@@ -300,7 +311,7 @@ def summary(starts: list[Start]) -> str:
     )
 
 
-def pip_download(names: list[str], target: Path) -> None:
+def pip_download(names: Sequence[str], target: Path) -> None:
     """Get wheels for the hosts, which have no network."""
     argv = [str(VENV / "bin" / "pip"), "download", "-q", "-d", str(target), *names]
     subprocess.run(argv, check=True)

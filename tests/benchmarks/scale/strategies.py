@@ -56,13 +56,17 @@ def _import(python: str, modules: str, *, before: str = "") -> Phase:
     return Phase("import", f'{before}{python} -c "{code}"', ranks=8)
 
 
-def strategies(modules: str, stager: str) -> list[Strategy]:
+def strategies(modules: str, stager: str, *, conda: bool = False) -> list[Strategy]:
     """All of them.
 
     Args:
         modules: what each rank imports, as in ``torch,scipy``.
         stager: the directory of the installed programs.
+        conda: conda-pack made the archive, whose script repairs what was unpacked; venv-pack2 has
+            none.
     """
+    unpack = Phase("unpack", f"PATH={LOCAL}/bin:$PATH conda-unpack")
+    repaired = (unpack,) if conda else ()
     local = _import(f"{LOCAL}/bin/python", modules)
     # The first rank of a node mounts, the others wait for it: mounts end with their step.
     mount = (
@@ -72,12 +76,13 @@ def strategies(modules: str, stager: str) -> list[Strategy]:
     ours = _import("python", modules)
     return [
         Strategy("direct", (_import(f"{PFS}/env/bin/python", modules),)),
-        Strategy(  # as sites have it, with venv-pack2, which has no script to run after
+        Strategy(  # as sites have it
             "recipe",
             (
                 Phase("sbcast", f"sbcast --force {PFS}/env.tar.gz /tmp/bench.tar.gz", ranks=0),
                 Phase("mkdir", f"mkdir {LOCAL}"),
                 Phase("untar", f"tar --use-compress-program=pigz -xf /tmp/bench.tar.gz -C {LOCAL}"),
+                *repaired,
                 local,
             ),
         ),
@@ -92,12 +97,15 @@ def strategies(modules: str, stager: str) -> list[Strategy]:
                     nodes="first",
                 ),
                 Phase("rsync", f"rsync -rlpt rsync://$FIRST:8730/bench/ {LOCAL}/", nodes="others"),
+                *repaired,
                 local,
             ),
             daemon=True,
         ),
         Strategy("squashfs in place", (_import(f"{LOCAL}/bin/python", modules, before=mount),)),
         Strategy("ours", (ours,), comment=f"pyenv:{IMAGE_NAME}"),
+        # What cli_filter.lua makes of the same directive when the job is submitted.
+        Strategy("ours, checked", (ours,), comment=f"pyenv:{IMAGE_NAME}?on_stale=ignore"),
         Strategy("ours, tar.zst", (ours,), comment=f"pyenv:{ARCHIVE_NAME}"),
         Strategy(
             "ours, sbcast",
