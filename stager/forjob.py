@@ -63,8 +63,8 @@ _INHERITED = (
 )  # fmt: skip
 """Traces of an activation that a job may have inherited from where it was submitted."""
 
-_LATER, _MAKING = ("hashlib",), ("shutil", "subprocess", "stager.transfer")
-"""Modules that are needed later, and those that only making a tree needs: 15 ms of imports."""
+_MAKING = ("subprocess", "stager.transfer")
+"""Modules that only making a tree needs: 10 ms of imports."""
 
 
 class Order(NamedTuple):
@@ -265,7 +265,7 @@ def _changed(published: Published, node: Store | None) -> list[str]:
     layers = published.manifest.layers
     cold = node is not None and any(node.stamp(layer.id) is None for layer in layers)
     wait = lookup.ask_ahead(published, copied=cold)
-    for name in (*_LATER, *(_MAKING if cold else ())):
+    for name in _MAKING if cold else ():
         __import__(name)  # while the answers are on their way
     return freshness.changed(published.manifest, wait())
 

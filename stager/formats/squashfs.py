@@ -191,9 +191,12 @@ def program(name: str) -> str:
 
 
 def _which(name: str, path: str | None = None) -> str | None:
-    import shutil  # loads all compressors
-
-    return shutil.which(name, path=path)
+    """What ``shutil.which`` does, which loads all compressors: 3 ms for every job."""
+    for directory in (path or os.environ.get("PATH") or os.defpath).split(os.pathsep):
+        found = os.path.join(directory, name)
+        if os.path.isabs(found) and os.path.isfile(found) and os.access(found, os.X_OK):
+            return found
+    return None
 
 
 def why_not_mount() -> str:

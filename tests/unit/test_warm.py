@@ -132,6 +132,21 @@ def test_a_prolog_imports_what_it_needs_and_no_more() -> None:
     }  # fmt: skip
 
 
+def test_what_every_node_does_loads_neither_openssl_nor_compressors() -> None:
+    code = """
+import hashlib, sys
+known = hashlib.sha256(b"x").hexdigest()
+del sys.modules["hashlib"], sys.modules["_hashlib"]
+from stager import manifest
+from stager.formats import squashfs
+assert manifest.digest(b"x") == known
+assert squashfs.why_not_mount() is not None
+print(*sys.modules)
+"""
+    done = subprocess.run([PYTHON, "-I", "-c", code], capture_output=True, text=True, check=True)
+    assert not {"hashlib", "_hashlib", "shutil", "lzma"} & set(done.stdout.split())
+
+
 @pytest.mark.parametrize("words", [["--help"], ["stage", "--help"], ["--version"]], ids=" ".join)
 def test_help_imports_no_verb(words: list[str]) -> None:
     environ = {**clean_environ(), "PYTHONPROFILEIMPORTTIME": "1"}
