@@ -112,28 +112,34 @@ bench-push: setup
 
 # Job starts by every strategy: numpy on two nodes; then more nodes, settings and torch.
 START = $(VENV)/bin/python tests/benchmarks/job_starts.py
+FEW = --strategies 'direct|recipe|squashfs in place|ours|ours, checked|ours, warm'
 bench-quick: setup
-	$(START) --nodes 2 --strategies 'direct|recipe|squashfs in place|ours|ours, warm'
+	$(START) --nodes 2 $(FEW)
 
 bench: setup
 	$(START) --nodes 1,2,4,8 --once 'cp -r|rsync'
 	$(START) --nodes 1 --settings flash,weak-nfs --skip 'cp -r|rsync'
 	$(START) --workload torch --nodes 1 --settings cold-lustre,flash --skip 'cp -r|rsync'
+	$(START) --workload numpy-conda --nodes 8 $(FEW)
 
-# What docs/performance shows, measured anew: a good hour on a machine that does nothing else.
+# What docs/performance shows, measured anew: three hours on a machine that does nothing else.
 DATA = docs/performance
-FEW = --strategies 'direct|recipe|squashfs in place|ours|ours, warm'
+MOST = --skip 'cp -r|rsync|ours, tar.zst'
+STAGED = --strategies 'recipe|squashfs in place|ours|ours, checked|ours, warm'
 bench-record: setup
 	rm -f $(DATA)/starts-*.jsonl
-	$(START) --nodes 1,8 --once 'cp -r' --json $(DATA)/starts-numpy.jsonl
-	$(START) --nodes 2,4 --skip 'cp -r' --json $(DATA)/starts-numpy.jsonl
+	$(START) --nodes 1,2,4,8 --once 'cp -r' --json $(DATA)/starts-numpy.jsonl
 	$(START) --nodes 1,8 --settings flash,weak-nfs --skip 'cp -r' --json $(DATA)/starts-numpy.jsonl
+	$(START) --workload numpy-conda --nodes 1,8 $(MOST) --json $(DATA)/starts-numpy-conda.jsonl
 	$(START) --workload torch --nodes 1 --settings cold-lustre,flash,weak-nfs \
 		--skip 'cp -r|rsync' --json $(DATA)/starts-torch.jsonl
-	$(START) --workload torch --nodes 8 --skip 'cp -r|rsync|ours, tar.zst' \
+	$(START) --workload torch --nodes 2,4,8 $(MOST) --json $(DATA)/starts-torch.jsonl
+	$(START) --workload torch --nodes 8 --settings flash $(MOST) --json $(DATA)/starts-torch.jsonl
+	$(START) --workload torch --nodes 8 --settings weak-nfs $(STAGED) \
 		--json $(DATA)/starts-torch.jsonl
 	$(START) --workload all --nodes 1 --settings cold-lustre,flash $(FEW) \
 		--json $(DATA)/starts-all.jsonl
+	$(START) --workload all --nodes 2,4,8 $(STAGED) --json $(DATA)/starts-all.jsonl
 
 # What another node's `stat` waits for while a job starts; OPTIONS='--setting cold-lustre'.
 bench-bystander: setup
