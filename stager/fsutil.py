@@ -16,6 +16,7 @@ from stager import warm
 from stager.errors import BusyError, DeniedError, NoSpaceError, StagerError
 
 _CREATED_SUFFIX = ".new"
+_STILL_WRITTEN = 5.0
 
 
 def explain(error: OSError, doing: str, *, blame: str | None = None) -> StagerError:
@@ -284,10 +285,23 @@ def remove_tree(path: str) -> None:
     """Remove a directory tree, never leaving its file system and never following a link.
 
     Mount points below are left alone with everything above them, and the error names the first.
+    Where somebody still writes, it is tried for :data:`_STILL_WRITTEN` seconds: a program that a
+    killed one of us had started goes on until its directory is gone.
 
     Raises:
         OSError: something could not be removed.
     """
+    until = time.monotonic() + _STILL_WRITTEN
+    while True:
+        try:
+            return _remove_tree(path)
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY or time.monotonic() > until:
+                raise
+        time.sleep(0.01)
+
+
+def _remove_tree(path: str) -> None:
     try:
         parent = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:

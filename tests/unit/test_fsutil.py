@@ -488,6 +488,25 @@ def test_what_is_not_there_need_not_be_removed(tmp_path: Path, path: str) -> Non
     fsutil.remove_tree(str(tmp_path / path))
 
 
+@pytest.mark.parametrize("room", ["tree", "tree/sub"])
+def test_what_somebody_still_writes_is_removed_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: str
+) -> None:
+    (tmp_path / "tree" / "sub").mkdir(parents=True)
+    late = [tmp_path / room / f"late{number}" for number in range(2)]
+    rmdir = os.rmdir
+
+    def after_one_more(name: str, *, dir_fd: int) -> None:
+        if late and late[-1].parent.name == name:
+            late.pop().touch()
+        rmdir(name, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "rmdir", after_one_more)
+    fsutil.remove_tree(str(tmp_path / "tree"))
+    assert not late
+    assert not (tmp_path / "tree").exists()
+
+
 def test_a_directory_that_becomes_a_link_at_the_last_moment_is_not_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
