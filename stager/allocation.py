@@ -162,7 +162,7 @@ def _extract_in_place(layer: Layer, node: Store, config: Config) -> None:
     image, tree = node.image(layer.id), node.tree(layer.id)
     workspace = node.workspace(layer.id)
     try:
-        extracted = os.path.join(workspace, "tree")
+        extracted = node.unpacking(workspace)
         squashfs.extract(image, extracted)
         node.withdraw(layer.id)
         _swap(extracted, tree)

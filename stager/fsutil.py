@@ -17,6 +17,7 @@ from stager.errors import BusyError, DeniedError, NoSpaceError, StagerError
 
 _CREATED_SUFFIX = ".new"
 _STILL_WRITTEN = 5.0
+"""Seconds for which a directory that fills up again is emptied again."""
 
 
 def explain(error: OSError, doing: str, *, blame: str | None = None) -> StagerError:

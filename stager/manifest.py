@@ -217,11 +217,12 @@ def canonical(value: object) -> bytes:
 def digest(data: bytes) -> str:
     """The hex sha256 that names these bytes."""
     # hashlib loads OpenSSL, 5 ms for every job; `random` of the standard library does the same.
-    for name in ("_sha256", "_sha2", "hashlib"):  # until 3.11, since 3.12, built without
+    for name in ("_sha256", "_sha2"):  # until 3.11, since 3.12
         with contextlib.suppress(ImportError):
-            summed: str = __import__(name).sha256(data).hexdigest()
-            return summed
-    raise ImportError("this Python has no sha256")
+            return str(__import__(name).sha256(data).hexdigest())
+    import hashlib
+
+    return hashlib.sha256(data).hexdigest()
 
 
 def decode(data: bytes, where: str) -> Manifest:

@@ -163,6 +163,14 @@ class Store:
         os.mkdir(path, 0o700)
         return path
 
+    @staticmethod
+    def unpacking(workspace: str) -> str:
+        """Where to unpack a tree in a workspace; never the same path twice.
+
+        What unpacks outlives a stage that is killed, for a moment: it must not find the next one's.
+        """
+        return os.path.join(workspace, os.urandom(8).hex())
+
     def partial(self, layer_id: str, name: str) -> str:
         """Where an image arrives piece by piece; what came in this boot is kept. Needs the lock."""
         directory = os.path.join(self.root, "tmp", layer_id)

@@ -50,6 +50,7 @@ def make(
     tree, image = node.tree(layer.id), node.image(layer.id)
     make_room(layer, how, node, config, present=layer.image.size if here else 0)
     workspace = node.workspace(layer.id)
+    unpacked = node.unpacking(workspace)
     try:
         if layer.image.format == "squashfs":
             if not here:
@@ -58,21 +59,21 @@ def make(
                 how = EXTRACTED
                 make_room(layer, how, node, config, present=layer.image.size)
             if how == EXTRACTED:
-                squashfs.extract(image, os.path.join(workspace, "tree"))
+                squashfs.extract(image, unpacked)
                 os.unlink(image)
         else:
             allowed = _links_out(published.manifest, layer, config["local_prefixes"])
             source = image if here else published.repository.image(layer)
             advance = progress.copying(layer.origin, layer.image.size) if progress else None
-            _extract_archive(source, layer, os.path.join(workspace, "tree"), allowed, advance)
+            _extract_archive(source, layer, unpacked, allowed, advance)
             if here:
                 os.unlink(image)
         if how == EXTRACTED:
             if moved:
                 from stager import retarget
 
-                retarget.rewrite(os.path.join(workspace, "tree"), published.manifest, layer, node)
-            os.rename(os.path.join(workspace, "tree"), tree)
+                retarget.rewrite(unpacked, published.manifest, layer, node)
+            os.rename(unpacked, tree)
         size = layer.image.size if how == MOUNTED else layer.size
         fsutil.remove_tree(workspace)  # before it is ready: nobody clears up after a hit
         owner = owner_of(os.environ) if how == MOUNTED else None  # squashfuse has our variables

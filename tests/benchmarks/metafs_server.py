@@ -381,7 +381,7 @@ def _serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)  # libfuse has handlers of its own
     os.setsid()
-    # Or each answer's buffer is mapped and cleared anew: a third of the time of a large read.
+    # Or the buffer of each large answer is mapped and cleared anew.
     _libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
     _libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
     _libc.prctl(PR_SET_TIMERSLACK, 1000, 0, 0, 0)

@@ -183,6 +183,28 @@ def test_interrupted_stage(bench: Bench, packed: Environment, number: signal.Sig
     assert len(workbench.servers(bench.root)) <= 1
 
 
+@pytest.mark.parametrize("way", ["extract"], indirect=True)
+def test_what_a_killed_maker_has_started_unpacks_elsewhere(
+    bench: Bench, packed: Environment
+) -> None:
+    tool = SlowTool(bench)
+    killed = start(bench, PATH=tool.path)
+    until("the maker is in the middle", tool.at_work)
+    killed.kill()
+    ended(killed)
+    maker = start(bench, PATH=tool.path)
+    until("the next one is in the middle", lambda: len(tool.at_work()) == 2)
+    targets = set()
+    for _, pid in tool.at_work():
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        targets.add(words[words.index(b"-d") + 1])
+    tool.go.touch()
+    assert ended(maker)[0] == 0
+    assert len(targets) == 2
+    assert bench.stage().how == "hit"
+    assert list(bench.store.glob("tmp/*")) == []
+
+
 # Killed anywhere. strace kills the process at the n-th of the calls that change something: twenty
 # points, spread over all there are.
 
