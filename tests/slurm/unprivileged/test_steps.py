@@ -150,7 +150,7 @@ def test_cancelling_in_the_middle_leaves_nothing_that_is_taken_for_ready(
     (slow / "unsquashfs").chmod(0o755)
     job = cold.submit(f"PATH={HOME}/slow:$PATH {script}", "-N2", "-wn1,n2", "-n8")
     for node in ("n1", "n2"):
-        staged = f"ls -d {STORE}/tmp/*/tree/bin/python 2>/dev/null; true"
+        staged = f"ls -d {STORE}/tmp/*/*/bin/python 2>/dev/null; true"
         until("staging", lambda node=node, ask=staged: cold.sh(node, ask) != "")
     cold.run("scancel", str(job))
     assert cold.cluster.wait(job) == "CANCELLED"
