@@ -24,7 +24,8 @@ _AFTER = rb"(?![A-Za-z0-9_+~%@\x80-\xff-]|\.[A-Za-z0-9_])"
 # What may come before: anything that cannot be the end of another path, besides compiler options
 # such as -I/x, the escapes \n, \t, \r and \0 of string literals, and the mark that a text in
 # Unicode may begin with.
-_BEFORE = rb"(?:(?<![A-Za-z0-9_.+~%\x80-\xff-])|(?<=-[A-Z])|(?<=\\[ntr0])|(?<=\xef\xbb\xbf))"
+_NOT_BEFORE = rb"[A-Za-z0-9_.+~%\x80-\xff-]"
+_BEFORE = (rb"-[A-Z]", rb"\\[ntr0]", rb"\xef\xbb\xbf")
 
 MIN_COMPONENTS = 2
 """A prefix such as ``/opt`` is too common a string to be replaced wherever it stands."""
@@ -72,8 +73,8 @@ class Relocation:
             for one in ordered
             if not any(one != other and one.startswith(other) for other in ordered)
         ]
-        alternatives = b"|".join(re.escape(old) for old in ordered)
-        self._pattern = re.compile(_BEFORE + b"(?:" + alternatives + b")" + _AFTER)
+        alternatives = b"|".join(map(_as_pattern, ordered))
+        self._pattern = re.compile(b"(?:" + alternatives + b")" + _AFTER)
         plain = [os.fsencode(move.old) for move in self.moves]
         self._plain = re.compile(b"|".join(re.escape(old) for old in plain))
 
@@ -138,6 +139,17 @@ class Relocation:
             if path.startswith(move.old + "/"):
                 return move.new + path[len(move.old) :]
         return None
+
+
+def _as_pattern(old: bytes) -> bytes:
+    """A pattern of an old prefix and of what is before it.
+
+    It begins with the prefix and looks back from its end: what begins with a literal is searched
+    for a hundred times as fast, which makes seconds in a compiled file.
+    """
+    old = re.escape(old)
+    allowed = b"|".join(b"(?<=" + before + old + b")" for before in _BEFORE)
+    return old + b"(?:(?<!" + _NOT_BEFORE + old + b")|" + allowed + b")"
 
 
 def _as_url(path: str) -> bytes:

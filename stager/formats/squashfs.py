@@ -73,7 +73,7 @@ class Writer:
         arguments = [
             program("mksquashfs"), "-", path, "-tar", "-noappend", "-quiet", "-no-progress",
             "-comp", "zstd", "-Xcompression-level", str(level), "-b", "128K",
-            "-no-xattrs", "-all-root", "-root-mode", "0755", "-no-exports", "-mem", "512M",
+            "-no-xattrs", "-all-root", "-root-mode", "0755", "-no-exports", "-mem", "128M",
         ]  # fmt: skip
         if threads:
             arguments += ["-processors", str(threads)]
