@@ -252,7 +252,7 @@ def test_a_malformed_directive(squeue: Squeue) -> None:
 def test_where_space_is_short_the_claims_of_ended_jobs_go(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    settings = config.load(overrides={"store": str(tmp_path / "store")}, environ={})
+    settings = config.load(overrides={"store": str(tmp_path / "s")}, environ={})
     node = Store(settings["store"])
     tree = "0123456789abcdef"
     ended, running = lease.of_job("slurm", "17"), lease.of_job("slurm", "18")
