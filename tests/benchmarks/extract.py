@@ -32,8 +32,12 @@ import tempfile
 from pathlib import Path
 from typing import Any, Callable
 
-import measuring
-from measuring import Run
+TESTS = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    sys.path[0] = str(TESTS)
+
+from benchmarks import measuring  # noqa: E402
+from benchmarks.measuring import Run  # noqa: E402
 
 PACKAGES = ["numpy", "scipy", "pandas", "matplotlib"]
 ARCHIVE = "stager, tar.zst"
@@ -46,18 +50,6 @@ PEERS = {
     "conda-pack": 'tar -xzf "$1" -C "$2" && "$2/bin/python" "$2/bin/conda-unpack"',
 }
 """Programs that pack, and what their manuals say of unpacking."""
-
-
-def new_conda(path: str, packages: list[str]) -> str:
-    """A conda environment from a channel that the tests make, with these packages by its pip."""
-    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    from conda import channel
-
-    made = channel.build(channel.WORK / "channel")
-    cache = Path(path).parent / "pkgs"
-    channel.environment(Path(path), channel=made, cache=cache, pyc=True)
-    measuring.command([f"{path}/bin/pip", "install", "-q", *packages])
-    return path
 
 
 def file_system(directory: str) -> str:
@@ -185,7 +177,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="stager-bench-", dir="/var/tmp") as scratch:
         env = arguments.env
         if not env:
-            make = new_conda if arguments.conda else measuring.new_environment
+            make = measuring.new_conda if arguments.conda else measuring.new_environment
             env = make(os.path.join(scratch, "env"), PACKAGES)
         peer = "conda-pack" if os.path.isdir(os.path.join(env, "conda-meta")) else "venv-pack"
         archive = arguments.peer

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 
@@ -49,10 +50,27 @@ def command(argv: Sequence[str], environ: dict[str, str] | None = None) -> None:
         sys.exit(f"{' '.join(argv)}: {done.stderr.decode(errors='replace')[-2000:]}")
 
 
-def new_environment(path: str, packages: Iterable[str]) -> str:
-    """A virtual environment with these packages."""
-    command([sys.executable, "-m", "venv", path])
-    command([f"{path}/bin/pip", "install", "-q", *packages])
+def new_environment(path: str, packages: Iterable[str], base: str = "") -> str:
+    """A virtual environment with these packages, of this Python's or a conda environment's."""
+    if base:
+        command([f"{base}/bin/python", "-m", "venv", "--without-pip", path])
+        pip = [f"{base}/bin/pip", "--python", f"{path}/bin/python"]
+    else:
+        command([sys.executable, "-m", "venv", path])
+        pip = [f"{path}/bin/pip"]
+    command([*pip, "install", "-q", *packages])
+    return path
+
+
+def new_conda(path: str, packages: Iterable[str] = ()) -> str:
+    """A conda environment from a channel that the tests make, with these packages by its pip."""
+    from conda import channel  # the tests', which not every benchmark has in its path
+
+    made = channel.build(channel.WORK / "channel")
+    cache = Path(path).parent / "pkgs"
+    channel.environment(Path(path), channel=made, cache=cache, pyc=True)
+    if packages:
+        command([f"{path}/bin/pip", "install", "-q", *packages])
     return path
 
 

@@ -1,6 +1,7 @@
 """Pack against the compressor alone, its memory, and what it makes of a slow file system.
 
-    make bench-pack                      new environments: one with much in it, one with little
+    make bench-pack                      new environments: one with much in it, of a conda
+                                         environment's Python (a base layer), one with little
     make bench-pack ENV=/path/to/venv    one of yours for the first part; it is only read
 
 1. ``stager pack`` against ``mksquashfs`` with the same options, and against ``tar | zstd`` for
@@ -38,6 +39,7 @@ from benchmarks.measuring import (  # noqa: E402
     command,
     machine,
     measure,
+    new_conda,
     new_environment,
     ratio,
     row,
@@ -166,7 +168,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="stager-bench-", dir="/var/tmp") as scratch:
         env = arguments.env
         if not env and set(arguments.parts) & set("124"):
-            env = new_environment(os.path.join(scratch, "env"), LARGE)
+            base = new_conda(os.path.join(scratch, "conda"))
+            env = new_environment(os.path.join(scratch, "env"), LARGE, base)
         bench = Bench(env or "", scratch)
         print(", ".join(f"{name} {value}" for name, value in machine().items()))
         print(HEAD)
