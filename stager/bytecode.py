@@ -8,13 +8,14 @@ objects), so a string in it may change its length.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import struct
 import subprocess
 import threading
 from queue import SimpleQueue
 
 HEADER = 16
-_UNCHECKED = 1
+_UNCHECKED, _CHECKED = 1, 3
 
 # Type bytes of marshal's strings: short and long ASCII, then any Unicode; each plain or interned.
 _SHORT, _LONG, _UNICODE = b"zZ", b"aA", b"ut"
@@ -61,6 +62,19 @@ def is_valid(pyc: bytes, magic: bytes, mtime: int, size: int) -> bool:
     if flags == 0:
         return bool(stamp == mtime & 0xFFFFFFFF and length == size & 0xFFFFFFFF)
     return bool(flags == _UNCHECKED)
+
+
+def unchecked(pyc: bytes, magic: bytes, source: bytes) -> bytes:
+    """Bytecode with the right hash of its source, as bytecode that nobody compares again.
+
+    What builds of packages compile has such hashes; each import would read the source for it. How
+    a source is hashed depends on the version, so that of any other is returned as it is.
+    """
+    if len(pyc) > HEADER and pyc[:4] == magic == importlib.util.MAGIC_NUMBER:
+        (flags,) = struct.unpack_from("<I", pyc, 4)
+        if flags == _CHECKED and pyc[8:HEADER] == importlib.util.source_hash(source):
+            return pyc[:4] + struct.pack("<I", _UNCHECKED) + pyc[8:]
+    return pyc
 
 
 def move(pyc: bytes, old: str, new: str) -> bytes:

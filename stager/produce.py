@@ -97,6 +97,9 @@ class Producer:
         self._compiler = compiler
         self._lock = threading.Lock()
         self._strays: dict[tuple[str, str], list[str]] = {}
+        # Whether the bytecode that was looked at last was not valid: the next will be as it was.
+        # A copy of an environment with new times has all of it compiled, by all processes.
+        self._outdated = False
 
     def write(self, items: Iterable[Item], sink: Sink, *, slow: bool) -> Iterator[Item]:
         """Write every item, yielding it when it is written.
@@ -150,7 +153,8 @@ class Producer:
                 return None
             reading = pool.submit(read, entry)
             return lambda: self._members(item, reading.result())
-        if entry.size > SMALL or not (slow or (item.tag and item.pyc is None)):
+        compiled = item.tag and (item.pyc is None or self._outdated)
+        if entry.size > SMALL or not (slow or compiled):
             return None  # large files are streamed, not held
         return pool.submit(self._members, item).result
 
@@ -185,8 +189,11 @@ class Producer:
         before = b""
         if item.pyc is not None and (recorded or not rewritten):
             before = read(item.pyc)
-        pyc = b"" if rewritten else before
-        if bytecode.is_valid(pyc, self._magic, item.mtime, len(source)):
+        pyc = b"" if rewritten else bytecode.unchecked(before, self._magic, source)
+        valid = bytecode.is_valid(pyc, self._magic, item.mtime, len(source))
+        if item.pyc is not None and not rewritten:
+            self._outdated = not valid
+        if valid:
             names = self._old_names(item.path, entry.source)
             while left := self._place.relocation.touches(pyc):
                 old_name = next(names, None)

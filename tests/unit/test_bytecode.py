@@ -98,6 +98,18 @@ def test_bytecode_of_an_unchanged_source(
     assert verdict(module, compiled(module, mode)) is valid
 
 
+def test_a_hash_that_is_right_is_not_compared_again(module: Path) -> None:
+    pyc, source = compiled(module, PycInvalidationMode.CHECKED_HASH), module.read_bytes()
+    after = bytecode.unchecked(pyc, MAGIC, source)
+    assert after == compiled(module, PycInvalidationMode.UNCHECKED_HASH)
+    for known in (after, pyc[:16], compiled(module, PycInvalidationMode.TIMESTAMP)):
+        assert bytecode.unchecked(known, MAGIC, source) == known
+    assert bytecode.unchecked(pyc, MAGIC, source + b"#") == pyc
+    assert bytecode.unchecked(pyc, b"\x00\x00\r\n", source) == pyc
+    other = b"\x00\x00\r\n" + pyc[4:]
+    assert bytecode.unchecked(other, other[:4], source) == other
+
+
 @pytest.mark.parametrize(
     ("mode", "valid"),
     [(PycInvalidationMode.TIMESTAMP, False), (PycInvalidationMode.UNCHECKED_HASH, True)],

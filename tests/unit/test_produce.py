@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from py_compile import PycInvalidationMode
 
 import pytest
 
@@ -345,8 +346,11 @@ def test_a_record_with_a_quoted_name(tree: Tree) -> None:
 # Bytecode
 
 
-def compiled(path: Path, name: str | None = None) -> Path:
-    return Path(py_compile.compile(str(path), dfile=name, doraise=True))
+def compiled(
+    path: Path, name: str | None = None, mode: PycInvalidationMode = PycInvalidationMode.TIMESTAMP
+) -> Path:
+    written = py_compile.compile(str(path), dfile=name, doraise=True, invalidation_mode=mode)
+    return Path(written)
 
 
 def name_in(pyc: bytes) -> str:
