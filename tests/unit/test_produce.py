@@ -402,6 +402,43 @@ def test_stale_bytecode_is_compiled_again(tree: Tree) -> None:
     assert tree.outcome.compiled == 1
 
 
+def test_bytecode_with_the_hash_of_its_source_is_kept(tree: Tree) -> None:
+    source = tree.write(f"{SITE}/mod.py", "X = 1\n")
+    compiled(source, mode=PycInvalidationMode.CHECKED_HASH)
+    after = tree.produce().content[cached(f"{SITE}/mod.py")]
+    assert bytecode.is_valid(after, importlib.util.MAGIC_NUMBER, 0, 0)
+    assert name_in(after) == f"{NEW}/{SITE}/mod.py"
+    assert tree.outcome.compiled == 0
+
+
+def test_bytecode_with_the_hash_of_another_source_is_compiled_again(tree: Tree) -> None:
+    compiled(tree.write(f"{SITE}/mod.py", "X = 1\n"), mode=PycInvalidationMode.CHECKED_HASH)
+    tree.write(f"{SITE}/mod.py", "X = 2\n")
+    after = tree.produce().content[cached(f"{SITE}/mod.py")]
+    scope: dict[str, object] = {}
+    exec(marshal.loads(after[bytecode.HEADER :]), scope)
+    assert (scope["X"], tree.outcome.compiled) == (2, 1)
+
+
+def test_much_stale_bytecode_is_compiled_by_all_processes(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(20):
+        compiled(tree.write(f"{SITE}/m{number}.py", "X = 1\n"))
+        tree.write(f"{SITE}/m{number}.py", f"X = {100 + number}\n")
+    threads = []
+    compile_one = Compiler.compile
+
+    def noted(self: Compiler, source: bytes, filename: str) -> bytes | None:
+        threads.append(threading.current_thread())
+        return compile_one(self, source, filename)
+
+    monkeypatch.setattr(Compiler, "compile", noted)
+    tree.produce()
+    assert tree.outcome.compiled == len(threads) == 20
+    assert threads.count(threading.main_thread()) == 1  # which found out
+
+
 @pytest.mark.parametrize("slow", [False, True])
 def test_modules_without_bytecode_get_it_where_that_is_wanted(tree: Tree, slow: bool) -> None:
     for number in range(20):
