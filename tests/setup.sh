@@ -37,8 +37,11 @@ flock util-linux
 mount mount
 mksquashfs squashfs-tools
 squashfuse squashfuse
+mkfs.erofs erofs-utils
 fusermount3 fuse3
 zstd zstd
+pigz pigz
+rsync rsync
 bsdtar libarchive-tools
 pgrep procps
 strace strace

@@ -5,7 +5,8 @@
     make bench-pack ENV=/path/to/venv    one of yours for the first part; it is only read
 
 1. ``stager pack`` against ``mksquashfs`` with the same options, and against ``tar | zstd`` for
-   tar.zst, in turn (A B A B ...), after one run of each that does not count.
+   tar.zst, in turn (A B A B ...), after one run of each that does not count: of the environment
+   alone, and of every tree that the pack makes a layer of, one after the other.
 2. The most memory that all processes of a pack held at one moment: the sum of their PSS (what is
    theirs alone, and their part of what they share), sampled every 20 ms in runs of their own.
    The page cache is no part of it.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import shutil
 import subprocess
@@ -96,15 +98,35 @@ class Bench:
         return self.run(self.packing("tar.zst"))
 
     def mksquashfs(self) -> Run:
+        return self._compress(self._mksquashfs, [self.env])
+
+    def mksquashfs_of_all_layers(self) -> Run:
+        return self._compress(self._mksquashfs, self._trees())
+
+    def tar(self) -> Run:
+        return self._compress(self._tar, [self.env])
+
+    def tar_of_all_layers(self) -> Run:
+        return self._compress(self._tar, self._trees())
+
+    def _compress(self, compressor: Callable[[str], list[str]], trees: list[str]) -> Run:
+        return measure(lambda: [command(compressor(one), self.environ) for one in trees])
+
+    def _mksquashfs(self, tree: str) -> list[str]:
         image = os.path.join(self.scratch, "plain.squashfs")
         options = "-noappend -quiet -no-progress -comp zstd -Xcompression-level 3 -b 128K"
         options += " -no-xattrs -all-root -no-exports"
-        return self.run(["mksquashfs", self.env, image, *options.split()])
+        return ["mksquashfs", tree, image, *options.split()]
 
-    def tar(self) -> Run:
+    def _tar(self, tree: str) -> list[str]:
         line = 'tar -C "$1" -c . | zstd -q -f -T0 -3 -o "$2"'
         output = os.path.join(self.scratch, "plain.tar.zst")
-        return self.run(["sh", "-c", line, "sh", self.env, output])
+        return ["sh", "-c", line, "sh", tree, output]
+
+    def _trees(self) -> list[str]:
+        """What the last pack made layers of."""
+        manifest = json.loads(Path(self.repository, "refs", "bench").read_text(encoding="utf-8"))
+        return [layer["origin"] for layer in manifest["layers"]]
 
     def venv_pack(self) -> Run:
         output = os.path.join(self.scratch, "venv-pack.tar.gz")
@@ -175,8 +197,8 @@ def main() -> None:
         print(HEAD)
         if "1" in arguments.parts:
             for ways in (
-                (bench.squashfs, bench.mksquashfs),
-                (bench.tar_zst, bench.tar),
+                (bench.squashfs, bench.mksquashfs, bench.mksquashfs_of_all_layers),
+                (bench.tar_zst, bench.tar, bench.tar_of_all_layers),
             ):
                 runs = [[way() for way in ways] for _ in range(arguments.runs + 1)][1:]
                 each = dict(zip((way.__name__ for way in ways), zip(*runs)))
