@@ -119,15 +119,21 @@ def run(
 # Packages
 
 
-def wheels(*names: str) -> Path:
-    """A directory with the wheels of `names` and of all they require, downloaded at most once."""
-    tag = f"{'-'.join(names)}-cp{sys.version_info[0]}{sys.version_info[1]}"
+def wheels(*names: str, version: str = "") -> Path:
+    """A directory with the wheels of `names` and of all they require, downloaded at most once.
+
+    Args:
+        names: of packages.
+        version: of the Python they are for, as in ``3.13``; this one's without.
+    """
+    version = version or f"{sys.version_info[0]}.{sys.version_info[1]}"
+    tag = f"{'-'.join(names)}-cp{version.replace('.', '')}"
     place = REPO / ".build" / "wheels" / tag
     with _locked(place):
         if not place.exists():
             partial = tempfile.mkdtemp(dir=place.parent)
             try:
-                _download(names, Path(partial))
+                _download(names, version, Path(partial))
                 os.chmod(partial, 0o755)
                 os.rename(partial, place)
             finally:
@@ -135,10 +141,10 @@ def wheels(*names: str) -> Path:
     return place
 
 
-def _download(names: Sequence[str], place: Path) -> None:
+def _download(names: Sequence[str], version: str, place: Path) -> None:
     """Registries hiccup: five attempts, each wait longer than the one before."""
     argv = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    argv += ["--only-binary=:all:", "--dest", str(place), *names]
+    argv += ["--only-binary=:all:", "--python-version", version, "--dest", str(place), *names]
     # How to reach the registry may be told by files in the caller's home.
     kept = {name: value for name, value in os.environ.items() if name.startswith(CALLERS)}
     env = {**os.environ, **{name.removeprefix(CALLERS): value for name, value in kept.items()}}

@@ -53,7 +53,8 @@ class Started:
 def make_environment(site: Site, *requirements: str) -> None:
     """Make an environment of alice's from wheels, and pack it in both formats."""
     install = [f"{VENV}/bin/uv", "pip", "install", "--quiet", "--offline", "--no-cache"]
-    install += ["--no-index", "--find-links", str(wheels(*requirements)), "--link-mode=copy"]
+    found = wheels(*requirements, version=site.cluster.python())
+    install += ["--no-index", "--find-links", str(found), "--link-mode=copy"]
     install += ["--compile-bytecode", "--python", ENVIRONMENT, *requirements]
     script = f"""
         /usr/bin/python3 -m venv --without-pip {ENVIRONMENT}

@@ -92,6 +92,11 @@ class Cluster:
         """A host's process 1, by the machine's numbers: its namespaces are the host's."""
         return int((self.state / "hosts" / host / "init").read_text().split()[0])
 
+    def python(self, host: str = "ctl") -> str:
+        """The version of a host's own Python, as in ``3.11``."""
+        code = "import sys; print(*sys.version_info[:2], sep='.')"
+        return self.exec(host, "root", ["/usr/bin/python3", "-c", code]).stdout.strip()
+
     def read_file(self, node: str, path: str | os.PathLike[str]) -> str:
         """The text of a file as root on that host sees it."""
         return self.exec(node, "root", ["cat", "--", os.fspath(path)]).stdout

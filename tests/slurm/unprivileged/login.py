@@ -9,14 +9,13 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Callable
 
 from cluster import Cluster
-from environments import CALLERS, REPO, VENV
+from environments import REPO, VENV, wheels
 
 USER, HOME = "alice", "/home/alice"
 NODES = ("n1", "n2", "n3", "n4")
@@ -115,9 +114,8 @@ class Login:
 
     def install(self) -> None:
         """Put stager, a Python with numpy and mpi4py, and the test program into the home."""
-        version = self.sh("ctl", "python3 -c 'import sys; print(*sys.version_info[:2], sep=\".\")'")
-        wheels = _wheels(version.strip())
-        shutil.copytree(wheels, self.home / "wheels")
+        names = ("numpy", "mpi4py", "PyYAML", "zstandard", "rich")
+        shutil.copytree(wheels(*names, version=self.cluster.python()), self.home / "wheels")
         (built,) = (REPO / ".build" / "wheel").glob("*.whl")
         shutil.copy(built, self.home / "wheels")
         shutil.copy(VENV / "bin" / "uv", self.home / "uv")
@@ -205,24 +203,3 @@ def until(what: str, condition: Callable[[], bool], limit: float = 60) -> None:
 
 def quote(*argv: str) -> str:
     return shlex.join(argv)
-
-
-def _wheels(version: str) -> Path:
-    """Wheels for the Python of the nodes, downloaded at most once."""
-    place = REPO / ".build" / "wheels" / f"slurm-{version}"
-    if (place / "done").exists():
-        return place
-    place.mkdir(parents=True, exist_ok=True)
-    argv = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    argv += ["--only-binary=:all:", "--python-version", version, "--dest", str(place)]
-    argv += ["numpy", "mpi4py", "PyYAML", "zstandard", "rich"]
-    kept = {name: value for name, value in os.environ.items() if name.startswith(CALLERS)}
-    env = {**os.environ, **{name.removeprefix(CALLERS): value for name, value in kept.items()}}
-    for pause in (5, 10, 15, 20, 0):
-        done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
-        if done.returncode == 0:
-            break
-        time.sleep(pause)
-    assert done.returncode == 0, done.stderr
-    (place / "done").touch()
-    return place
