@@ -201,9 +201,10 @@ def main() -> None:
                 (bench.tar_zst, bench.tar, bench.tar_of_all_layers),
             ):
                 runs = [[way() for way in ways] for _ in range(arguments.runs + 1)][1:]
-                each = dict(zip((way.__name__ for way in ways), zip(*runs)))
+                names = (way.__name__.replace("_", " ") for way in ways)
+                each = dict(zip(names, zip(*runs)))
                 for name, those in each.items():
-                    print(row(name.replace("_", " "), those))
+                    print(row(name, those))
                 ours, *others = each
                 for name in others:
                     said.append(f"{ours} {ratio(each[ours], each[name]):.2f} x {name}")
