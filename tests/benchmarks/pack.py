@@ -6,7 +6,7 @@
 
 1. ``stager pack`` against ``mksquashfs`` with the same options, and against ``tar | zstd`` for
    tar.zst, in turn (A B A B ...), after one run of each that does not count: of the environment
-   alone, and of every tree that the pack makes a layer of, one after the other.
+   alone, and of what is in each layer that the pack makes, unpacked before, one after the other.
 2. The most memory that all processes of a pack held at one moment: the sum of their PSS (what is
    theirs alone, and their part of what they share), sampled every 20 ms in runs of their own.
    The page cache is no part of it.
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import shutil
 import subprocess
@@ -123,10 +122,17 @@ class Bench:
         output = os.path.join(self.scratch, "plain.tar.zst")
         return ["sh", "-c", line, "sh", tree, output]
 
+    def unpack_layers(self) -> None:
+        """Unpack what a pack has packed: of a base, it leaves out what no environment uses."""
+        command(self.packing("squashfs"), self.environ)
+        os.mkdir(os.path.join(self.scratch, "layers"))
+        for image in Path(self.repository, "images").iterdir():
+            tree = os.path.join(self.scratch, "layers", image.name)
+            command(["unsquashfs", "-no-progress", "-no-xattrs", "-d", tree, str(image)])
+
     def _trees(self) -> list[str]:
-        """What the last pack made layers of."""
-        manifest = json.loads(Path(self.repository, "refs", "bench").read_text(encoding="utf-8"))
-        return [layer["origin"] for layer in manifest["layers"]]
+        layers = os.path.join(self.scratch, "layers")
+        return [os.path.join(layers, name) for name in sorted(os.listdir(layers))]
 
     def venv_pack(self) -> Run:
         output = os.path.join(self.scratch, "venv-pack.tar.gz")
@@ -196,6 +202,7 @@ def main() -> None:
         print(", ".join(f"{name} {value}" for name, value in machine().items()))
         print(HEAD)
         if "1" in arguments.parts:
+            bench.unpack_layers()
             for ways in (
                 (bench.squashfs, bench.mksquashfs, bench.mksquashfs_of_all_layers),
                 (bench.tar_zst, bench.tar, bench.tar_of_all_layers),
