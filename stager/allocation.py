@@ -19,7 +19,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 
-from stager import fsutil, ref, schedulers, store, trees
+from stager import fsutil, ref, schedulers, sitestore, store, trees
 from stager import stage as staging
 from stager.config import Config
 from stager.errors import NoSpaceError, StagerError
@@ -100,6 +100,9 @@ def stage_here(
 
     The arguments and errors are those of :func:`stager.stage.stage`.
     """
+    shared = sitestore.staged(published, config, holder)
+    if shared is not None:
+        return shared
     node = Store(config["store"])
     for _ in range(3):
         for layer in published.manifest.layers:

@@ -101,6 +101,10 @@ def _store(text: object) -> str:
     return value
 
 
+def _optional_store(text: object) -> str:
+    return _store(text) if text else ""
+
+
 def _list(item: Callable[[object], Any]) -> Callable[[object], tuple[Any, ...]]:
     def parse(value: object) -> tuple[Any, ...]:
         items: Iterable[object]
@@ -139,6 +143,12 @@ class Key(NamedTuple):
 
 KEYS: dict[str, Key] = {
     "store": Key(_store, "/tmp/stager-{uid}", "node-local; {uid} is the user's number"),  # noqa: S108
+    "site_store": Key(
+        _optional_store,
+        "",
+        "node-local, root's: for what was packed for it and is in `repositories`, mounted by the"
+        " kernel, once for all users; empty: none",
+    ),
     "repository": Key(_path, None, "where packed environments are published"),
     "repositories": Key(_list(_path), (), "read-only repositories of the site, searched after it"),
     "keep_replaced": Key(

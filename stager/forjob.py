@@ -10,6 +10,9 @@ which is root and believes nothing, what came out: one JSON object for each mess
     {"trees": [[[staged, original, ready], ...], ...]}  PBS: for each environment its layers;
                                                         answered with a byte when links lead there
     {"beforehand": activation}                          PBS: by these links, before it is staged
+    {"shared": {"name", "digest", "pinned", "repository"}}
+                                                        stage this into the site's store; answered
+                                                        with {"layers": {id: how}} or an error
     {"may": "mount"}                                    answered with one byte, ``y`` or ``n``
     {"staged": activation, "how": ..., ...}             the end, or
     {"error": reason, "hint": ..., "blame": ...}        the end, or
@@ -23,7 +26,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Callable, NamedTuple
 
 from stager import (
@@ -35,6 +38,7 @@ from stager import (
     jobstate,
     privilege,
     schedulers,
+    sitestore,
     store,
     together,
     trees,
@@ -144,16 +148,19 @@ def _work(order: Order, talk: socket.socket) -> dict[str, Any]:
     except StagerError as error:
         raise broken or error from error
     together.require([published.manifest for published in found])
+    places = [sitestore.of(published, trusted) or node for published in found]
     beforehand = None
     if job.scheduler == schedulers.PBS:
-        _send_trees(talk, found, config["store"], node)
+        trees_below = [
+            os.path.join(config["store"] if place is None else place.root, "envs")
+            for place in places
+        ]
+        _send_trees(talk, found, trees_below, places)
         parts = [
             _linked(published.manifest, order.directory, part)
             for part, published in enumerate(found)
         ]
-        beforehand = activation(
-            directive, parts, config, bound=(os.path.join(config["store"], "envs"),)
-        )
+        beforehand = activation(directive, parts, config, bound=tuple(sorted({*trees_below})))
         _send(talk, {"beforehand": beforehand})
     elif len(found) == 1:
         _send(talk, {"original": _original(found[0].manifest)})
@@ -161,7 +168,10 @@ def _work(order: Order, talk: socket.socket) -> dict[str, Any]:
         assert broken is not None
         raise broken
     results = []
-    for published in found:
+    for wish, published, place in zip(directive.refs, found, places):
+        if place is not node:
+            results.append(_shared(wish, published, talk))
+            continue
         if config["stage.how"] != "extract":
             config.values["stage.how"] = _how(published, node, config, talk, order.mounts, until)
         # Not on a mount that ends with another job's step.
@@ -296,6 +306,21 @@ def _how(
     return wanted if talk.recv(1) == b"y" else "extract"
 
 
+def _shared(wish: Ref, published: Published, talk: socket.socket) -> Staged:
+    """Have root stage an environment into the site's store."""
+    wanted = {
+        "name": published.manifest.name,
+        "digest": published.digest,
+        "pinned": not wish.name or bool(wish.digest),
+        "repository": published.repository.root,
+    }
+    _send(talk, {"shared": wanted})
+    answer = json.loads(talk.recv(MAX_MESSAGE))
+    if "error" in answer:
+        raise StagerError(answer["error"], hint=answer["hint"], blame=SITE)
+    return sitestore.described(published.manifest, answer["layers"])
+
+
 def _fetch(published: Published, layer: Layer, node: Store, config: Config, until: float) -> None:
     """See to it that an image is in the store, verified, where staging will find it."""
     fitness.require(published.manifest)
@@ -336,19 +361,22 @@ def _value(patch: EnvPatch, prefix: str, executable: str, leave: tuple[str, ...]
 
 
 def _send_trees(
-    talk: socket.socket, found: list[Published], store: str, node: Store | None
+    talk: socket.socket,
+    found: list[Published],
+    below: list[str],
+    places: Sequence[Store | None],
 ) -> None:
     """Have root make links that lead to the originals, and to what is staged already."""
     message = []
-    for published in found:
+    for published, directory, place in zip(found, below, places):
         layers = published.manifest.layers
         originals = activate.Part.original(published.manifest).trees
         message.append(
             [
                 (
-                    os.path.join(store, "envs", layer.id),
+                    os.path.join(directory, layer.id),
                     original if os.path.isdir(original) else "",
-                    node is not None and node.ready(layer.id) is not None,
+                    place is not None and place.ready(layer.id) is not None,
                 )
                 for layer, original in zip(layers, originals)
             ]

@@ -160,12 +160,12 @@ class Activation(NamedTuple):
     prepend: dict[str, tuple[str, ...]]
 
     @classmethod
-    def checked(cls, value: Any, below: str = "") -> Activation:
+    def checked(cls, value: Any, below: Iterable[str] = ()) -> Activation:
         """Check what a process of the user said.
 
         Args:
             value: decoded JSON.
-            below: the directory that prefix and Python must be in; any where it is empty.
+            below: the directories that prefix and Python must be in; any where there are none.
 
         Raises:
             ValueError: anything about it is not as it should be.
@@ -226,8 +226,12 @@ def _name(value: Any) -> str:
     return value
 
 
-def path(value: Any, below: str = "") -> str:
+def path(value: Any, below: Iterable[str] = ()) -> str:
     """Check a path that a user named: absolute, in normal form.
+
+    Args:
+        value: what the user said.
+        below: the directories that it must be in; any where there are none.
 
     Raises:
         ValueError: it is not.
@@ -235,8 +239,9 @@ def path(value: Any, below: str = "") -> str:
     text = _text(value)
     if not text.startswith("/") or os.path.normpath(text) != text:
         raise ValueError("not an absolute path in normal form")
-    if below and not text.startswith(below + "/"):
-        raise ValueError(f"a path outside {below}")
+    places = tuple(f"{one}/" for one in below)
+    if places and not text.startswith(places):
+        raise ValueError(f"a path outside {' and '.join(places)}")
     return text
 
 

@@ -138,6 +138,10 @@ class Repository:
         except OSError as error:
             raise fsutil.explain(error, "read the manifest", blame="job") from error
 
+    def manifest(self, digest: str) -> str:
+        """The path of the manifest that a whole digest names."""
+        return self._path("manifests", f"{digest}.json")
+
     def image(self, layer: Layer) -> str:
         """The path of a layer's image."""
         return self._path("images", layer.filename)
@@ -252,7 +256,7 @@ class Repository:
                     )
             data = value.encode()
             digest = manifest.digest(data)
-            fsutil.write_atomic(self._path("manifests", f"{digest}.json"), data)
+            fsutil.write_atomic(self.manifest(digest), data)
             self._mark_replaced(value.name, f"{digest}.json")
             # Copies: following a link costs every cold node three more lookups.
             fsutil.write_atomic(self._path("origins", _origin_key(value.origin)), data)

@@ -101,10 +101,13 @@ def stage(
         for layer_id in claimed:  # what the holder had before may be in use
             node.release(holder, layer_id)
         raise
-    order = (EXTRACTED, MOUNTED, HIT)
-    how = next(one for one in order if one in made.values())
-    prefix = node.tree(manifest.top.id)
+    prefix, how = node.tree(manifest.top.id), slowest(made.values())
     return Staged(prefix, how, manifest, made, {"total": time.monotonic() - started})
+
+
+def slowest(made: Iterable[str]) -> str:
+    """Which of these ways to come to a tree takes longest."""
+    return min(made, key=(EXTRACTED, MOUNTED, HIT).index)
 
 
 def release(node: Store, holder: str, layers: Iterable[str] | None = None) -> int:

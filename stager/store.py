@@ -29,7 +29,8 @@ from stager.errors import NODE, StagerError, UsageError
 from stager.formats import squashfs
 
 FORMAT = 1
-_ROOMS = ("images", "envs", "ready", "leases", "locks", "tmp")
+ROOMS = ("images", "envs", "ready", "leases", "locks", "tmp")
+"""The directories of a store."""
 
 boot_id = warm.boot_id
 
@@ -73,15 +74,21 @@ class Store:
     Args:
         root: its directory, made when missing.
 
+    Attributes:
+        of_site: root makes its trees for everybody, and the kernel mounts them, see
+            :mod:`stager.sitestore`.
+
     Raises:
         DeniedError: it belongs to somebody else, is a link, or is open to others.
     """
+
+    of_site = False
 
     def __init__(self, root: str) -> None:
         self.root = root
         try:
             fsutil.own_directory(root, "store")
-            for room in _ROOMS:
+            for room in ROOMS:
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(os.path.join(root, room), 0o700)
         except OSError as error:
@@ -139,7 +146,7 @@ class Store:
         tree = self.tree(layer_id)
         for _ in range(8):  # mounts may lie on top of each other
             if squashfs.is_dead(tree) or squashfs.is_mounted(tree):
-                squashfs.unmount(tree, force=True)
+                self.unmount(layer_id, force=True)
         fsutil.remove_tree(tree)
 
     def end_mount(self, layer_id: str, owner: str) -> None:
@@ -154,7 +161,11 @@ class Store:
         stamp = self.stamp(layer_id)
         if stamp is None or (stamp.how == MOUNTED and stamp.owner in (owner, None)):
             self.withdraw(layer_id)
-            squashfs.unmount(self.tree(layer_id))
+            self.unmount(layer_id)
+
+    def unmount(self, layer_id: str, *, force: bool = False) -> bool:
+        """Unmount a tree, see :func:`stager.formats.squashfs.unmount`."""
+        return squashfs.unmount(self.tree(layer_id), force=force, by_kernel=self.of_site)
 
     def workspace(self, layer_id: str) -> str:
         """A directory to make this tree or image in, cleared of earlier tries. Needs the lock."""
@@ -275,7 +286,7 @@ class Store:
             StagerError: something still uses the tree.
         """
         tree = self.tree(layer_id)
-        if squashfs.is_mounted(tree) and not squashfs.unmount(tree):
+        if squashfs.is_mounted(tree) and not self.unmount(layer_id):
             raise StagerError(f"{tree} is in use")
         self.clear(layer_id)
         for room in ("images", "tmp"):

@@ -43,8 +43,7 @@ def make(
 ) -> str:
     """Make one tree, holding its lock; returns how."""
 
-    moved = layer.destination != node.tree(layer.id)
-    how = choose(layer, config["stage.how"], moved, progress)
+    how = choose(layer, node, config["stage.how"], progress)
     here = is_present(layer, node)
     node.clear(layer.id)
     tree, image = node.tree(layer.id), node.image(layer.id)
@@ -55,7 +54,7 @@ def make(
         if layer.image.format == "squashfs":
             if not here:
                 fetch(published, layer, node, workspace, progress)
-            if how == MOUNTED and not _mounted(image, tree, config["stage.how"], progress):
+            if how == MOUNTED and not _mounted(node, layer, config["stage.how"], progress):
                 how = EXTRACTED
                 make_room(layer, how, node, config, present=layer.image.size)
             if how == EXTRACTED:
@@ -69,7 +68,7 @@ def make(
             if here:
                 os.unlink(image)
         if how == EXTRACTED:
-            if moved:
+            if is_moved(layer, node):
                 from stager import retarget
 
                 retarget.rewrite(unpacked, published.manifest, layer, node)
@@ -85,6 +84,11 @@ def make(
     finally:
         fsutil.remove_tree(workspace)
     return how
+
+
+def is_moved(layer: Layer, node: Store) -> bool:
+    """Tell whether a layer was packed for another store than this one."""
+    return layer.destination != node.tree(layer.id)
 
 
 def is_present(layer: Layer, node: Store) -> bool:
@@ -124,11 +128,13 @@ def fetch(
     os.rename(copied, node.image(layer.id))
 
 
-def _mounted(image: str, tree: str, wanted: str, progress: Progress | None) -> bool:
+def _mounted(node: Store, layer: Layer, wanted: str, progress: Progress | None) -> bool:
     """Mount an image; where that is refused, False unless mounting was asked for by name."""
+    tree = node.tree(layer.id)
     os.mkdir(tree, 0o700)
+    mount = squashfs.mount_by_kernel if node.of_site else squashfs.mount
     try:
-        squashfs.mount(image, tree)
+        mount(node.image(layer.id), tree)
     except StagerError as error:
         os.rmdir(tree)
         if wanted == "mount":
@@ -187,8 +193,8 @@ def _extract_archive(
         ) from error
 
 
-def choose(layer: Layer, wanted: str, moved: bool, progress: Progress | None = None) -> str:
-    """How to make a tree here: what is asked for, else what works, mounting first."""
+def choose(layer: Layer, node: Store, wanted: str, progress: Progress | None = None) -> str:
+    """How to make a tree in a store: what is asked for, else what works, mounting first."""
     if layer.image.format != "squashfs":
         if wanted == "mount":
             raise IncompatibleError(
@@ -198,8 +204,8 @@ def choose(layer: Layer, wanted: str, moved: bool, progress: Progress | None = N
         return EXTRACTED
     if wanted == "extract":
         return EXTRACTED
-    reason = squashfs.why_not_mount()
-    if moved:
+    reason = "" if node.of_site else squashfs.why_not_mount()
+    if is_moved(layer, node):
         reason = "it was packed for another store and has to be rewritten"
     if not reason:
         return MOUNTED

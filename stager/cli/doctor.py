@@ -10,7 +10,7 @@ import shutil
 import stat
 import subprocess
 
-from stager import fsutil
+from stager import fsutil, sitestore
 from stager.cli.common import load_config, print_json, size
 from stager.config import Config
 from stager.errors import StagerError
@@ -29,7 +29,8 @@ def doctor(arguments: argparse.Namespace) -> int:
     """Tell what this machine can do; exit 1 where staging cannot work at all."""
     config = load_config(arguments)
     checks = [_python(), _packing(), _mounting(), _extracting()]
-    checks += _site_store(config) if os.geteuid() == 0 else _store(config["store"])
+    checks += _stores(config) if os.geteuid() == 0 else _store(config["store"])
+    checks += _site_store(config) if os.geteuid() == 0 else []
     checks += _repository(config["repository"], config["stripe_count"])
     checks += _slurm(config)
     bad = any(verdict == BAD for verdict, _, _ in checks)
@@ -160,6 +161,42 @@ def _is_narrow(image: str) -> bool:
 
 
 def _site_store(config: Config) -> list[Check]:
+    """Whether root can stage for all users; nothing where that is not configured."""
+    path = config["site_store"]
+    if not path:
+        return []
+    try:
+        sitestore.require_of_root(os.path.dirname(path))
+    except StagerError as error:
+        return [(BAD, f"the site's store {path}: {error.message}", error.hint or "")]
+    checks = [(OK, f"the site's store {path}: trees are mounted by the kernel", "")]
+    if not _kernel_mounts():
+        what = f"the site's store {path}: trees are extracted, this kernel has no squashfs"
+        checks = [(WORSE, what, "")]
+    if not config["repositories"]:
+        checks.append((WORSE, "no repository publishes for it", "set the key `repositories`"))
+    for repository in config["repositories"]:
+        try:
+            sitestore.require_of_root(repository)
+        except StagerError as error:
+            what = f"nothing of {repository} is staged there: {error.message}"
+            checks.append((WORSE, what, error.hint or ""))
+    return checks
+
+
+def _kernel_mounts() -> bool:
+    """Whether the kernel has squashfs, built in or as a module."""
+    with open("/proc/filesystems", encoding="ascii") as file:
+        if "\tsquashfs\n" in file.read():
+            return True
+    loader = shutil.which("modprobe")
+    if loader is None:
+        return False
+    asked = [loader, "-n", "-q", "squashfs"]
+    return subprocess.run(asked, stdin=subprocess.DEVNULL, check=False).returncode == 0
+
+
+def _stores(config: Config) -> list[Check]:
     """What root can say about the stores of all users."""
     template = config.store_template
     parent = os.path.dirname(template)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from stager import estimate, lookup, manifest, ref, timings, trees
+from stager import estimate, lookup, manifest, ref, sitestore, timings, trees
 from stager.cli.common import count, load_config, print_json, say, size
 from stager.config import Config
 from stager.errors import JOB, NODE, NotFoundError, StagerError, UsageError
@@ -23,7 +23,8 @@ def plan(arguments: argparse.Namespace) -> int:
     published = lookup.find(ref.parse(arguments.ref), config)
     node = Store(config["store"])
     here = arguments.nodes == 1  # what this node has, others may not have
-    layers = [_layer(one, node, config, here=here) for one in published.manifest.layers]
+    place = sitestore.of(published, config) or node
+    layers = [_layer(one, place, config, here=here) for one in published.manifest.layers]
     site, samples = _site(published, node, config)
     direct = estimate.direct(layers, site, arguments.nodes)
     staged = estimate.staged(layers, site, arguments.nodes)
@@ -51,9 +52,8 @@ def plan(arguments: argparse.Namespace) -> int:
 
 
 def _layer(layer: manifest.Layer, node: Store, config: Config, *, here: bool) -> Layer:
-    moved = layer.destination != node.tree(layer.id)
     try:
-        extracted = trees.choose(layer, config["stage.how"], moved) == EXTRACTED
+        extracted = trees.choose(layer, node, config["stage.how"]) == EXTRACTED
     except StagerError:  # staging would say so
         extracted = True
     here = here and node.ready(layer.id) is not None

@@ -1,4 +1,4 @@
-"""squashfs images: written by ``mksquashfs`` from a stream, mounted by ``squashfuse``.
+"""squashfs images: written by ``mksquashfs`` from a stream, mounted by FUSE or by the kernel.
 
 The tree is never copied: members are piped as a tar stream (``mksquashfs - OUT -tar``, which
 squashfs-tools have since 4.5), so that every file is read once and rewritten on the way.
@@ -213,6 +213,28 @@ def why_not_mount() -> str:
     return ""
 
 
+def mount_by_kernel(image: str, directory: str) -> None:
+    """Mount an image with the kernel's squashfs, as root, who alone could have written it.
+
+    Raises:
+        StagerError: it did not work; the message says what mount(8) said.
+    """
+    import subprocess
+
+    done = subprocess.run(
+        [program("mount"), "-t", "squashfs", "-o", f"loop,{_ONLY_READ}", image, directory],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        check=False,
+        timeout=MOUNT_TIMEOUT,
+    )
+    if done.returncode != 0:
+        said = done.stderr.decode(errors="replace").strip().splitlines()
+        line = said[0] if said else f"status {done.returncode}"
+        raise StagerError(f"the kernel cannot mount {os.path.basename(image)}: {line}")
+
+
 def mount(image: str, directory: str) -> None:
     """Mount an image with squashfuse, as a daemon that outlives us.
 
@@ -261,22 +283,26 @@ def is_dead(directory: str) -> bool:
     return False
 
 
-def unmount(directory: str, *, force: bool = False) -> bool:
+def unmount(directory: str, *, force: bool = False, by_kernel: bool = False) -> bool:
     """Unmount.
 
     Args:
         directory: the mount point.
-        force: detach it even where the server is dead.
+        force: detach it even where the server is dead, or where it is in use.
+        by_kernel: it was mounted by :func:`mount_by_kernel`.
 
     Returns:
         Whether it is gone; False means that something still uses it.
     """
     import subprocess
 
-    helper = _which("fusermount3") or _which("fusermount")
-    if helper is None:
-        return False
-    arguments = [helper, "-u", *(["-z"] if force else []), directory]
+    if by_kernel:
+        arguments = [program("umount"), *(["-l"] if force else []), directory]
+    else:
+        helper = _which("fusermount3") or _which("fusermount")
+        if helper is None:
+            return False
+        arguments = [helper, "-u", *(["-z"] if force else []), directory]
     subprocess.run(
         arguments, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=MOUNT_TIMEOUT
     )

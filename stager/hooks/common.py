@@ -16,6 +16,8 @@ from stager import events, jobstate, lease, privilege, schedulers
 from stager.config import Config
 from stager.errors import SITE, StagerError
 from stager.jobstate import State
+from stager.sitestore import SiteStore
+from stager.store import Store
 
 _LONGEST = 4000
 
@@ -30,6 +32,11 @@ def load(uid: int, root: str, site_directory: str) -> Config:
     return configuration.load(
         trusted_only=True, uid=uid, site_directory=site_directory, cache=cache
     )
+
+
+def stores(config: Config) -> dict[str, str]:
+    """What a job's record says of where the job may hold trees, for its end."""
+    return {key: config[key] for key in ("store", "site_store")}
 
 
 def explained(error: BaseException) -> tuple[str, str]:
@@ -91,7 +98,9 @@ def release(
     try:
         if store and isinstance(owner, int) and uid in (None, owner):
             holder = lease.of_job(str(record.get("scheduler", "slurm")), str(record["key"]))
-            dropped = int(as_user(owner, record.get("gid"), _release, store, holder))
+            if record.get("site_store"):
+                dropped = SiteStore(str(record["site_store"])).release(holder)
+            dropped += int(as_user(owner, record.get("gid"), _release, store, holder))
     finally:
         state.remove()
     config: Config | None = None
@@ -101,8 +110,6 @@ def release(
 
 
 def _release(store: str, holder: str) -> int:
-    from stager.store import Store
-
     return Store(store).release(holder) if os.path.isdir(store) else 0
 
 
@@ -153,7 +160,7 @@ def collect_all_users(config: Config, *, everything: bool = False) -> dict[int, 
         everything: evict every unclaimed tree.
 
     Returns:
-        For each uid the number of trees evicted, or -1 where it failed.
+        For each uid the number of trees evicted, or -1 where it failed; the site's store is root's.
 
     Raises:
         StagerError: we are not root, or the store is not one directory for each user.
@@ -184,15 +191,17 @@ def collect_all_users(config: Config, *, everything: bool = False) -> dict[int, 
             fields = {"uid": uid, "reason": f"collect: {error.message}", "blame": SITE}
             emit(events.FAIL, fields, config, jobstate.ROOT)
             result[uid] = -1
+    shared = config["site_store"]
+    if shared and os.path.isdir(shared):
+        result[0] = _collect(shared, config, everything, SiteStore)
     return result
 
 
-def _collect(path: str, config: Config, everything: bool) -> int:
+def _collect(path: str, config: Config, everything: bool, make: Any = Store) -> int:
     from stager.collect import collect
-    from stager.store import Store
 
     done = collect(
-        Store(path),
+        make(path),
         max_size=config["collect.max_size"],
         min_free=config["collect.min_free"],
         everything=everything,

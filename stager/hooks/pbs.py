@@ -23,7 +23,7 @@ from stager import config as configuration
 from stager import envpatch, events, jobstate, schedulers
 from stager.errors import SITE, StagerError
 from stager.hooks import worker
-from stager.hooks.common import as_user, emit, end, explained, load, release
+from stager.hooks.common import as_user, emit, end, explained, load, release, stores
 from stager.jobstate import CANCELLED, PENDING, Activation, Job, State
 
 JOB_PATH = "STAGER_PATH"
@@ -86,7 +86,7 @@ def begin(
     state = State(root, job.key)
     try:
         config = load(job.uid, root, site_directory)
-        state.begin(job, {"store": config["store"]})
+        state.begin(job, stores(config))
     except Exception as error:
         state.remove()  # of an earlier run
         reason, hint = explained(error)
@@ -117,7 +117,7 @@ def _beforehand(talk: Any, state: State, seconds: float) -> Activation:
     while select.select([talk], [], [], max(0.0, until - time.monotonic()))[0]:
         said = talk.recv(jobstate.MAX_MESSAGE + 1)
         if said[:1] == worker.BEFOREHAND:
-            return Activation.checked(json.loads(said[1:]), below=state.path)
+            return Activation.checked(json.loads(said[1:]), below=(state.path,))
         if said[:1] != worker.MAY_MOUNT:
             break
     prefix = os.path.join(state.path, "env")

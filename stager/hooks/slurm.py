@@ -18,7 +18,7 @@ from stager import events, jobstate
 from stager.config import Config
 from stager.errors import SITE, StagerError
 from stager.hooks import worker
-from stager.hooks.common import emit, explained, load, release
+from stager.hooks.common import emit, explained, load, release, stores
 from stager.jobstate import PENDING, Job, State
 
 DRAIN = 99
@@ -46,7 +46,7 @@ def prolog(
         state = State(root, job.key)
         try:
             config = load(job.uid, root, site_directory)
-            began = state.begin(job, {"store": config["store"]})
+            began = state.begin(job, stores(config))
         except Exception:
             state.remove()  # of an earlier run
             raise

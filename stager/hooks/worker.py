@@ -12,10 +12,11 @@ import socket
 import time
 from typing import Any, Callable, NoReturn
 
-from stager import events, fsutil, jobstate, lease, privilege, schedulers
+from stager import events, forjob, fsutil, jobstate, lease, privilege, schedulers
 from stager.config import Config
 from stager.errors import JOB, NODE, SITE, StagerError
-from stager.hooks.common import as_user, detach, emit, explained
+from stager.hooks.common import as_user, detach, emit, explained, stores
+from stager.hooks.sharing import Sharing
 from stager.jobstate import (
     FAILED,
     FAULTY,
@@ -87,8 +88,10 @@ class Worker:
         self.strict = bool(config["run.strict"])
         self.fields: dict[str, object] = {"job": job.id, "uid": job.uid, "node": job.node}
         self.proven = False  # whether root could look at the store's parent
-        self.child = 0
+        self.child = 0  # works as the user
+        self.sharing: Sharing | None = None  # works in the site's store
         self.started = time.monotonic()
+        self.until = self.started + config["hook.deadline"]
 
     def run(self) -> None:
         """Stage, write the outcome, tell the Prolog."""
@@ -124,71 +127,99 @@ class Worker:
         mounts = self.config["hook.mounts"]
         if mounts == "auto":
             mounts = self.mounts()
+        self.holder = lease.of_job(self.job.scheduler, self.job.key)
+        self.visible = mounts == forjob.VISIBLE
         self.child = os.fork()
         if self.child == 0:
             try:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 os.setsid()
                 detach(theirs.fileno())
-                from stager import forjob
-
-                holder = lease.of_job(self.job.scheduler, self.job.key)
                 place = self.state.path
-                order = forjob.Order(self.job, self.config, mounts, holder, place, broken)
+                order = forjob.Order(self.job, self.config, mounts, self.holder, place, broken)
                 forjob.run(order, theirs)
             finally:
                 os._exit(0)
         theirs.close()
-        pids = (os.getpid(), self.child)
+        self._note_processes()
+        return self._listen(ours)
+
+    def _note_processes(self) -> None:
+        """Write down whom the Epilog has to end."""
+        pids = (os.getpid(), *self._helpers())
         processes = " ".join(f"{pid} {lease.start_time(pid)}" for pid in pids)
         self.state.write("worker", processes + "\n")
-        return self._listen(ours)
+
+    def _helpers(self) -> list[int]:
+        """The processes that work for us; each leads a group of its own."""
+        return [pid for pid in (self.child, self.sharing.pid if self.sharing else 0) if pid]
 
     def _listen(self, talk: socket.socket) -> dict[str, Any]:
         """Take messages until the last one; beat meanwhile, and keep the deadline."""
-        until = self.started + self.config["hook.deadline"]
         beat = 0
         while True:
             now = time.monotonic()
-            if now >= until:
+            if now >= self.until:
                 self._kill()
                 raise StagerError(
-                    f"staging took longer than {until - self.started:.0f} s",
+                    f"staging took longer than {self.until - self.started:.0f} s",
                     hint="is shared storage slow? pack before you submit; the limit is the"
                     " directive's ?timeout= or the key hook.deadline",
                 )
-            if select.select([talk], [], [], min(1.0, until - now))[0]:
+            sources = [talk] if self.sharing is None else [self.sharing, talk]
+            ready = select.select(sources, [], [], min(1.0, self.until - now))[0]
+            if self.sharing is not None and self.sharing in ready:
+                talk.send(self.sharing.answer())
+                self.sharing = None
+            elif ready:
                 data = talk.recv(jobstate.MAX_MESSAGE + 1)
                 if not data:
                     raise self._how_it_died()
                 message = _decoded(data)
-                if "options" in message:
-                    self.strict = self.strict or message["options"]["strict"] is True
-                    until = min(until, self.started + float(message["options"]["timeout"]))
-                elif "original" in message:
-                    # At once: should we be killed, the tasks still find it.
-                    self.state.write(ORIGINAL, Activation.checked(message["original"]).lines())
-                elif "trees" in message:
-                    self._link(message["trees"])
-                    talk.send(b"y")
-                elif "beforehand" in message:
-                    value = Activation.checked(message["beforehand"], below=self.state.path)
-                    self.state.write(STAGED, value.lines())
-                    self._tell(BEFOREHAND + json.dumps(message["beforehand"]).encode())
-                elif "may" in message:
-                    talk.send(self._may_mount())
-                elif "error" in message:
-                    blame = message.get("blame")
-                    raise StagerError(
-                        events.clean(message["error"], 600),
-                        hint=events.clean(message.get("hint") or "", 300),
-                        blame=blame if blame in (JOB, SITE, NODE) else SITE,
-                    )
-                else:
+                if not self._take(message, talk):
                     return message
             else:
                 beat += 1
                 self.state.write("status", f"{PENDING} {beat}\n")
+
+    def _take(self, message: dict[str, Any], talk: socket.socket) -> bool:
+        """Do what a message of :mod:`stager.forjob` asks for; False where it is the last one."""
+        if "options" in message:
+            self.strict = self.strict or message["options"]["strict"] is True
+            self.until = min(self.until, self.started + float(message["options"]["timeout"]))
+        elif "original" in message:
+            # At once: should we be killed, the tasks still find it.
+            self.state.write(ORIGINAL, Activation.checked(message["original"]).lines())
+        elif "trees" in message:
+            self._link(message["trees"])
+            talk.send(b"y")
+        elif "beforehand" in message:
+            value = Activation.checked(message["beforehand"], below=(self.state.path,))
+            self.state.write(STAGED, value.lines())
+            self._tell(BEFOREHAND + json.dumps(message["beforehand"]).encode())
+        elif "shared" in message:
+            self._share(message["shared"])
+        elif "may" in message:
+            talk.send(self._may_mount())
+        elif "error" in message:
+            blame = message.get("blame")
+            raise StagerError(
+                events.clean(message["error"], 600),
+                hint=events.clean(message.get("hint") or "", 300),
+                blame=blame if blame in (JOB, SITE, NODE) else SITE,
+            )
+        else:
+            return False
+        return True
+
+    def _share(self, wanted: Any) -> None:
+        """Start staging into the site's store."""
+        if self.sharing is not None:
+            raise ValueError("one environment of the site's at a time")
+        # A mount that the job's own namespace may not be told of is no use to it.
+        config = self.config if self.visible else self.config.changed({"stage.how": "extract"})
+        self.sharing = Sharing(wanted, config, self.holder)
+        self._note_processes()
 
     def _link(self, parts: Any) -> None:
         """Make the links by which the job finds its trees: to the originals, until they are staged.
@@ -201,11 +232,16 @@ class Worker:
                 name = jobstate.link_name(part, number, len(layers))
                 original = jobstate.path(before) if before else ""
                 if staged:
-                    jobstate.path(staged, below=os.path.join(self.config["store"], "envs"))
+                    jobstate.path(staged, below=self._places())
                     trees.append((name, staged, original))
                 if ready is True or original:
                     self.state.link(name, staged if ready is True else original)
         self.trees = trees
+
+    def _places(self) -> tuple[str, ...]:
+        """Where a job's trees may be."""
+        roots = filter(None, stores(self.config).values())
+        return tuple(os.path.join(root, "envs") for root in roots)
 
     def _unlink(self) -> None:
         """Let the links lead to the originals."""
@@ -248,14 +284,14 @@ class Worker:
         return StagerError(reason, hint="tell your administrator")
 
     def _kill(self) -> None:
-        """End the user's side; one that hangs in a dead file system is not waited for."""
-        if self.child:
+        """End what works for us; one that hangs in a dead file system is not waited for."""
+        for pid in self._helpers():
             with contextlib.suppress(OSError):
-                os.killpg(self.child, signal.SIGKILL)
+                os.killpg(pid, signal.SIGKILL)
 
     def _ready(self, end: dict[str, Any]) -> None:
         linked = self.job.scheduler == schedulers.PBS
-        below = self.state.path if linked else os.path.join(self.config["store"], "envs")
+        below = (self.state.path,) if linked else self._places()
         staged = Activation.checked(end["staged"], below=below)
         for name, tree, _ in self.trees:
             self.state.link(name, tree)

@@ -166,8 +166,7 @@ class Receiver:
         if wanted == protocol.NOTHING:
             return ""
         extracts = all(
-            trees.choose(layer, self._config["stage.how"], layer.destination != node.tree(layer.id))
-            == EXTRACTED
+            trees.choose(layer, node, self._config["stage.how"]) == EXTRACTED
             for layer in published.manifest.layers
         )
         if wanted == protocol.LASTING and not extracts:

@@ -110,6 +110,24 @@ def test_several_together(site: Site, hidden: None) -> None:
             assert "/env/" in task.out and "/env2/" in task.out
 
 
+def test_an_environment_of_the_sites(site: Site) -> None:
+    """Mounted by the kernel, for whom it may concern; PBS jobs find it by their own links."""
+    with site.published_for_all("central", "n1", "n2", "n3") as tree:
+        script = "readlink -f $STAGER_PREFIX; python -c 'import central; print(central.__file__)'"
+        for _ in ("cold", "warm"):
+            job = play(site, "batch3", "central", script=script)
+            for task in job.tasks:
+                assert task.status == 0, task.err
+                found, module = task.out.split()
+                assert found == tree
+                assert module.startswith("/run/stager/jobs/")
+            for node in ("n1", "n2", "n3"):
+                ((place, kind, _),) = site.shared_mounts(node)
+                assert (place, kind) == (tree, "squashfs")
+                assert site.shared_claims(node) == []
+            assert (job.output, job.rejected(), job.logged()) == ("", [], [])
+
+
 # -- the end of jobs
 
 

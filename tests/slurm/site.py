@@ -7,6 +7,7 @@ lies in a directory of the machine, see :meth:`Site.place`.
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import subprocess
 import sys
@@ -22,6 +23,10 @@ from environments import REPO, VENV
 HOOKS = "/usr/libexec/stager/slurm"
 BIN = "/usr/libexec/stager/bin"
 STORE = "/var/lib/stager"
+SHARED = f"{STORE}/site"
+"""The site's own store."""
+APPS = "/home/apps"
+"""What the site publishes, and its repository: root's."""
 NODES = ("n1", "n2", "n3", "n4")
 UID = {"alice": 20001, "bob": 20002}
 (PACKAGES,) = VENV.glob("lib/python3.*/site-packages")
@@ -72,6 +77,8 @@ class Ended:
 class Site:
     """The installed cluster."""
 
+    publish = f"{BIN}/stager pack --store {SHARED} --repository {APPS}/stager"
+    """Root's command to publish an environment for all users."""
     options: tuple[str, ...] = ()
     """More of deploy/install."""
 
@@ -185,6 +192,41 @@ class Site:
             "    return _copy(*args, **kwargs)\n"
         )
         return self.patched("transfer/__init__", code, *nodes)
+
+    @contextlib.contextmanager
+    def published_for_all(self, name: str, *nodes: str) -> Iterator[str]:
+        """Root publishes an environment for the site's store; yields where it will be staged.
+
+        Nobody can run the original by mistake: it is in ``APPS/away``.
+        """
+        script = f"""
+            umask 022
+            mkdir -p {APPS}/envs
+            /usr/bin/python3 -m venv --without-pip {APPS}/envs/{name}
+            site=$(echo {APPS}/envs/{name}/lib/python3*/site-packages)
+            echo "name = '{name}'" >"$site/{name}.py"
+            {self.publish} {APPS}/envs/{name} >/dev/null
+            chmod -R a+rX {APPS}/stager
+            mv {APPS}/envs {APPS}/away
+            {BIN}/stager inspect --repository {APPS}/stager --json {name}
+        """
+        (layer,) = json.loads(self.root("ctl", "sh", "-ec", script))["layers"]
+        keys = f"site_store: {SHARED}\nrepositories: [{APPS}/stager]\n"
+        with self.configured(keys, "ctl", *nodes):
+            yield f"{SHARED}/envs/{layer['id']}"
+            for node in nodes:
+                self.root(node, f"{BIN}/stager", "collect", "--all", "--all-users")
+            assert [one for node in nodes for one in self.shared_mounts(node)] == []
+        self.root("ctl", "rm", "-r", APPS)
+
+    def shared_mounts(self, node: str) -> list[tuple[str, str, set[str]]]:
+        """What is mounted in the site's store: where, as what, with which options."""
+        rows = [line.split() for line in self.root(node, "cat", "/proc/self/mounts").splitlines()]
+        return [(row[1], row[2], {*row[3].split(",")}) for row in rows if row[1].startswith(SHARED)]
+
+    def shared_claims(self, node: str) -> list[str]:
+        """Who claims trees in the site's store."""
+        return [path.name for path in self.place(node, f"{SHARED}/leases").glob("*/*")]
 
     def clear_stores(self) -> None:
         """Evict everything on every node."""

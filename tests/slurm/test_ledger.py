@@ -18,7 +18,7 @@ import pytest
 from benchmarks.jobs import ENVIRONMENT, HOME, Started, make_environment, mounted, start
 from benchmarks.ledger import Ledger
 
-from .site import BIN, Site
+from .site import APPS, BIN, Site
 
 NODES = ("n1", "n2")
 REPOSITORY = f"{HOME}/.local/share/stager"
@@ -29,6 +29,7 @@ WAY_TO_REPOSITORY = [
     ("lookup", f"{HOME}/.local/share"),
     ("lookup", REPOSITORY),
 ]
+SHOWN = f"{BIN}/stager inspect --repository {APPS}/stager --json"
 rows: list[str] = []
 
 
@@ -66,9 +67,14 @@ _WHOLE = ("lookup", "open", "close")
 def shown(site: Site, name: str) -> tuple[str, str]:
     """The digest of a packed environment, and its image."""
     value = json.loads(site.shell("alice", f"{BIN}/stager inspect --json {name}"))
+    return value["digest"], image_of(value)
+
+
+def image_of(value: dict[str, Any]) -> str:
+    """The name of an environment's only image."""
     (layer,) = value["layers"]
     image = layer["image"]
-    return value["digest"], f"{layer['id']}-{image['crc32']:08x}.{image['format']}"
+    return f"{layer['id']}-{image['crc32']:08x}.{image['format']}"
 
 
 def in_turn(site: Site, way: str, **job: Any) -> dict[str, Started]:
@@ -165,6 +171,30 @@ def test_by_name(site: Site, way: str) -> None:
     compare(started, ref, image, WAY_TO_REPOSITORY + read(ref) + looked)
     for when, one in started.items():
         tell(f"{way}, squashfs, by name, {when}", one)
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_one_of_the_sites(site: Site, ranks: int) -> None:
+    """Root asks for the directory that the user had no reason to ask for, and for nothing twice."""
+    with site.published_for_all("central", *NODES) as tree:
+        script = f"{site.publish} --name measured-site {ENVIRONMENT} >/dev/null"
+        script += f"; chmod -R a+rX {APPS}/stager"
+        value = json.loads(site.root("ctl", "sh", "-ec", f"{script}; {SHOWN} measured-site"))
+        image = f"{APPS}/stager/images/{image_of(value)}"
+        with mounted(site, *NODES) as shared:
+            ref = "measured-site?on_stale=ignore"
+            started = start(site, shared, "hook", ref=ref, ranks=ranks)
+        tell("hook, the site's, by name, ignore, cold", started)
+        missing = [("lookup", f"{REPOSITORY}/refs"), ("lookup", f"{REPOSITORY}/refs/measured-site")]
+        way = [("lookup", APPS), ("lookup", f"{APPS}/stager")]
+        manifest = read(f"{APPS}/stager/refs/measured-site")
+        again = [("open", manifest[-1][1]), ("close", manifest[-1][1])]
+        (prefix,) = started.prefixes
+        assert prefix.rpartition("/")[0] == tree.rpartition("/")[0]
+        for node in NODES:
+            assert started.ledger.of(node).below(ENVIRONMENT).count() == 0
+            expected = Counter(WAY_TO_REPOSITORY + missing + way + manifest + again + read(image))
+            assert asked(started.ledger.of(node)) == expected
 
 
 @pytest.mark.parametrize("ranks", [2, 8])

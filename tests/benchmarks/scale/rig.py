@@ -23,12 +23,13 @@ from benchmarks.metafs import Metafs
 from benchmarks.settings import Settings
 from cluster.client import Cluster
 from environments import REPO, VENV
-from slurm.site import BIN, HOOKS, PACKAGES
+from slurm.site import BIN, HOOKS, PACKAGES, STORE
 
-from .strategies import ARCHIVE_NAME, IMAGE_NAME, LOCAL, PFS, Phase, Strategy
+from .strategies import ARCHIVE_NAME, IMAGE_NAME, LOCAL, PFS, SITE_NAME, Phase, Strategy
 
 USER = "alice"
 RANKS = 8
+SITE_STORE = f"{STORE}/site"
 LONGEST = 2400.0
 """Seconds that one phase may take, dilated."""
 
@@ -120,6 +121,7 @@ class Rig:
         install = [f"{REPO}/deploy/install", "--packages", str(PACKAGES), "--bindir", BIN]
         self.cluster.exec(host, "root", [*install, "--unitdir", ""])
         configured = f"repository: {PFS}/repository\n"
+        configured += f"repositories: [{PFS}/site]\nsite_store: {SITE_STORE}\n"
         script = "mkdir -p /etc/stager/config.d; cat >/etc/stager/config.d/bench.yaml"
         self.cluster.exec(host, "root", ["sh", "-c", script], input=configured)
 
@@ -137,7 +139,7 @@ class Rig:
         else:
             made, packed = "/usr/bin/python3 -m venv env", "venv-pack"
         script = f"""
-            mkdir -p {PFS}; cd {PFS}
+            cd {PFS}
             {made}
             env/bin/python -m pip install -q --no-index --find-links {wheels} -r {wheels}/names
             {BIN}/stager pack env --name {IMAGE_NAME}
@@ -145,7 +147,16 @@ class Rig:
             {VENV}/bin/{packed} -q -p env -o env.tar.gz
             mksquashfs env env.squashfs -quiet -no-progress -comp zstd -Xcompression-level 3
         """
+        self.cluster.exec("ctl", "root", ["install", "-d", "-o", USER, PFS])
         self.cluster.exec("ctl", USER, ["sh", "-ec", script], timeout=1800)
+        # The kernel mounts nothing from below a directory that is a user's.
+        script = f"""
+            chown root {PFS}
+            cd {PFS}
+            {BIN}/stager pack env --name {SITE_NAME} --store {SITE_STORE} --repository {PFS}/site
+            chmod -R a+rX site
+        """
+        self.cluster.exec("ctl", "root", ["sh", "-ec", script], timeout=1800)
 
     def made(self) -> dict[str, int]:
         """Files and bytes of what :meth:`make` made."""
@@ -162,6 +173,11 @@ class Rig:
     def shared(self) -> Path:
         """The shared directory as this machine sees it."""
         return self.cluster.state / PFS.lstrip("/")
+
+    @property
+    def home(self) -> Path:
+        """The user's home as this machine sees it."""
+        return self.cluster.state / "home" / USER
 
     def link(self) -> float:
         """Bytes a second that a node sends the login node, over one connection."""
@@ -227,7 +243,7 @@ class Rig:
         """A batch job whose script has started: its Prologs have run."""
         argv = ["-w", ",".join(nodes), f"-N{len(nodes)}", f"--ntasks-per-node={RANKS}"]
         argv += ["--exclusive", "-o", "/dev/null", *([f"--comment={comment}"] if comment else [])]
-        mark = self.shared.parent / "started"
+        mark = self.home / "started"
         mark.unlink(missing_ok=True)
         script = "#!/bin/sh\n: >~/started\nexec sleep 7200\n"
         job = self.cluster.sbatch(script, user=USER, args=argv)
@@ -267,7 +283,7 @@ class Rig:
         return ended
 
     def _uid(self) -> int:
-        return os.stat(self.shared.parent).st_uid
+        return os.stat(self.home).st_uid
 
     @contextlib.contextmanager
     def _served(self, node: str, wanted: bool) -> Iterator[None]:
@@ -290,9 +306,13 @@ class Rig:
             {BIN}/stager release >/dev/null 2>&1 || :
             {BIN}/stager collect --all
         """
+
+        def clean(node: str) -> None:
+            self.cluster.exec(node, USER, ["sh", "-c", script])
+            self.cluster.exec(node, "root", [f"{BIN}/stager", "collect", "--all", "--all-users"])
+
         with ThreadPoolExecutor(2) as pool:
-            argv = ["sh", "-c", script]
-            list(pool.map(lambda node: self.cluster.exec(node, USER, argv), nodes))
+            list(pool.map(clean, nodes))
 
 
 def summary(starts: list[Start]) -> str:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-PFS = "/home/alice/pfs"
-"""What is on the shared file system: the environment, its archives, the repository."""
+PFS = "/home/pfs"
+"""What is on the shared file system: the environment, its archives, the repositories."""
 LOCAL = "/tmp/bench"
-IMAGE_NAME, ARCHIVE_NAME = "bench", "bench-tar"
+IMAGE_NAME, ARCHIVE_NAME, SITE_NAME = "bench", "bench-tar", "bench-site"
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,8 @@ def strategies(modules: str, stager: str, *, conda: bool = False) -> list[Strate
         Strategy("ours", (ours,), comment=f"pyenv:{IMAGE_NAME}"),
         # What cli_filter.lua makes of the same directive when the job is submitted.
         Strategy("ours, checked", (ours,), comment=f"pyenv:{IMAGE_NAME}?on_stale=ignore"),
+        # The same, published by the site for all users: mounted by the kernel.
+        Strategy("ours, site", (ours,), comment=f"pyenv:{SITE_NAME}"),
         Strategy("ours, tar.zst", (ours,), comment=f"pyenv:{ARCHIVE_NAME}"),
         Strategy(
             "ours, sbcast",

@@ -1,0 +1,260 @@
+"""Environments of the site: staged by root, once for all users of a node, mounted by the kernel."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from .site import APPS, BIN, NODES, SHARED, SHOW, STORE, UID, Site, idle, until
+
+
+@pytest.fixture(scope="module")
+def tree(site: Site) -> Iterator[str]:
+    """Where the environment is staged."""
+    with site.published_for_all("central", *NODES) as tree:
+        yield tree
+
+
+pytestmark = pytest.mark.usefixtures("tree")
+
+
+def test_two_users_share_one_mount_of_the_kernels(site: Site, tree: str) -> None:
+    for user in ("alice", "bob"):
+        done = site.batch(f"srun {SHOW}", "-N4", user=user, comment="pyenv:central")
+        assert done.prefixes() == {node: {tree} for node in NODES}
+        assert done.told() == []
+    assert site.settled() == idle()
+    for node in NODES:
+        ((place, kind, options),) = site.shared_mounts(node)
+        assert (place, kind) == (tree, "squashfs")
+        assert options >= {"ro", "nosuid", "nodev"}
+        assert site.shared_claims(node) == []
+
+
+def test_several_jobs_at_once_make_it_once(site: Site, tree: str) -> None:
+    site.root("n1", f"{BIN}/stager", "collect", "--all", "--all-users")
+    site.mark()
+    args = ("-w", "n1", "--oversubscribe", "-n1", "-o", "/dev/null", "--comment=pyenv:central")
+    jobs = [
+        site.cluster.sbatch("#!/bin/sh\nsleep 1\n", user=user, args=args)
+        for user in ("alice", "bob", "alice")
+    ]
+    for job in jobs:
+        assert site.cluster.wait(job) == "COMPLETED"
+    until(lambda: site.syslog("n1").count("event=release") == 3)
+    told = re.findall(r"event=stage .* how=(\w+) seconds=[\d.]+ bytes=(\d+)", site.syslog("n1"))
+    made = [int(size) for how, size in told if how == "mounted"]
+    assert sorted(how for how, _ in told) == ["hit", "hit", "mounted"]
+    assert made[0] > 0
+    assert [place for place, *_ in site.shared_mounts("n1")] == [tree]
+    assert site.shared_claims("n1") == []
+
+
+def test_stage_run_in_such_a_job_uses_it(site: Site, tree: str) -> None:
+    body = f"{BIN}/stage-run --env central python -c 'import sys; print(\"n1\", sys.prefix)'"
+    done = site.batch(body, "-w", "n1", comment="pyenv:central")
+    assert done.prefixes() == {"n1": {tree}}
+    assert not list(site.place("n1", f"{STORE}/{UID['alice']}/envs").glob("*"))
+
+
+def test_without_the_hooks_each_user_unpacks_their_own(site: Site, tree: str) -> None:
+    """Nobody claims the site's tree for them."""
+    with original(site):
+        body = f"{BIN}/stage-run --env central python -c 'import sys; print(\"n1\", sys.prefix)'"
+        done = site.batch(body, "-w", "n1")
+    (prefix,) = done.prefixes()["n1"]
+    assert prefix == tree.replace(SHARED, f"{STORE}/{UID['alice']}")
+    site.clear_stores()
+
+
+def test_what_a_job_uses_is_not_evicted(site: Site, tree: str) -> None:
+    job = site.cluster.sbatch(
+        f"#!/bin/sh\nexec {tree}/bin/python -c 'import time; time.sleep(60)'\n",
+        user="alice",
+        args=["-w", "n1", "-o", "/dev/null", "--comment=pyenv:central"],
+    )
+    collect = (f"{BIN}/stager", "collect", "--all", "--all-users")
+    try:
+        until(lambda: site.shared_claims("n1"))
+        until(lambda: site.cluster.exec("n1", "root", ["pgrep", "-f", "sleep.60"], check=False))
+        site.root("n1", *collect)
+        assert [place for place, *_ in site.shared_mounts("n1")] == [tree]
+    finally:
+        site.run("scancel", str(job))
+    site.settled()
+    site.root("n1", *collect)
+    assert site.shared_mounts("n1") == []
+    assert not list(site.place("n1", f"{SHARED}/images").glob("*"))
+
+
+@contextlib.contextmanager
+def original(site: Site) -> Iterator[None]:
+    """The original is back in its place."""
+    site.root("ctl", "mv", f"{APPS}/away", f"{APPS}/envs")
+    try:
+        yield
+    finally:
+        site.root("ctl", "mv", f"{APPS}/envs", f"{APPS}/away")
+
+
+def refused(site: Site, reason: str, *, comment: str = "pyenv:central", node: str = "n1") -> None:
+    """A job runs on the original, the user reads why, and nothing was made in the site's store."""
+    site.root(node, f"{BIN}/stager", "collect", "--all", "--all-users")
+    with original(site):
+        done = site.batch(SHOW, "-w", node, comment=comment)
+    (line,) = done.told()
+    assert "not staged, running the original" in line
+    assert re.search(reason, line), line
+    assert done.prefixes() == {node: {f"{APPS}/envs/central"}}
+    assert site.settled() == idle()
+    assert site.shared_mounts(node) == []
+    assert site.shared_claims(node) == []
+    assert not list(site.place(node, f"{SHARED}/envs").glob("*"))
+
+
+@contextlib.contextmanager
+def changed(site: Site, change: str, back: str) -> Iterator[None]:
+    site.root("ctl", "sh", "-ec", f"cd {APPS}/stager; {change}")
+    try:
+        yield
+    finally:
+        site.root("ctl", "sh", "-ec", f"cd {APPS}/stager; {back}")
+
+
+@pytest.mark.parametrize(
+    ("change", "back", "where"),
+    [
+        ("chown alice images/*", "chown root images/*", "/images/"),
+        ("chmod g+w images/*", "chmod g-w images/*", "/images/"),
+        ("chown alice refs/*", "chown root refs/*", "/refs/central"),
+        ("chmod o+w images", "chmod o-w images", "/images"),
+        ("chmod 1777 .", "chmod 755 .", "/stager"),
+        ("chown alice ..", "chown root ..", ""),
+        (
+            "mv images ../images; ln -s ../images images; chown -h alice images",
+            "rm images; mv ../images images",
+            "/images",
+        ),
+        (
+            "mkdir ../of; chown alice ../of; mv images ../of/images; ln -s ../of/images images",
+            "rm images; mv ../of/images images; rmdir ../of",
+            "/of",
+        ),
+    ],
+)
+def test_what_others_could_have_written_is_not_mounted(
+    site: Site, change: str, back: str, where: str
+) -> None:
+    with changed(site, change, back):
+        refused(site, f"others than root can write {APPS}.*{where}")
+
+
+def test_a_pinned_one_whose_manifest_is_not_roots(site: Site) -> None:
+    shown = site.root("ctl", f"{BIN}/stager", "inspect", "--json", "central")
+    pinned = f"pyenv:central@sha256:{json.loads(shown)['digest']}"
+    refused_of_alice = "others than root can write .*/manifests/[0-9a-f]{64}.json"
+    # A name is a link to the same file.
+    with changed(site, "chown alice manifests/*", "chown root manifests/*"):
+        refused(site, refused_of_alice, comment=pinned)
+    done = site.batch(SHOW, "-w", "n1", comment=pinned)
+    assert done.prefixes()["n1"]
+    assert site.shared_mounts("n1")
+
+
+def test_doctor_tells_what_is_wrong(site: Site) -> None:
+    doctor = (f"{BIN}/stager", "doctor")
+    told = site.cluster.exec("n1", "root", doctor, check=False).stdout
+    assert f"the site's store {SHARED}: trees are mounted by the kernel" in told
+    with changed(site, "chmod o+w .", "chmod o-w ."):
+        told = site.cluster.exec("n1", "root", doctor, check=False).stdout
+    assert f"others than root can write {APPS}/stager" in told
+
+
+def test_a_damaged_image(site: Site) -> None:
+    keep = "cp -p images/* /root/image; "
+    damage = "printf x | dd of=$(echo images/*) conv=notrunc bs=1 seek=5000 status=none"
+    with changed(site, keep + damage, "cp -p /root/image $(echo images/*); rm /root/image"):
+        refused(site, "damaged|checksum")
+
+
+def test_a_users_environment_for_the_sites_store_is_not_roots_to_stage(site: Site) -> None:
+    """They may pack for that path and call their repository the site's: root does not."""
+    site.make_environment("alice", "mine")
+    site.shell("alice", f"{BIN}/stager pack --store {SHARED} --repository theirs envs/mine")
+    keys = (
+        f"site_store: {SHARED}\\nrepositories: [/home/alice/theirs]\\nrepository: /home/alice/x\\n"
+    )
+    with site.users_configuration("alice", f"printf '{keys}' >config.yaml"):
+        done = site.batch(SHOW, "-w", "n1", comment="pyenv:mine")
+    (prefix,) = done.prefixes()["n1"]
+    assert prefix.startswith(f"{STORE}/{UID['alice']}/envs/")
+    assert site.shared_mounts("n1") == []
+    site.shell("alice", "rm -r theirs")
+    site.clear_stores()
+
+
+def test_a_user_who_claims_that_anything_is_the_sites(site: Site) -> None:
+    """Root's side looks for itself: what works as the user may be the user's by then."""
+    site.make_environment("alice", "mine")
+    code = f"sitestore.of = lambda *_: sitestore.SiteStore('{SHARED}')\n"
+    with site.patched("forjob", code, "n1"):
+        done = site.batch(SHOW, "-w", "n1", comment="pyenv:mine")
+    (line,) = done.told()
+    assert "is no repository of this site" in line
+    site.clear_stores()
+
+
+def test_where_jobs_may_not_see_a_mount_it_is_unpacked(site: Site, tree: str) -> None:
+    with site.configured("hook: {mounts: prolog}\n", "n2"):
+        site.root("n2", f"{BIN}/stager", "collect", "--all", "--all-users")
+        done = site.batch(SHOW, "-w", "n2", comment="pyenv:central")
+    assert done.prefixes() == {"n2": {tree}}
+    assert site.shared_mounts("n2") == []
+    site.root("n2", f"{BIN}/stager", "collect", "--all", "--all-users")
+    assert not list(site.place("n2", f"{SHARED}/envs").glob("*"))
+
+
+def test_where_the_kernel_cannot_mount_it_is_unpacked(site: Site, tree: str) -> None:
+    with site.patched(
+        "formats/squashfs", "def mount_by_kernel(*_):\n    raise StagerError('no')\n", "n2"
+    ):
+        site.root("n2", f"{BIN}/stager", "collect", "--all", "--all-users")
+        done = site.batch(SHOW, "-w", "n2", comment="pyenv:central")
+    assert done.prefixes() == {"n2": {tree}}
+    assert done.told() == []
+    assert site.shared_mounts("n2") == []
+    site.root("n2", f"{BIN}/stager", "collect", "--all", "--all-users")
+
+
+def test_the_process_is_killed_in_the_middle(site: Site, tree: str) -> None:
+    code = "_copy = copy\ndef copy(*_, **__):\n    import os\n    os.kill(os.getpid(), 9)\n"
+    with site.patched("transfer/__init__", code, "n1"):
+        refused(site, "ended without a word")
+    done = site.batch(SHOW, "-w", "n1", comment="pyenv:central")
+    assert done.prefixes() == {"n1": {tree}}
+
+
+def test_it_takes_too_long(site: Site, tree: str) -> None:
+    with site.slow(60, "n1"):
+        refused(site, "longer than 2 s", comment="pyenv:central?timeout=2s")
+    until(
+        lambda: not site.cluster.exec("n1", "root", ["pgrep", "-f", "prolog"], check=False).stdout
+    )
+
+
+def test_a_store_that_is_anothers(site: Site) -> None:
+    with site.configured("site_store: /tmp/squat\n", "n3"):
+        site.shell("alice", "mkdir /tmp/squat", host="n3")
+        publish = f"{BIN}/stager pack --store /tmp/squat --repository {APPS}/stager --name squat"
+        with original(site):
+            site.root(
+                "ctl", "sh", "-ec", f"{publish} {APPS}/envs/central; chmod -R a+rX {APPS}/stager"
+            )
+            done = site.batch(SHOW, "-w", "n3", comment="pyenv:squat")
+        (line,) = done.told()
+        assert "others than root can write /tmp" in line
+    site.root("ctl", f"{BIN}/stager", "remove", "--repository", f"{APPS}/stager", "squat")
