@@ -76,7 +76,7 @@ def test_numbers_that_are_none(name: str, value: str) -> None:
 
 
 def test_an_activation_as_tasks_read_it() -> None:
-    checked = Activation.checked(ACTIVATION, below="/store/1/envs")
+    checked = Activation.checked(ACTIVATION, below=("/store/1/envs",))
     assert checked.lines().splitlines() == [
         "python /store/1/envs/x/bin/python",
         "prefix /store/1/envs/x",
@@ -112,7 +112,7 @@ def test_an_activation_as_tasks_read_it() -> None:
 )
 def test_an_activation_that_is_none(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
-        Activation.checked({**ACTIVATION, **change}, below="/store/1/envs")
+        Activation.checked({**ACTIVATION, **change}, below=("/store/1/envs",))
     for value in (None, [], "x", {}):
         with pytest.raises(ValueError):
             Activation.checked(value)
