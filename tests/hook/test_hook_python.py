@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
+import venv
 from pathlib import Path
 from typing import Any
 
@@ -394,6 +396,126 @@ def test_install_again_and_without_a_trace(tmp_path: Path) -> None:
     assert left == ["etc/stager/config.yaml"]
     install("--uninstall", "--purge")
     assert not [name for name in files() if "stager" in name]
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """The interpreter of an environment without any packages, not even pip."""
+    venv.create(tmp_path / "bare", with_pip=False)
+    return tmp_path / "bare/bin/python"
+
+
+def own_packages(python: Path) -> Path:
+    (directory,) = python.parent.parent.glob("lib/python3*/site-packages")
+    return directory
+
+
+def put_packages(directory: Path, *names: str) -> None:
+    """Copies of ours, which work."""
+    ours = next(Path(path) for path in sys.path if path.endswith("site-packages"))
+    for name in names:
+        shutil.copytree(ours / name, directory / name)
+
+
+def spoil(directory: Path) -> None:
+    """Make a copy of our zstandard one that was compiled for another Python."""
+    for file in (directory / "zstandard").glob("*.so"):
+        file.rename(file.with_name(f"{file.name.partition('.')[0]}.cpython-20-other.so"))
+
+
+def install_below(root: Path, python: Path, *more: object, cwd: Path | None = None) -> Any:
+    return subprocess.run(
+        [REPO / "deploy/install", "--root", root, "--python", python, "--unitdir", "", *more],
+        capture_output=True, text=True, check=False, cwd=cwd,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("lacking", "said"),
+    [
+        ("for another Python", "cannot use the zstandard in --packages {0}: ModuleNotFoundError"),
+        ("older", "cannot use the zstandard in --packages {0}: 0.18.0 is older than 0.19"),
+        ("no modules", "cannot use the PyYAML in --packages {0}: AttributeError"),
+        ("missing", "has no PyYAML that it can use, nor is there one in --packages {0}"),
+        ("no directory", "pip could not get PyYAML for "),
+    ],
+)
+def test_packages_that_hooks_cannot_import_are_refused(
+    tmp_path: Path, bare: Path, lacking: str, said: str
+) -> None:
+    packages = tmp_path / "packages"
+    put_packages(packages, "yaml", "zstandard")
+    old = tmp_path / "old"
+    done = install_below(old, bare, "--packages", packages)
+    assert done.returncode == 0, done.stderr
+    if lacking == "for another Python":
+        spoil(packages)
+    elif lacking == "older":
+        (packages / "zstandard/__init__.py").write_text("__version__ = '0.18.0'\n")
+    elif lacking == "no modules":
+        shutil.rmtree(packages / "yaml")
+        (packages / "yaml").mkdir()
+    elif lacking == "missing":
+        shutil.rmtree(packages / "yaml")
+
+    def files(root: Path) -> dict[Path, tuple[int, ...]]:
+        """All that there is; making and removing a directory's entry is no change of it."""
+        found = ((path, path.lstat()) for path in root.rglob("*"))
+        return {
+            path: (at.st_ino, at.st_mode, at.st_mtime_ns if path.is_file() else 0)
+            for path, at in found
+        }
+
+    hint = "hint: nothing was changed; install both for that Python, or make a directory for"
+    hint += f" --packages by its pip: {bare} -m pip install --target DIR PyYAML zstandard\n"
+    new = tmp_path / "new"
+    (new / "usr/lib").mkdir(parents=True)
+    for root in (new, old):
+        before = files(root)
+        given = [] if lacking == "no directory" else ["--packages", packages]
+        done = install_below(root, bare, *given)
+        assert done.returncode == 15, done.stderr
+        assert said.format(packages) in done.stderr
+        assert f"{bare} (Python {sys.version_info[0]}.{sys.version_info[1]})" in done.stderr
+        assert hint in done.stderr
+        assert "Traceback" not in done.stderr
+        assert files(root) == before
+
+
+def test_own_packages_of_the_python_come_first(tmp_path: Path, bare: Path) -> None:
+    packages, root = tmp_path / "packages", tmp_path / "root"
+    put_packages(packages, "yaml", "zstandard")
+    spoil(packages)
+    own = own_packages(bare)
+    put_packages(own, "yaml", "zstandard")
+    (own / "zstandard/own").write_text("this one")
+
+    def installed() -> Path:
+        (program,) = (root / "usr/lib/stager").iterdir()
+        return program
+
+    # What lies in the current directory is nobody's package.
+    done = install_below(root, bare, "--packages", packages, cwd=packages)
+    assert done.returncode == 0, done.stderr
+    assert (installed() / "zstandard/own").exists()
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import yaml, zstandard"
+    subprocess.run([bare, "-I", "-S", "-B", "-c", code, installed()], check=True)
+
+    # Own ones that cannot be used are told, and stand in nobody's way.
+    shutil.rmtree(packages)
+    put_packages(packages, "yaml", "zstandard")
+    spoil(own)
+    done = install_below(root, bare, "--packages", packages)
+    assert done.returncode == 0, done.stderr
+    assert f"cannot use its own zstandard in {own}/zstandard: ModuleNotFoundError" in done.stdout
+    assert not (installed() / "zstandard/own").exists()
+    subprocess.run([bare, "-I", "-S", "-B", "-c", code, installed()], check=True)
+
+
+def test_the_installer_wants_the_packages_of_the_project() -> None:
+    wanted = re.findall(r"wheel=(\w+) least=([0-9.]+)", (REPO / "deploy/install").read_text())
+    dependencies = [f'"{name}>={version}"' for name, version in wanted]
+    assert f"dependencies = [{', '.join(dependencies)}, " in (REPO / "pyproject.toml").read_text()
 
 
 def test_the_state_format_is_documented() -> None:
