@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 from stager.errors import IncompatibleError
 from stager.manifest import Manifest
 from stager.store import Store
-
-_NOBODY = 65534
 
 
 def require(manifest: Manifest) -> None:
@@ -47,15 +44,9 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 def try_out(manifest: Manifest, node: Store) -> None:
-    """Start the staged Python once: the surest test of everything that can be wrong with it.
-
-    In the site's store, which root fills, it is nobody who starts it.
-    """
+    """Start the staged Python once: the surest test of everything that can be wrong with it."""
     import subprocess
 
-    whose: dict[str, Any] = {}
-    if node.of_site:
-        whose = {"user": _NOBODY, "group": _NOBODY, "extra_groups": []}
     python = os.path.join(node.tree(manifest.top.id), manifest.python.executable)
     try:
         answer = subprocess.run(
@@ -72,7 +63,7 @@ def try_out(manifest: Manifest, node: Store) -> None:
             timeout=60,
             check=False,
             text=True,
-            **whose,
+            **node.trying(),
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         reason = error.strerror if isinstance(error, OSError) else "it does not end"

@@ -239,7 +239,7 @@ def _published(wish: Ref, config: Config, job: Job, until: float, node: Store | 
                 raise
         if published is not None:
             unasked = wish.digest or policy == "ignore"
-            changes = [] if unasked else _changed(published, node)
+            changes = [] if unasked else _changed(published, node, config)
             own = published.repository.root == config["repository"]
             if not changes or policy == "warn" or (policy == "repack" and not own):
                 return published
@@ -269,10 +269,12 @@ def _published(wish: Ref, config: Config, job: Job, until: float, node: Store | 
         pause = min(2.0, pause * 1.5)
 
 
-def _changed(published: Published, node: Store | None) -> list[str]:
+def _changed(published: Published, node: Store | None, config: Config) -> list[str]:
     from stager import freshness, lookup
 
     layers = published.manifest.layers
+    if sitestore.of(published, config) is not None:
+        node = None  # it is not us who stages it
     cold = node is not None and any(node.stamp(layer.id) is None for layer in layers)
     wait = lookup.ask_ahead(published, copied=cold)
     for name in _MAKING if cold else ():

@@ -12,53 +12,90 @@ Jobs share the tree; each has a claim on it that root's worker makes, and nobody
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import re
 import stat
 from collections.abc import Iterable
+from typing import Any
 
 from stager import stage as staging
 from stager import trees
 from stager.config import Config
 from stager.errors import SITE, DeniedError, NotFoundError, StagerError
+from stager.formats import squashfs
 from stager.manifest import Manifest
 from stager.ref import Ref
 from stager.repository import Published, Repository
 from stager.stage import HIT, Staged
-from stager.store import ROOMS, Store
+from stager.store import MOUNTED, ROOMS, Store, boot_id
 
+_NOBODY = 65534
+_READABLE = "chmod a+rX it; or let users publish it for each other, and not for the site's store"
 _LINKS = 40
 """As many as the kernel follows in one path (path_resolution(7))."""
 
 
 class SiteStore(Store):
-    """The site's store; anybody may look into it, root makes and fills it.
+    """The site's store, for whoever looks into it; for writing there is :meth:`of_root`.
 
     Args:
         root: its directory.
     """
 
-    of_site = True
-
     def __init__(self, root: str) -> None:
         self.root = root
 
-    def make(self) -> None:
-        """Make what is missing.
+    @classmethod
+    def of_root(cls, root: str) -> SiteStore:
+        """The store for root, who writes into it; it is made where it is missing.
 
         Raises:
             DeniedError: others than root could write there.
         """
-        require_of_root(os.path.dirname(self.root))
-        for directory in (self.root, *(os.path.join(self.root, room) for room in ROOMS)):
-            if not os.path.isdir(directory):
+        os.umask(0o022)  # all may read it
+        require_trusted(os.path.dirname(root))
+        for directory in (root, *(os.path.join(root, room) for room in ROOMS)):
+            with contextlib.suppress(FileExistsError):  # several jobs may begin at once
                 os.mkdir(directory, 0o755)
-        require_of_root(self.root)
+            require_trusted(directory)
+        return cls(root)
 
     def lease(self, layer_id: str, holder: str) -> bool:
-        """Claim a tree, for all to see, see :meth:`stager.store.Store.lease`."""
-        new = super().lease(layer_id, holder)
-        os.chmod(os.path.join(self.root, "leases", layer_id), 0o755)  # noqa: S103 - jobs look whether theirs is there
-        return new
+        """Claim a tree; a job can see whether it has a claim, but not who else does."""
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(os.path.join(self.root, "leases", layer_id), 0o711)
+        return super().lease(layer_id, holder)
+
+    def is_claimed(self, layer_id: str, holder: str) -> bool:
+        """Tell whether somebody has claimed a tree."""
+        return os.path.exists(os.path.join(self.root, "leases", layer_id, holder))
+
+    def admit(self, image: str) -> None:
+        """Refuse an image that others than root could have written, or that not all may read."""
+        require_trusted(image)
+
+    def why_not_mount(self) -> str:
+        """The kernel tells when it is asked."""
+        return ""
+
+    def mount(self, layer_id: str) -> None:
+        """Have the kernel mount a layer's image."""
+        squashfs.mount_by_kernel(self.image(layer_id), self.tree(layer_id))
+
+    def unmount(self, layer_id: str, *, force: bool = False) -> bool:
+        """Unmount a tree."""
+        return squashfs.unmount_by_kernel(self.tree(layer_id), force=force)
+
+    def put(self, directory: str, layer_id: str) -> None:
+        """Let an unpacked tree be a layer's, for all to use."""
+        os.chmod(directory, 0o755)  # noqa: S103 - archives are unpacked into a private one
+        super().put(directory, layer_id)
+
+    def trying(self) -> dict[str, Any]:
+        """Root runs nothing from there."""
+        return {"user": _NOBODY, "group": _NOBODY, "extra_groups": []}
 
 
 def of(published: Published, config: Config) -> SiteStore | None:
@@ -82,7 +119,7 @@ def staged(published: Published, config: Config, holder: str) -> Staged | None:
     if node is None:
         return None
     layers = [layer.id for layer in published.manifest.layers]
-    if not all(holder in node.leases(one) and node.ready(one) is not None for one in layers):
+    if not all(node.is_claimed(one, holder) and node.ready(one) is not None for one in layers):
         return None
     return described(published.manifest, dict.fromkeys(layers, HIT))
 
@@ -108,50 +145,98 @@ def stage(repository: str, wish: Ref, digest: str, config: Config, holder: str) 
         holder: the job.
 
     Raises:
-        DeniedError: others than root could have written the image, the manifest or the store.
+        DeniedError: others than root could have written the image, the manifest or the store; or
+            not all may read them.
         StagerError: it cannot be staged.
     """
     if repository not in config["repositories"]:
         raise DeniedError(f"{repository} is no repository of this site")
     place = Repository(repository)
-    require_of_root(place.manifest(digest) if wish.digest else place.ref(wish.name))
+    require_trusted(place.manifest(digest) if wish.digest else place.ref(wish.name))
     published = place.find(wish)
-    node = of(published, config) if published is not None else None
-    if published is None or node is None or published.digest != digest:
+    if published is None or of(published, config) is None or published.digest != digest:
         raise NotFoundError(
             f"{repository} has no such {wish} for the store {config['site_store']}",
             hint="was it packed again this moment? submit once more",
         )
+    node = SiteStore.of_root(config["site_store"])
     for layer in published.manifest.layers:
-        require_of_root(place.image(layer))
-    node.make()
+        _require_same_mounts(node, layer.id, holder)
     return staging.stage(published, node, config, holder=holder)
 
 
-def require_of_root(path: str) -> None:
-    """See to it that nobody but root can change what a path leads to, at any step of the way.
+def _require_same_mounts(node: SiteStore, layer_id: str, holder: str) -> None:
+    """Leave a tree alone that running jobs have mounted where we cannot see it.
+
+    To make it anew would take it away from them: a directory that is removed in one mount
+    namespace is unmounted in all others.
+    """
+    stamp = node.stamp(layer_id)
+    here = stamp is None or stamp.boot != boot_id() or stamp.how != MOUNTED
+    if here or node.ready(layer_id) is not None or not {*node.leases(layer_id)} - {holder}:
+        return
+    raise StagerError(
+        f"{node.tree(layer_id)} is mounted for other jobs, in a mount namespace that is not this",
+        hint="hooks that mount must all run in the node's own: was slurmd started with PrivateTmp?",
+        blame=SITE,
+    )
+
+
+def require_trusted(path: str) -> None:
+    """See to it that nobody but root can change what a path leads to, and that all may read it.
+
+    Each step of the way counts, the targets of links included; so does who mounted it.
 
     Raises:
-        DeniedError: somebody can; the message says where.
+        NotFoundError: there is no such path.
+        DeniedError: somebody can, or not all may; the message says where.
     """
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        users = mounted_by_users(file)
     for one in _steps(path):
         try:
             info = os.lstat(one)
         except OSError as error:
-            raise StagerError(
-                f"root cannot see {one}: {error.strerror}", hint="chmod a+rX it", blame=SITE
+            if error.errno == errno.ENOENT:
+                hint = "publish it again, or mend the configuration"
+                raise NotFoundError(f"{one} is missing", hint=hint, blame=SITE) from error
+            raise DeniedError(
+                f"root cannot see {one}: {error.strerror}", hint=_READABLE, blame=SITE
             ) from error
-        loose = info.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not stat.S_ISLNK(info.st_mode)
-        if info.st_uid != 0 or loose:
+        link = stat.S_ISLNK(info.st_mode)
+        loose = not link and info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if info.st_uid != 0 or loose or info.st_dev in users:
             raise DeniedError(
                 f"others than root can write {one}",
                 hint="the kernel mounts only what is root's: chown root, chmod go-w",
                 blame=SITE,
             )
+        needed = stat.S_IXOTH if stat.S_ISDIR(info.st_mode) else stat.S_IROTH
+        if not link and not info.st_mode & needed:
+            raise DeniedError(
+                f"not all may read {one}, as all could in the site's store", hint=_READABLE,
+                blame=SITE,
+            )  # fmt: skip
+
+
+def mounted_by_users(mounts: Iterable[str]) -> set[int]:
+    """Device numbers of FUSE file systems whose server is a user's, and tells what they like.
+
+    Args:
+        mounts: lines of mountinfo, see proc(5).
+    """
+    found = set()
+    for line in mounts:
+        words = line.split()
+        user = re.search(r"(?:^|,)user_id=(\d+)", words[-1])
+        if user and user[1] != "0":
+            major, minor = map(int, words[2].split(":"))
+            found.add(os.makedev(major, minor))
+    return found
 
 
 def _steps(path: str) -> Iterable[str]:
-    """Everything that a path leads through, the targets of links included."""
+    """Everything that a path leads through."""
     here, left, links = "/", path.strip("/").split("/"), 0
     yield here
     while left:

@@ -22,7 +22,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from typing import Callable, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 from stager import fsutil, warm
 from stager.errors import NODE, StagerError, UsageError
@@ -74,15 +74,9 @@ class Store:
     Args:
         root: its directory, made when missing.
 
-    Attributes:
-        of_site: root makes its trees for everybody, and the kernel mounts them, see
-            :mod:`stager.sitestore`.
-
     Raises:
         DeniedError: it belongs to somebody else, is a link, or is open to others.
     """
-
-    of_site = False
 
     def __init__(self, root: str) -> None:
         self.root = root
@@ -126,6 +120,31 @@ class Store:
         except (OSError, ValueError, TypeError, AttributeError):
             return None
 
+    # -- what the site's store does in its own way -------------------------------------------
+
+    def admit(self, image: str) -> None:
+        """Refuse an image that nothing may be made of here; a user's own choice is never."""
+
+    def why_not_mount(self) -> str:
+        """Why images cannot be mounted here; empty where they can."""
+        return squashfs.why_not_mount()
+
+    def mount(self, layer_id: str) -> None:
+        """Mount a layer's image on its tree, which is an empty directory."""
+        squashfs.mount(self.image(layer_id), self.tree(layer_id))
+
+    def unmount(self, layer_id: str, *, force: bool = False) -> bool:
+        """Unmount a tree, see :func:`stager.formats.squashfs.unmount`."""
+        return squashfs.unmount(self.tree(layer_id), force=force)
+
+    def put(self, directory: str, layer_id: str) -> None:
+        """Let an unpacked tree be a layer's."""
+        os.rename(directory, self.tree(layer_id))
+
+    def trying(self) -> dict[str, Any]:
+        """Who tries out whether a Python starts, for :class:`subprocess.Popen`."""
+        return {}
+
     # -- making trees ------------------------------------------------------------------------
 
     def lock(
@@ -162,10 +181,6 @@ class Store:
         if stamp is None or (stamp.how == MOUNTED and stamp.owner in (owner, None)):
             self.withdraw(layer_id)
             self.unmount(layer_id)
-
-    def unmount(self, layer_id: str, *, force: bool = False) -> bool:
-        """Unmount a tree, see :func:`stager.formats.squashfs.unmount`."""
-        return squashfs.unmount(self.tree(layer_id), force=force, by_kernel=self.of_site)
 
     def workspace(self, layer_id: str) -> str:
         """A directory to make this tree or image in, cleared of earlier tries. Needs the lock."""

@@ -45,8 +45,10 @@ def make(
 
     how = choose(layer, node, config["stage.how"], progress)
     here = is_present(layer, node)
+    if not here:
+        node.admit(published.repository.image(layer))
     node.clear(layer.id)
-    tree, image = node.tree(layer.id), node.image(layer.id)
+    image = node.image(layer.id)
     make_room(layer, how, node, config, present=layer.image.size if here else 0)
     workspace = node.workspace(layer.id)
     unpacked = node.unpacking(workspace)
@@ -72,7 +74,7 @@ def make(
                 from stager import retarget
 
                 retarget.rewrite(unpacked, published.manifest, layer, node)
-            os.rename(unpacked, tree)
+            node.put(unpacked, layer.id)
         size = layer.image.size if how == MOUNTED else layer.size
         fsutil.remove_tree(workspace)  # before it is ready: nobody clears up after a hit
         owner = owner_of(os.environ) if how == MOUNTED else None  # squashfuse has our variables
@@ -132,9 +134,8 @@ def _mounted(node: Store, layer: Layer, wanted: str, progress: Progress | None) 
     """Mount an image; where that is refused, False unless mounting was asked for by name."""
     tree = node.tree(layer.id)
     os.mkdir(tree, 0o700)
-    mount = squashfs.mount_by_kernel if node.of_site else squashfs.mount
     try:
-        mount(node.image(layer.id), tree)
+        node.mount(layer.id)
     except StagerError as error:
         os.rmdir(tree)
         if wanted == "mount":
@@ -204,7 +205,7 @@ def choose(layer: Layer, node: Store, wanted: str, progress: Progress | None = N
         return EXTRACTED
     if wanted == "extract":
         return EXTRACTED
-    reason = "" if node.of_site else squashfs.why_not_mount()
+    reason = node.why_not_mount()
     if is_moved(layer, node):
         reason = "it was packed for another store and has to be rewritten"
     if not reason:

@@ -166,18 +166,18 @@ def _site_store(config: Config) -> list[Check]:
     if not path:
         return []
     try:
-        sitestore.require_of_root(os.path.dirname(path))
+        sitestore.require_trusted(path if os.path.lexists(path) else os.path.dirname(path))
     except StagerError as error:
         return [(BAD, f"the site's store {path}: {error.message}", error.hint or "")]
     checks = [(OK, f"the site's store {path}: trees are mounted by the kernel", "")]
     if not _kernel_mounts():
-        what = f"the site's store {path}: trees are extracted, this kernel has no squashfs"
-        checks = [(WORSE, what, "")]
+        lacking = "this kernel has no squashfs, or there are no loop devices"
+        checks = [(WORSE, f"the site's store {path}: trees are extracted: {lacking}", "")]
     if not config["repositories"]:
         checks.append((WORSE, "no repository publishes for it", "set the key `repositories`"))
     for repository in config["repositories"]:
         try:
-            sitestore.require_of_root(repository)
+            sitestore.require_trusted(repository)
         except StagerError as error:
             what = f"nothing of {repository} is staged there: {error.message}"
             checks.append((WORSE, what, error.hint or ""))
@@ -185,7 +185,9 @@ def _site_store(config: Config) -> list[Check]:
 
 
 def _kernel_mounts() -> bool:
-    """Whether the kernel has squashfs, built in or as a module."""
+    """Whether the kernel has squashfs, built in or as a module, and devices to mount files by."""
+    if not os.path.exists("/dev/loop-control"):
+        return False
     with open("/proc/filesystems", encoding="ascii") as file:
         if "\tsquashfs\n" in file.read():
             return True

@@ -14,6 +14,7 @@ from stager import allocation, envpatch, lease, lookup, notes, schedulers
 from stager.cli.common import count, load_config, options_given, print_json, say, size, table
 from stager.cli.preparing import ask_job, prepare
 from stager.errors import StagerError
+from stager.sitestore import SiteStore
 from stager.store import RECEIVED, Store
 
 
@@ -161,7 +162,8 @@ def status(arguments: argparse.Namespace) -> int:
 
         return pushing.everywhere(arguments, ["status"], lambda one: "\n".join(_status(one)))
     config = load_config(arguments)
-    node = Store(config["store"])
+    shared = config["store"] == config["site_store"]
+    node = SiteStore(config["store"]) if shared else Store(config["store"])
     entries: list[dict[str, Any]] = []
     for held in node.held():
         ready = node.ready(held.id) is not None

@@ -227,12 +227,16 @@ def mount_by_kernel(image: str, directory: str) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         check=False,
-        timeout=MOUNT_TIMEOUT,
     )
     if done.returncode != 0:
         said = done.stderr.decode(errors="replace").strip().splitlines()
         line = said[0] if said else f"status {done.returncode}"
         raise StagerError(f"the kernel cannot mount {os.path.basename(image)}: {line}")
+
+
+def unmount_by_kernel(directory: str, *, force: bool = False) -> bool:
+    """Unmount what :func:`mount_by_kernel` has mounted; see :func:`unmount`."""
+    return _unmounted([program("umount"), *(["-l"] if force else []), directory])
 
 
 def mount(image: str, directory: str) -> None:
@@ -283,29 +287,30 @@ def is_dead(directory: str) -> bool:
     return False
 
 
-def unmount(directory: str, *, force: bool = False, by_kernel: bool = False) -> bool:
-    """Unmount.
+def unmount(directory: str, *, force: bool = False) -> bool:
+    """Unmount what :func:`mount` has mounted.
 
     Args:
         directory: the mount point.
         force: detach it even where the server is dead, or where it is in use.
-        by_kernel: it was mounted by :func:`mount_by_kernel`.
 
     Returns:
         Whether it is gone; False means that something still uses it.
     """
+    helper = _which("fusermount3") or _which("fusermount")
+    if helper is None:
+        return False
+    return _unmounted([helper, "-u", *(["-z"] if force else []), directory])
+
+
+def _unmounted(argv: list[str]) -> bool:
     import subprocess
 
-    if by_kernel:
-        arguments = [program("umount"), *(["-l"] if force else []), directory]
-    else:
-        helper = _which("fusermount3") or _which("fusermount")
-        if helper is None:
-            return False
-        arguments = [helper, "-u", *(["-z"] if force else []), directory]
-    subprocess.run(
-        arguments, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=MOUNT_TIMEOUT
-    )
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        subprocess.run(
+            argv, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=MOUNT_TIMEOUT
+        )
+    directory = argv[-1]
     return not is_mounted(directory) and not is_dead(directory)
 
 

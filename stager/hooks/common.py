@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import select
 import signal
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Callable
 
 from stager import config as configuration
 from stager import events, jobstate, lease, privilege, schedulers
@@ -78,6 +79,27 @@ def end(pid: int, start: str) -> None:
             time.sleep(0.05)
 
 
+def how_it_ended(pid: int) -> str | None:
+    """Wait a moment for a process of ours.
+
+    Returns:
+        The name of the signal that ended it, empty for none; None where it has not ended.
+    """
+    for _ in range(20):
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return _signal_name(os.WTERMSIG(status)) if os.WIFSIGNALED(status) else ""
+        time.sleep(0.05)
+    return None
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
 def release(
     state: State, uid: int | None, fields: Mapping[str, object], root: str, site_directory: str
 ) -> None:
@@ -98,9 +120,10 @@ def release(
     try:
         if store and isinstance(owner, int) and uid in (None, owner):
             holder = lease.of_job(str(record.get("scheduler", "slurm")), str(record["key"]))
-            if record.get("site_store"):
-                dropped = SiteStore(str(record["site_store"])).release(holder)
-            dropped += int(as_user(owner, record.get("gid"), _release, store, holder))
+            try:
+                dropped = _release_shared(str(record.get("site_store") or ""), holder)
+            finally:
+                dropped += int(as_user(owner, record.get("gid"), _release, store, holder))
     finally:
         state.remove()
     config: Config | None = None
@@ -111,6 +134,10 @@ def release(
 
 def _release(store: str, holder: str) -> int:
     return Store(store).release(holder) if os.path.isdir(store) else 0
+
+
+def _release_shared(store: str, holder: str) -> int:
+    return SiteStore.of_root(store).release(holder) if os.path.isdir(store) else 0
 
 
 # -- Working as other users ------------------------------------------------------------------
@@ -153,7 +180,7 @@ def as_user(uid: int, gid: int | None, work: Any, *arguments: Any, limit: float 
 
 
 def collect_all_users(config: Config, *, everything: bool = False) -> dict[int, int]:
-    """Collect the store of every user on this node, each as that user.
+    """Collect the site's store, and that of every user on this node, each as that user.
 
     Args:
         config: loaded with ``trusted_only``.
@@ -167,6 +194,9 @@ def collect_all_users(config: Config, *, everything: bool = False) -> dict[int, 
     """
     if os.geteuid() != 0:
         raise StagerError("only root can collect for all users", hint="sudo stager collect ...")
+    result = {}
+    if os.path.isdir(config["site_store"]):
+        result[0] = _evicted(0, config, _collect, config["site_store"], config, everything)
     template = config.store_template
     if template.count("{uid}") != 1 or "{uid}" not in os.path.basename(template):
         raise StagerError(
@@ -175,7 +205,6 @@ def collect_all_users(config: Config, *, everything: bool = False) -> dict[int, 
         )
     parent, name = os.path.split(template)
     pattern = re.compile(re.escape(name).replace(r"\{uid\}", "([0-9]+)"))
-    result = {}
     for entry in sorted(os.listdir(parent)):
         match = pattern.fullmatch(entry)
         if match is None:
@@ -184,24 +213,26 @@ def collect_all_users(config: Config, *, everything: bool = False) -> dict[int, 
         info = os.lstat(path)
         if uid == 0 or info.st_uid != uid or not os.path.isdir(path) or os.path.islink(path):
             continue  # planted by somebody else; nobody uses it
-        try:
-            done = as_user(uid, None, _collect, path, config, everything, limit=600)
-            result[uid] = int(done)
-        except StagerError as error:
-            fields = {"uid": uid, "reason": f"collect: {error.message}", "blame": SITE}
-            emit(events.FAIL, fields, config, jobstate.ROOT)
-            result[uid] = -1
-    shared = config["site_store"]
-    if shared and os.path.isdir(shared):
-        result[0] = _collect(shared, config, everything, SiteStore)
+        work = functools.partial(as_user, uid, None, _collect, limit=600)
+        result[uid] = _evicted(uid, config, work, path, config, everything)
     return result
 
 
-def _collect(path: str, config: Config, everything: bool, make: Any = Store) -> int:
+def _evicted(uid: int, config: Config, work: Callable[..., Any], *arguments: Any) -> int:
+    """How many trees were evicted; -1 where that failed, which is told."""
+    try:
+        return int(work(*arguments))
+    except (StagerError, OSError) as error:
+        fields = {"uid": uid, "reason": f"collect: {explained(error)[0]}", "blame": SITE}
+        emit(events.FAIL, fields, config, jobstate.ROOT)
+        return -1
+
+
+def _collect(path: str, config: Config, everything: bool) -> int:
     from stager.collect import collect
 
     done = collect(
-        make(path),
+        SiteStore.of_root(path) if path == config["site_store"] else Store(path),
         max_size=config["collect.max_size"],
         min_free=config["collect.min_free"],
         everything=everything,

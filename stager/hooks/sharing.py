@@ -11,10 +11,8 @@ from typing import Any
 
 from stager import events, jobstate, privilege, sitestore
 from stager.config import Config
-from stager.hooks.common import detach, explained
+from stager.hooks.common import detach, explained, how_it_ended
 from stager.ref import Ref, is_name
-
-_DIED = {"error": "staging into the site's store ended without a word", "hint": "see the log"}
 
 
 class Sharing:
@@ -62,8 +60,12 @@ class Sharing:
         """How each layer came to be, or an error: see :mod:`stager.forjob`. Ends the process."""
         told = os.read(self._reader, jobstate.MAX_MESSAGE)
         os.close(self._reader)
-        os.waitpid(self.pid, 0)
-        return told or json.dumps(_DIED).encode()
+        by = how_it_ended(self.pid)
+        if told:
+            return told
+        how = f"was ended by {by}" if by else "ended without a word"
+        reason = f"the process that stages into the site's store {how}"
+        return json.dumps({"error": reason, "hint": "tell your administrator"}).encode()
 
 
 def _stage(repository: str, wish: Ref, digest: str, config: Config, holder: str) -> dict[str, Any]:

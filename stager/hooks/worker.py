@@ -15,7 +15,7 @@ from typing import Any, Callable, NoReturn
 from stager import events, forjob, fsutil, jobstate, lease, privilege, schedulers
 from stager.config import Config
 from stager.errors import JOB, NODE, SITE, StagerError
-from stager.hooks.common import as_user, detach, emit, explained, stores
+from stager.hooks.common import as_user, detach, emit, explained, how_it_ended, stores
 from stager.hooks.sharing import Sharing
 from stager.jobstate import (
     FAILED,
@@ -32,6 +32,7 @@ from stager.jobstate import (
 
 STARTED, MAY_MOUNT, BEFOREHAND, DONE, FAULT = b"s", b"m", b"b", b"d", b"f"
 """What the worker tells the hook that started it."""
+_MOST_SHARED = 16
 _NOTE = 10.0
 """Seconds for a small file on shared storage."""
 
@@ -89,7 +90,9 @@ class Worker:
         self.fields: dict[str, object] = {"job": job.id, "uid": job.uid, "node": job.node}
         self.proven = False  # whether root could look at the store's parent
         self.child = 0  # works as the user
+        self.holder = lease.of_job(job.scheduler, job.key)
         self.sharing: Sharing | None = None  # works in the site's store
+        self.shares = 0  # how often one did
         self.started = time.monotonic()
         self.until = self.started + config["hook.deadline"]
 
@@ -127,7 +130,6 @@ class Worker:
         mounts = self.config["hook.mounts"]
         if mounts == "auto":
             mounts = self.mounts()
-        self.holder = lease.of_job(self.job.scheduler, self.job.key)
         self.visible = mounts == forjob.VISIBLE
         self.child = os.fork()
         if self.child == 0:
@@ -208,14 +210,17 @@ class Worker:
                 hint=events.clean(message.get("hint") or "", 300),
                 blame=blame if blame in (JOB, SITE, NODE) else SITE,
             )
+        elif self.sharing is not None or ("nothing" in message and self.shares):
+            raise ValueError("the end, while root has something to do")
         else:
             return False
         return True
 
     def _share(self, wanted: Any) -> None:
         """Start staging into the site's store."""
-        if self.sharing is not None:
-            raise ValueError("one environment of the site's at a time")
+        self.shares += 1
+        if self.sharing is not None or self.shares > _MOST_SHARED:
+            raise ValueError("one environment of the site's at a time, and not so many")
         # A mount that the job's own namespace may not be told of is no use to it.
         config = self.config if self.visible else self.config.changed({"stage.how": "extract"})
         self.sharing = Sharing(wanted, config, self.holder)
@@ -273,14 +278,11 @@ class Worker:
 
     def _how_it_died(self) -> StagerError:
         reason = "the staging process ended without a word"
-        for _ in range(20):
-            pid, status = os.waitpid(self.child, os.WNOHANG)
-            if pid and os.WIFSIGNALED(status):
-                reason = f"the staging process was ended by {_signal_name(os.WTERMSIG(status))}"
-            if pid:
-                self.child = 0
-                break
-            time.sleep(0.05)
+        by = how_it_ended(self.child)
+        if by:
+            reason = f"the staging process was ended by {by}"
+        if by is not None:
+            self.child = 0
         return StagerError(reason, hint="tell your administrator")
 
     def _kill(self) -> None:
@@ -333,10 +335,3 @@ def _decoded(data: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("not an object")
     return value
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"

@@ -26,6 +26,7 @@ SHARED = f"{STORE}/site"
 """The site's own store."""
 APPS = "/home/apps"
 """What the site publishes, and its repository: root's."""
+READABLE = f"cd {APPS}/stager; chmod a+rx .; chmod -R a+rX refs origins manifests layers images"
 NODES = ("n1", "n2", "n3", "n4")
 UID = {"alice": 20001, "bob": 20002}
 (PACKAGES,) = VENV.glob("lib/python3.*/site-packages")
@@ -202,7 +203,7 @@ class Site:
             site=$(echo {APPS}/envs/{name}/lib/python3*/site-packages)
             echo "name = '{name}'" >"$site/{name}.py"
             {self.publish} {APPS}/envs/{name} >/dev/null
-            chmod -R a+rX {APPS}/stager
+            {READABLE}
             mv {APPS}/envs {APPS}/away
             {BIN}/stager inspect --repository {APPS}/stager --json {name}
         """

@@ -18,7 +18,7 @@ import pytest
 from benchmarks.jobs import ENVIRONMENT, HOME, Started, make_environment, mounted, start
 from benchmarks.ledger import Ledger
 
-from .site import APPS, BIN, Site
+from .site import APPS, BIN, READABLE, Site
 
 NODES = ("n1", "n2")
 REPOSITORY = f"{HOME}/.local/share/stager"
@@ -178,7 +178,7 @@ def test_one_of_the_sites(site: Site, ranks: int) -> None:
     """Root asks for the directory that the user had no reason to ask for, and for nothing twice."""
     with site.published_for_all("central", *NODES) as tree:
         script = f"{site.publish} --name measured-site {ENVIRONMENT} >/dev/null"
-        script += f"; chmod -R a+rX {APPS}/stager"
+        script += f"; {READABLE}"
         value = json.loads(site.root("ctl", "sh", "-ec", f"{script}; {SHOWN} measured-site"))
         image = f"{APPS}/stager/images/{image_of(value)}"
         with mounted(site, *NODES) as shared:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from .site import APPS, BIN, NODES, SHARED, SHOW, STORE, UID, Site, idle, until
+from .site import APPS, BIN, NODES, READABLE, SHARED, SHOW, STORE, UID, Site, idle, until
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +233,7 @@ def test_where_the_kernel_cannot_mount_it_is_unpacked(site: Site, tree: str) -> 
 def test_the_process_is_killed_in_the_middle(site: Site, tree: str) -> None:
     code = "_copy = copy\ndef copy(*_, **__):\n    import os\n    os.kill(os.getpid(), 9)\n"
     with site.patched("transfer/__init__", code, "n1"):
-        refused(site, "ended without a word")
+        refused(site, "was ended by SIGKILL")
     done = site.batch(SHOW, "-w", "n1", comment="pyenv:central")
     assert done.prefixes() == {"n1": {tree}}
 
@@ -246,15 +246,124 @@ def test_it_takes_too_long(site: Site, tree: str) -> None:
     )
 
 
-def test_a_store_that_is_anothers(site: Site) -> None:
+def test_a_store_below_a_directory_of_all(site: Site) -> None:
+    """A user makes it first, with a link to where root would then remove things."""
+    squat = """
+        mkdir -p /mnt/local/precious/payroll
+        mkdir /tmp/squat; cd /tmp/squat
+        mkdir images ready leases locks tmp images/payroll
+        ln -s /mnt/local/precious envs
+    """
     with site.configured("site_store: /tmp/squat\n", "n3"):
-        site.shell("alice", "mkdir /tmp/squat", host="n3")
+        site.shell("alice", squat, host="n3")
         publish = f"{BIN}/stager pack --store /tmp/squat --repository {APPS}/stager --name squat"
         with original(site):
-            site.root(
-                "ctl", "sh", "-ec", f"{publish} {APPS}/envs/central; chmod -R a+rX {APPS}/stager"
-            )
+            site.root("ctl", "sh", "-ec", f"{publish} {APPS}/envs/central; {READABLE}")
             done = site.batch(SHOW, "-w", "n3", comment="pyenv:squat")
         (line,) = done.told()
         assert "others than root can write /tmp" in line
+        collect = (f"{BIN}/stager", "collect", "--all", "--all-users", "--json")
+        told = site.cluster.exec("n3", "root", collect, check=False)
+        assert (told.returncode, json.loads(told.stdout)["users"]["0"]) == (1, -1)
+        assert site.place("n3", "/mnt/local/precious/payroll").is_dir()
+    site.shell("alice", "rm -r /tmp/squat /mnt/local/precious", host="n3")
     site.root("ctl", f"{BIN}/stager", "remove", "--repository", f"{APPS}/stager", "squat")
+
+
+def test_what_not_all_may_read_is_not_shown_to_all(site: Site) -> None:
+    with changed(site, "chgrp -R alice .; chmod -R o-rwx .", f"chgrp -R root .; {READABLE}"):
+        refused(site, f"not all may read {APPS}/stager")
+
+
+def test_an_archive_is_unpacked_for_all(site: Site) -> None:
+    publish = f"{site.publish} --format tar.zst --name archive {APPS}/envs/central"
+    with original(site):
+        site.root("ctl", "sh", "-ec", f"{publish}; {READABLE}")
+    for user in ("alice", "bob"):
+        done = site.batch(SHOW, "-w", "n1", user=user, comment="pyenv:archive")
+        (prefix,) = done.prefixes()["n1"]
+        assert prefix.startswith(f"{SHARED}/envs/")
+    assert prefix not in [place for place, *_ in site.shared_mounts("n1")]
+    site.root("n1", f"{BIN}/stager", "collect", "--all", "--all-users")
+    site.root("ctl", f"{BIN}/stager", "remove", "--repository", f"{APPS}/stager", "archive")
+
+
+def test_the_first_jobs_of_a_node_begin_at_once(site: Site, tree: str) -> None:
+    for _ in range(3):
+        site.root("n1", f"{BIN}/stager", "collect", "--all", "--all-users")
+        site.root("n1", "rm", "-r", SHARED)
+        args = ("-w", "n1", "--oversubscribe", "-n1", "-o", "/home/alice/array.%a")
+        script = f"#!/bin/sh\n{SHOW}\n"
+        job = site.cluster.sbatch(script, args=[*args, "-a", "0-7", "--comment=pyenv:central"])
+        site.cluster.wait(job)
+        site.settled()
+        found = [path.read_text() for path in site.home("alice").glob("array.*")]
+        assert found == [f"n1 {tree}\n"] * 8
+        site.shell("alice", "rm array.*")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "{'nothing': True}",
+        "{'staged': {}, 'how': 'hit'}",
+        "{'shared': {'name': '../x', 'digest': '0' * 64, 'pinned': False, 'repository': '/'}}",
+        "{'shared': {'name': ['x'], 'digest': '0' * 64, 'pinned': False, 'repository': '/'}}",
+        "{'shared': None}",
+    ],
+)
+@pytest.mark.parametrize("after", [False, True])
+def test_what_works_as_the_user_is_the_users(site: Site, message: str, after: bool) -> None:
+    """It says what it likes to root, while root copies, and when root has staged."""
+    code = (
+        "_old = _shared\n"
+        "def _shared(wish, published, talk):\n"
+        "    class Deaf:\n"
+        "        send = talk.send\n"
+        "        def recv(self, size):\n"
+        '            return b\'{"layers": {"x": "hit"}}\'\n'
+        f"    _old(wish, published, {'talk' if after else 'Deaf()'})\n"
+        f"    _send(talk, {message})\n"
+        "    time.sleep(60)\n"
+    )
+    site.root("n1", f"{BIN}/stager", "collect", "--all", "--all-users")
+    with site.patched("forjob", code, "n1"), site.slow(1.0, "n1"), original(site):
+        done = site.batch(SHOW, "-w", "n1", comment="pyenv:central")
+    assert done.prefixes() == {"n1": {f"{APPS}/envs/central"}}
+    site.settled()
+    assert site.job_states("n1") == []
+    assert site.shared_claims("n1") == []
+    assert site.cluster.exec("n1", "root", ["pgrep", "-f", "prolog"], check=False).stdout == ""
+
+
+def test_a_tree_that_others_have_mounted_elsewhere_is_left_to_them(site: Site, tree: str) -> None:
+    """As where slurmd has come to another mount namespace while jobs run."""
+    body = f"until [ -e go ]; do sleep 0.1; done; {SHOW}"
+    args = ["-w", "n1", "-o", "/home/alice/seen", "--comment=pyenv:central", "-D", "/home/alice"]
+    job = site.cluster.sbatch(f"#!/bin/sh\n{body}\n", args=args)
+    until(lambda: site.shared_claims("n1"))
+    until(lambda: site.home("alice").joinpath("seen").exists())
+    stage = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from stager import config, sitestore\n"
+        "from stager.ref import Ref\n"
+        "loaded = config.load(trusted_only=True, uid=0)\n"
+        "sitestore.stage(sys.argv[2], Ref(name='central'), sys.argv[3], loaded, 'slurm-9-0')\n"
+    )
+    shown = site.root("ctl", f"{BIN}/stager", "inspect", "--json", "central")
+    program = f"/usr/lib/stager/{site.program('n1').name}"
+    argv = ["python3", "-I", "-B", "-c", stage, program, f"{APPS}/stager"]
+    argv = [*argv, json.loads(shown)["digest"]]
+    elsewhere = ["unshare", "-m", "sh", "-ec", f'umount {tree}; "$@"', "sh", *argv]
+    tried = site.cluster.exec("n1", "root", elsewhere, check=False)
+    assert "is mounted for other jobs" in tried.stderr
+    site.shell("alice", "touch go")
+    assert site.cluster.wait(job) == "COMPLETED"
+    assert site.home("alice").joinpath("seen").read_text() == f"n1 {tree}\n"
+    site.shell("alice", "rm go seen")
+
+
+def test_status_shows_it(site: Site, tree: str) -> None:
+    site.batch(SHOW, "-w", "n1", comment="pyenv:central")
+    shown = site.root("n1", f"{BIN}/stager", "status", "--store", SHARED)
+    assert re.search(rf"{tree.rpartition('/')[2]} +mounted", shown), shown

@@ -154,7 +154,8 @@ class Rig:
             chown root {PFS}
             cd {PFS}
             {BIN}/stager pack env --name {SITE_NAME} --store {SITE_STORE} --repository {PFS}/site
-            chmod -R a+rX site
+            chmod a+rx site
+            chmod -R a+rX site/*
         """
         self.cluster.exec("ctl", "root", ["sh", "-ec", script], timeout=1800)
 
