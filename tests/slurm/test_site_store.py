@@ -338,7 +338,7 @@ def test_what_works_as_the_user_is_the_users(site: Site, message: str, after: bo
 
 def test_a_tree_that_others_have_mounted_elsewhere_is_left_to_them(site: Site, tree: str) -> None:
     """As where slurmd has come to another mount namespace while jobs run."""
-    body = f"until [ -e go ]; do sleep 0.1; done; {SHOW}"
+    body = f"until [ -e shown ]; do sleep 0.1; done; {SHOW}"
     args = ["-w", "n1", "-o", "/home/alice/seen", "--comment=pyenv:central", "-D", "/home/alice"]
     job = site.cluster.sbatch(f"#!/bin/sh\n{body}\n", args=args)
     until(lambda: site.shared_claims("n1"))
@@ -357,10 +357,10 @@ def test_a_tree_that_others_have_mounted_elsewhere_is_left_to_them(site: Site, t
     elsewhere = ["unshare", "-m", "sh", "-ec", f'umount {tree}; "$@"', "sh", *argv]
     tried = site.cluster.exec("n1", "root", elsewhere, check=False)
     assert "is mounted for other jobs" in tried.stderr
-    site.shell("alice", "touch go")
+    site.shell("alice", "touch shown")
     assert site.cluster.wait(job) == "COMPLETED"
     assert site.home("alice").joinpath("seen").read_text() == f"n1 {tree}\n"
-    site.shell("alice", "rm go seen")
+    site.shell("alice", "rm shown seen")
 
 
 def test_status_shows_it(site: Site, tree: str) -> None:
