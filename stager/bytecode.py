@@ -12,7 +12,7 @@ import importlib.util
 import struct
 import subprocess
 import threading
-from queue import SimpleQueue
+from queue import LifoQueue
 
 HEADER = 16
 _UNCHECKED, _CHECKED = 1, 3
@@ -135,7 +135,8 @@ class Compiler:
     def __init__(self, python: str, workers: int) -> None:
         self._python = python
         self.workers = max(1, workers)
-        self._idle: SimpleQueue[subprocess.Popen[bytes] | None] = SimpleQueue()
+        # The last one that worked comes first: another starts only while all others are busy.
+        self._idle: LifoQueue[subprocess.Popen[bytes] | None] = LifoQueue()
         self._started: list[subprocess.Popen[bytes]] = []
         self._starting = threading.Lock()
         for _ in range(self.workers):

@@ -10,7 +10,7 @@ import os
 import re
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Callable, Protocol, Union
@@ -101,7 +101,7 @@ class Producer:
         # A copy of an environment with new times has all of it compiled, by all processes.
         self._outdated = False
 
-    def write(self, items: Iterable[Item], sink: Sink, *, slow: bool) -> Iterator[Item]:
+    def write(self, items: Sequence[Item], sink: Sink, *, slow: bool) -> Iterator[Item]:
         """Write every item, yielding it when it is written.
 
         Args:
@@ -121,15 +121,19 @@ class Producer:
             yield item
         self._tell_strays()
 
-    def _produced(self, items: Iterable[Item], slow: bool) -> Iterator[tuple[Item, _Members]]:
+    def _produced(self, items: Sequence[Item], slow: bool) -> Iterator[tuple[Item, _Members]]:
         # On a local disk, compiling is all that can overlap; one thread for each worker process.
         workers = SLOW_WORKERS if slow else self._compiler.workers
         with ThreadPoolExecutor(workers) as pool:
+            # The first to be compiled waits for a worker to start, so it does not wait its turn.
+            first = next(filter(self._is_compiled, items), None)
+            early = pool.submit(self._members, first).result if first is not None else None
             ahead: deque[tuple[Item, Callable[[], _Members] | None]] = deque()
             held = 0
             try:
                 for item in items:
-                    ahead.append((item, self._begin(pool, item, slow)))
+                    begun = early if item is first else self._begin(pool, item, slow)
+                    ahead.append((item, begun))
                     held += _held(item)
                     while ahead and (
                         ahead[0][1] is None or len(ahead) > _AHEAD_FILES or held > _AHEAD_BYTES
@@ -153,10 +157,17 @@ class Producer:
                 return None
             reading = pool.submit(read, entry)
             return lambda: self._members(item, reading.result())
-        compiled = item.tag and (item.pyc is None or self._outdated)
-        if entry.size > SMALL or not (slow or compiled):
+        if entry.size > SMALL or not (slow or self._is_compiled(item)):
             return None  # large files are streamed, not held
         return pool.submit(self._members, item).result
+
+    def _is_compiled(self, item: Item) -> bool:
+        """Tell whether a module will be compiled, as far as can be known without reading it."""
+        if not item.tag:
+            return False
+        recorded = self._place.recorded.get(item.path)
+        rewritten = recorded is not None and recorded.mode
+        return bool(item.pyc is None or self._outdated or rewritten)
 
     def _finish(self, item: Item, begun: Callable[[], _Members] | None) -> tuple[Item, _Members]:
         return item, begun() if begun is not None else self._members(item)
