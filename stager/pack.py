@@ -9,7 +9,7 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import stager
@@ -237,42 +237,62 @@ class _Layers:
 
     def write(self, repository: Repository, directory: str) -> list[dict[str, Any]]:
         """Write the images that are not there yet; return each layer's record."""
-        records = []
         image_format = self._config["pack.format"]
-        for survey, layer_id, place in self._places():
-            known = self._known(repository, layer_id, image_format)
-            if known is not None:
-                self.reused.append(survey.tree.role)
-                # It may have been packed for another role.
-                role = {"role": survey.tree.role, "spellings": survey.tree.spellings}
-                records.append({**known, "layer": {**known["layer"], **role}})
-                continue
-            path = os.path.join(directory, f"{layer_id}.{image_format}")
-            self._spread(path, survey)
-            outcome = self._write(survey, place, path)
-            image = transfer.identify(path, image_format)
-            layer = Layer(
-                layer_id,
-                survey.tree.role,
-                survey.tree.root,
-                place.destination,
-                image,
-                outcome.files,
-                outcome.bytes,
-                survey.tree.spellings,
-            )
-            repository.add_image(path, layer)
-            record = {
-                "layer": plain(layer),
-                "image": layer.filename,
-                "level": self._config["pack.level"],
-                "glibc": list(outcome.glibc or ()),
-                "findings": plain(outcome.findings),
-                "rewritten": sorted(outcome.rewritten),
-            }
-            repository.add_layer(layer_id, image_format, record)
-            records.append(record)
-        return records
+        records: list[Future[dict[str, Any]]] = []
+        # The end of an image, a wait for the disk, overlaps with the plan of the next.
+        with ThreadPoolExecutor(1) as aside:
+            for survey, layer_id, place in self._places():
+                known = self._known(repository, layer_id, image_format)
+                if known is not None:
+                    self.reused.append(survey.tree.role)
+                    # It may have been packed for another role.
+                    role = {"role": survey.tree.role, "spellings": survey.tree.spellings}
+                    again = {**known, "layer": {**known["layer"], **role}}
+                    records.append(aside.submit(dict, again))
+                    continue
+                path = os.path.join(directory, f"{layer_id}.{image_format}")
+                self._spread(path, survey)
+                with contextlib.ExitStack() as image:
+                    sink = image.enter_context(self._image(survey, path))
+                    compile_all = self._config["pack.bytecode"]
+                    outcome = self._produce(survey, place, sink, compile_all=compile_all)
+                    end = image.pop_all()
+                made = (layer_id, survey, place, outcome)
+                records.append(aside.submit(self._finish, repository, path, end, made))
+        return [record.result() for record in records]
+
+    def _finish(
+        self,
+        repository: Repository,
+        path: str,
+        end: contextlib.ExitStack,
+        made: tuple[str, Survey, plan.Place, Outcome],
+    ) -> dict[str, Any]:
+        """End an image that all has been written to, and add its layer."""
+        end.close()
+        layer_id, survey, place, outcome = made
+        image = transfer.identify(path, self._config["pack.format"])
+        layer = Layer(
+            layer_id,
+            survey.tree.role,
+            survey.tree.root,
+            place.destination,
+            image,
+            outcome.files,
+            outcome.bytes,
+            survey.tree.spellings,
+        )
+        repository.add_image(path, layer)
+        record = {
+            "layer": plain(layer),
+            "image": layer.filename,
+            "level": self._config["pack.level"],
+            "glibc": list(outcome.glibc or ()),
+            "findings": plain(outcome.findings),
+            "rewritten": sorted(outcome.rewritten),
+        }
+        repository.add_layer(layer_id, image.format, record)
+        return record
 
     def _spread(self, path: str, survey: Survey) -> None:
         size = sum(entry.size for entry in survey.entries)
@@ -309,28 +329,27 @@ class _Layers:
             self._produce(survey, place, _Nowhere(), compile_all=False)
         return self.outcomes
 
-    def _write(self, survey: Survey, place: plan.Place, path: str) -> Outcome:
-        config = self._config
-        newest = max(plan.seconds(entry) for entry in survey.entries)
-        if config["pack.format"] == "squashfs":
+    @contextlib.contextmanager
+    def _image(self, survey: Survey, path: str) -> Iterator[Sink]:
+        """An image that is written meanwhile, and given up where that fails."""
+        options = {"level": self._config["pack.level"], "threads": self._config["pack.threads"]}
+        if self._config["pack.format"] == "squashfs":
             from stager.formats import squashfs
 
-            writer = squashfs.Writer(
-                path, level=config["pack.level"], threads=config["pack.threads"], newest=newest
-            )
+            newest = max(plan.seconds(entry) for entry in survey.entries)
+            writer = squashfs.Writer(path, newest=newest, **options)
             try:
-                outcome = self._produce(survey, place, writer, compile_all=config["pack.bytecode"])
+                yield writer
                 writer.close()
             except BaseException:
                 writer.abort()
                 raise
-            return outcome
+            return
         from stager.formats import tarzst
 
-        options = {"level": config["pack.level"], "threads": config["pack.threads"]}
         # It may be there, empty, with a layout of its own (stager/lustre.py).
         with open(path, "wb") as file, tarzst.Writer(file, **options) as archive:
-            return self._produce(survey, place, archive, compile_all=config["pack.bytecode"])
+            yield archive
 
     def _produce(
         self, survey: Survey, place: plan.Place, sink: Sink, *, compile_all: bool
