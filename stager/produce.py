@@ -333,8 +333,9 @@ class Producer:
                     )
                 else:
                     data = replaced
-        data, _ = self._place.relocation.strings(data)
-        self._leftover(path, data, "a compiled file")
+        if self._place.relocation.touches(data):
+            data, _ = self._place.relocation.strings(data)
+            self._leftover(path, data, "a compiled file")
         return data
 
     def _new_runpath(self, path: str, info: elf.Elf) -> str | None:
@@ -447,15 +448,15 @@ class Producer:
             self._find(item.path, "leftover", reason, "note")
 
     def _pieces(self, item: Item, entry: Entry) -> Iterator[memoryview]:
-        needles = self._place.relocation.needles
-        overlap = max(map(len, needles), default=1) + 1
+        relocation = self._place.relocation
+        overlap = max(map(len, relocation.needles), default=1) + 1
         tail, left = b"", False
         for piece in _read_pieces(entry):
             if not left:
                 buffer, count = piece.obj, len(piece)
                 assert isinstance(buffer, bytearray)  # a view of one has no find
-                left = any(buffer.find(needle, 0, count) >= 0 for needle in needles) or any(
-                    needle in tail + buffer[:overlap] for needle in needles
+                left = relocation.touches(buffer, count) or relocation.touches(
+                    tail + buffer[: min(overlap, count)]
                 )
                 tail = bytes(buffer[max(0, count - overlap) : count])
             yield piece

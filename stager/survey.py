@@ -25,6 +25,7 @@ from stager.walk import DIRECTORY, FILE, LINK, Entry, Excluder
 
 SNAPSHOTS = ".stager/editable"
 """Where copies of editable source trees lie in a layer."""
+_PYTHON = r"bin/python[\d.]*t?"
 
 
 @dataclass
@@ -327,9 +328,9 @@ def place_of(
 
 
 def _is_copy_of_python(entry: Entry, base: str) -> bool:
-    if (
-        not re.fullmatch(r"bin/python[\d.]*t?", entry.path)
-        or os.path.realpath(entry.source) == base
-    ):
+    # Asked for each file of an environment: what is cheapest comes first.
+    if not (entry.path.startswith("bin/python") and re.fullmatch(_PYTHON, entry.path)):
+        return False
+    if os.path.realpath(entry.source) == base:
         return False
     return os.path.getsize(base) == entry.size and filecmp.cmp(entry.source, base, shallow=False)
