@@ -84,7 +84,10 @@ class Relocation:
         """Tell quickly whether any old prefix may be in ``data``; False is certain."""
         for scout, needles in self._scouts:
             at = data.find(scout, 0, end)
-            if at >= 0 and any(data.find(needle, at, end) >= 0 for needle in needles):
+            if at >= 0 and (
+                data.startswith(needles, at, end)
+                or any(data.find(needle, at, end) >= 0 for needle in needles)
+            ):
                 return True
         return False
 
@@ -144,12 +147,13 @@ class Relocation:
         return None
 
 
-def _scouts(needles: Iterable[bytes]) -> list[tuple[bytes, list[bytes]]]:
+def _scouts(needles: Iterable[bytes]) -> list[tuple[bytes, tuple[bytes, ...]]]:
     """What needles begin with, at least two directories of it, and those needles."""
     groups: dict[bytes, list[bytes]] = {}
     for needle in needles:
         groups.setdefault(b"/".join(needle.split(b"/")[:3]), []).append(needle)
-    return [(os.path.commonprefix(group), group) for group in groups.values()]
+    scout = os.path.commonprefix  # of bytes, be they whole names or not
+    return [(scout(group) or b"", tuple(group)) for group in groups.values()]
 
 
 def _as_pattern(old: bytes) -> bytes:
