@@ -8,10 +8,11 @@ import sys
 
 def main() -> int:
     """Run the command line, or a scheduler's hook, and return its exit status."""
-    if sys.argv[1:2] == ["hook"]:
-        import gc
+    import gc
 
+    if sys.argv[1:2] in (["hook"], ["pack"]):
         gc.disable()  # a search for cycles at each import: a twelfth of a warm Prolog's CPU
+    if sys.argv[1:2] == ["hook"]:
         from stager import hooks
 
         status = hooks.main(sys.argv[2:])
@@ -28,7 +29,9 @@ def main() -> int:
         return 0
     from stager import cli
 
-    return cli.main(sys.argv[1:])
+    status = cli.main(sys.argv[1:])
+    gc.freeze()  # a last search for cycles would take 8 ms of a pack
+    return status
 
 
 def _nothing_changed(wish: str) -> bool:

@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import gc
 import os
-import platform
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -435,7 +434,7 @@ def _manifest(
             interpreter.tag,
             _moved_base(interpreter.base_executable, surveys, records),
         ),
-        platform=Platform(platform.machine(), ".".join(map(str, glibc))),
+        platform=Platform(os.uname().machine, ".".join(map(str, glibc))),
         activation=environment.activation.to_json(),
         watches=(
             *(freshness.watch(path) for path in environment.watched),

@@ -111,10 +111,9 @@ def make(
             files[entry.path] = entry
     items += _files(place, files, compile_all, findings)
     known = {item.path for item in items}
-    for item in list(items):
-        directory = os.path.dirname(item.path)
-        if item.tag and f"{directory}/__pycache__".lstrip("/") not in known:
-            cache = f"{directory}/__pycache__".lstrip("/")
+    for item in [one for one in items if one.tag]:
+        cache = f"{os.path.dirname(item.path)}/__pycache__".lstrip("/")
+        if cache not in known:
             known.add(cache)
             items.append(Item(cache, "dir", 0o755, item.mtime))
     return sorted(items, key=_order), findings

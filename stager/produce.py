@@ -12,7 +12,6 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Callable, Protocol, Union
 
 from stager import bytecode, condameta, elf, plan, prefix, relocate
@@ -56,7 +55,6 @@ class Sink(Protocol):
         """Append one member; ``data`` has exactly ``member.size`` bytes."""
 
 
-@dataclass
 class Outcome:
     """What writing a layer brought to light.
 
@@ -68,13 +66,13 @@ class Outcome:
         compiled: modules that got new bytecode.
     """
 
-    rewritten: dict[str, tuple[str, int]] = field(default_factory=dict)
-    installed: dict[str, int] = field(default_factory=dict)
-    findings: list[Finding] = field(default_factory=list)
-    glibc: tuple[int, int] | None = None
-    compiled: int = 0
-    files: int = 0
-    bytes: int = 0
+    # No data class: their module takes as long to load as a hundred files to pack.
+    def __init__(self) -> None:
+        self.rewritten: dict[str, tuple[str, int]] = {}
+        self.installed: dict[str, int] = {}
+        self.findings: list[Finding] = []
+        self.glibc: tuple[int, int] | None = None
+        self.compiled = self.files = self.bytes = 0
 
 
 class Producer:

@@ -13,7 +13,6 @@ import itertools
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 from stager import condameta, plan, walk
 from stager.condameta import Recorded
@@ -28,7 +27,6 @@ SNAPSHOTS = ".stager/editable"
 _PYTHON = r"bin/python[\d.]*t?"
 
 
-@dataclass
 class Survey:
     """What a tree holds.
 
@@ -42,14 +40,15 @@ class Survey:
         recorded: what conda recorded of its files.
     """
 
-    tree: Tree
-    entries: list[Entry]
-    moves: list[tuple[str, str]] = field(default_factory=list)
-    copies: list[tuple[str, str]] = field(default_factory=list)
-    slow: bool = False
-    watched: list[str] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
-    recorded: dict[str, Recorded] = field(default_factory=dict)
+    def __init__(self, tree: Tree, entries: list[Entry], *, slow: bool) -> None:
+        self.tree = tree
+        self.entries = entries
+        self.slow = slow
+        self.moves: list[tuple[str, str]] = []
+        self.copies: list[tuple[str, str]] = []
+        self.watched: list[str] = []
+        self.findings: list[Finding] = []
+        self.recorded: dict[str, Recorded] = {}
 
 
 def look_through(tree: Tree, environment: Environment, config: Config) -> Survey:

@@ -66,9 +66,12 @@ class Writer:
         import subprocess
         import tempfile
 
+        from stager.formats import tarstream
+
+        self._tar = tarstream  # looking it up for each member takes as long as its padding
         self._path = path
         self._messages = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the image
-        self._waiting: list[bytes] = []
+        self._waiting: list[bytes | memoryview] = []
         self._size = 0
         # Its own choice of memory, a quarter of the machine's, is no faster than 128 MB.
         arguments = [
@@ -96,18 +99,17 @@ class Writer:
         self, member: Member, data: bytes | Iterable[bytes | memoryview] = b""
     ) -> None:
         """Append one member."""
-        from stager.formats import tarstream
-
         if member.path == ".":
             return  # the root's mode and time are given on the command line
-        self._put(tarstream.header(member))
+        header, padding = self._tar.header(member), self._tar.padding(member.size)
         if isinstance(data, bytes):
-            self._put(data)
-        else:
-            self._flush()
-            for piece in data:
-                self._write([memoryview(piece)])
-        self._put(tarstream.padding(member.size))
+            self._put(header, data, padding)
+            return
+        self._put(header)
+        self._flush()
+        for piece in data:
+            self._write([piece])
+        self._put(padding)
 
     def close(self) -> None:
         """Finish the image.
@@ -116,9 +118,7 @@ class Writer:
             NoSpaceError: the file system is full.
             StagerError: ``mksquashfs`` failed.
         """
-        from stager.formats import tarstream
-
-        self._put(tarstream.TRAILER)
+        self._put(self._tar.TRAILER)
         self._flush()
         with contextlib.suppress(BrokenPipeError):
             self._pipe.close()
@@ -133,28 +133,27 @@ class Writer:
             self._process.wait()
         self._messages.close()
 
-    def _put(self, data: bytes) -> None:
+    def _put(self, *pieces: bytes) -> None:
         """Write soon: many small pieces go with one call, none of them is copied."""
-        if data:
-            self._waiting.append(data)
-            self._size += len(data)
-            if self._size >= _BUFFER or len(self._waiting) >= _PIECES:
-                self._flush()
+        self._waiting += pieces
+        self._size += sum(map(len, pieces))
+        if self._size >= _BUFFER or len(self._waiting) >= _PIECES:
+            self._flush()
 
     def _flush(self) -> None:
-        self._write([memoryview(one) for one in self._waiting])
+        self._write(self._waiting)
         self._waiting, self._size = [], 0
 
-    def _write(self, views: list[memoryview]) -> None:
+    def _write(self, pieces: list[bytes | memoryview]) -> None:
         fd, at = self._pipe.fileno(), 0
         try:
-            while at < len(views):
-                written = os.writev(fd, views[at:])
-                while at < len(views) and written >= len(views[at]):
-                    written -= len(views[at])
+            while at < len(pieces):
+                written = os.writev(fd, pieces[at:])
+                while at < len(pieces) and written >= len(pieces[at]):
+                    written -= len(pieces[at])
                     at += 1
                 if written:
-                    views[at] = views[at][written:]
+                    pieces[at] = memoryview(pieces[at])[written:]
         except BrokenPipeError as error:
             self._process.wait()
             raise self._failure() from error

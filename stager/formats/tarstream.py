@@ -82,7 +82,9 @@ def header(member: Member) -> bytes:
     """
     name = member.path.encode(_ENCODING, "surrogateescape")
     link = member.target.encode(_ENCODING, "surrogateescape")
-    problem = path_problem(name, member.kind) or _target_problem(link, member.kind)
+    problem = path_problem(name, member.kind)
+    if link or member.kind != FILE:
+        problem = problem or _target_problem(link, member.kind)
     if problem:
         raise UsageError(
             f"{member.path!r} cannot be packed: it {problem}",
