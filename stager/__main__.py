@@ -8,11 +8,10 @@ import sys
 
 def main() -> int:
     """Run the command line, or a scheduler's hook, and return its exit status."""
-    import gc
-
-    if sys.argv[1:2] in (["hook"], ["pack"]):
-        gc.disable()  # a search for cycles at each import: a twelfth of a warm Prolog's CPU
     if sys.argv[1:2] == ["hook"]:
+        import gc
+
+        gc.disable()  # a search for cycles at each import: a twelfth of a warm Prolog's CPU
         from stager import hooks
 
         status = hooks.main(sys.argv[2:])
@@ -27,11 +26,13 @@ def main() -> int:
         and _nothing_changed(words[1])
     ):
         return 0
+    if words[:1] == ["pack"]:
+        import gc
+
+        gc.disable()  # for all of it: see stager/pack.py
     from stager import cli
 
-    status = cli.main(sys.argv[1:])
-    gc.freeze()  # a last search for cycles would take 8 ms of a pack
-    return status
+    return cli.main(sys.argv[1:])
 
 
 def _nothing_changed(wish: str) -> bool:

@@ -131,6 +131,9 @@ class Producer:
             try:
                 for item in items:
                     begun = early if item is first else self._begin(pool, item, slow)
+                    if begun is None and not ahead:
+                        yield item, self._members(item)  # by far the most on a local disk
+                        continue
                     ahead.append((item, begun))
                     held += _held(item)
                     while ahead and (
@@ -163,9 +166,10 @@ class Producer:
         """Tell whether a module will be compiled, as far as can be known without reading it."""
         if not item.tag:
             return False
+        if item.pyc is None or self._outdated:
+            return True
         recorded = self._place.recorded.get(item.path)
-        rewritten = recorded is not None and recorded.mode
-        return bool(item.pyc is None or self._outdated or rewritten)
+        return recorded is not None and bool(recorded.mode)  # it will be rewritten
 
     def _finish(self, item: Item, begun: Callable[[], _Members] | None) -> tuple[Item, _Members]:
         return item, begun() if begun is not None else self._members(item)
