@@ -160,7 +160,7 @@ class Activation(NamedTuple):
     prepend: dict[str, tuple[str, ...]]
 
     @classmethod
-    def checked(cls, value: Any, below: Iterable[str] = ()) -> Activation:
+    def checked(cls, value: Any, below: tuple[str, ...] = ()) -> Activation:
         """Check what a process of the user said.
 
         Args:
@@ -226,7 +226,7 @@ def _name(value: Any) -> str:
     return value
 
 
-def path(value: Any, below: Iterable[str] = ()) -> str:
+def path(value: Any, below: tuple[str, ...] = ()) -> str:
     """Check a path that a user named: absolute, in normal form.
 
     Args:
