@@ -241,6 +241,8 @@ class _Layers:
         # The end of an image, a wait for the disk, overlaps with the plan of the next.
         with ThreadPoolExecutor(1) as aside:
             for survey, layer_id, place in self._places():
+                for one in filter(Future.done, records):
+                    one.result()  # where that failed, nothing more is packed
                 known = self._known(repository, layer_id, image_format)
                 if known is not None:
                     self.reused.append(survey.tree.role)

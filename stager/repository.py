@@ -64,6 +64,7 @@ class Repository:
 
     def __init__(self, root: str) -> None:
         self.root = root
+        self._umask = 0o077
 
     def ref(self, name: str) -> str:
         """The path of the manifest that a name stands for."""
@@ -179,6 +180,8 @@ class Repository:
         import socket
         import tempfile
 
+        self._umask = os.umask(0o077)  # told only by being changed: before there are threads
+        os.umask(self._umask)
         self.create()
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._lock("packing", shared=True))
@@ -213,9 +216,7 @@ class Repository:
             path: the file, in this repository's :meth:`workspace`, already on disk.
             layer: what it is the image of.
         """
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(path, 0o666 & ~umask)
+        os.chmod(path, 0o666 & ~self._umask)
         os.rename(path, self.image(layer))
         fsutil.sync(self._path("images"))
 

@@ -337,7 +337,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _drop_output() -> None:
-    """Keep the interpreter from trying at exit to write what could not be written."""
+    """Let nobody try again to write what could not be written."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -17,8 +17,6 @@ from stager import events, jobstate, lease, privilege, schedulers
 from stager.config import Config
 from stager.errors import SITE, StagerError
 from stager.jobstate import State
-from stager.sitestore import SiteStore
-from stager.store import Store
 
 _LONGEST = 4000
 
@@ -72,7 +70,7 @@ def end(pid: int, start: str) -> None:
         if start in ("", "0") or lease.start_time(pid) != start:
             return
         with contextlib.suppress(OSError):
-            os.killpg(pid, number)  # both lead a group of their own
+            os.killpg(pid, number)  # each leads a group of its own
         for _ in range(tries):
             if lease.start_time(pid) != start:
                 return
@@ -120,7 +118,7 @@ def release(
     try:
         if store and isinstance(owner, int) and uid in (None, owner):
             holder = lease.of_job(str(record.get("scheduler", "slurm")), str(record["key"]))
-            try:
+            try:  # where others than root could have been there, that is told
                 dropped = _release_shared(str(record.get("site_store") or ""), holder)
             finally:
                 dropped += int(as_user(owner, record.get("gid"), _release, store, holder))
@@ -133,11 +131,17 @@ def release(
 
 
 def _release(store: str, holder: str) -> int:
+    from stager.store import Store
+
     return Store(store).release(holder) if os.path.isdir(store) else 0
 
 
 def _release_shared(store: str, holder: str) -> int:
-    return SiteStore.of_root(store).release(holder) if os.path.isdir(store) else 0
+    if not os.path.isdir(store):
+        return 0
+    from stager.sitestore import SiteStore
+
+    return SiteStore.of_root(store).release(holder)
 
 
 # -- Working as other users ------------------------------------------------------------------
@@ -230,6 +234,8 @@ def _evicted(uid: int, config: Config, work: Callable[..., Any], *arguments: Any
 
 def _collect(path: str, config: Config, everything: bool) -> int:
     from stager.collect import collect
+    from stager.sitestore import SiteStore
+    from stager.store import Store
 
     done = collect(
         SiteStore.of_root(path) if path == config["site_store"] else Store(path),

@@ -39,6 +39,7 @@ class Sharing:
         if self.pid == 0:
             try:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                signal.pthread_sigmask(signal.SIG_SETMASK, ())
                 os.setsid()
                 detach(writer)
                 os.umask(0o022)

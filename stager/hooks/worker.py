@@ -93,6 +93,7 @@ class Worker:
         self.holder = lease.of_job(job.scheduler, job.key)
         self.sharing: Sharing | None = None  # works in the site's store
         self.shares = 0  # how often one did
+        self.visible = False  # whether the job sees a mount made later
         self.started = time.monotonic()
         self.until = self.started + config["hook.deadline"]
 
@@ -171,7 +172,8 @@ class Worker:
             sources = [talk] if self.sharing is None else [self.sharing, talk]
             ready = select.select(sources, [], [], min(1.0, self.until - now))[0]
             if self.sharing is not None and self.sharing in ready:
-                talk.send(self.sharing.answer())
+                with contextlib.suppress(OSError):  # who asked has ended: how, is told next
+                    talk.send(self.sharing.answer())
                 self.sharing = None
             elif ready:
                 data = talk.recv(jobstate.MAX_MESSAGE + 1)
@@ -223,8 +225,13 @@ class Worker:
             raise ValueError("one environment of the site's at a time, and not so many")
         # A mount that the job's own namespace may not be told of is no use to it.
         config = self.config if self.visible else self.config.changed({"stage.how": "extract"})
-        self.sharing = Sharing(wanted, config, self.holder)
-        self._note_processes()
+        # The Epilog ends what is written down, and nobody else.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            self.sharing = Sharing(wanted, config, self.holder)
+            self._note_processes()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _link(self, parts: Any) -> None:
         """Make the links by which the job finds its trees: to the originals, until they are staged.

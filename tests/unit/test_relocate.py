@@ -307,3 +307,24 @@ def test_lines_of_a_path_file(before: str, after: str) -> None:
 def test_a_binary_file_has_a_nul() -> None:
     assert relocate.is_binary(b"a\0b")
     assert not relocate.is_binary("\x01\x7fé".encode())
+
+
+@given(
+    st.lists(
+        st.sampled_from(["/a/b/c", "/a/b/cd", "/a/b/c/d", "/a/x", "/y/b/c", "/a/bb"]), min_size=1
+    ),
+    st.lists(
+        st.sampled_from([b"/a", b"/b", b"/c", b"/cd", b"/d", b"/x", b"/y", b"b", b"%2F", b" "])
+    ),
+    st.integers(0, 40),
+)
+def test_what_is_looked_for_first_hides_nothing(
+    olds: list[str], pieces: list[bytes], end: int
+) -> None:
+    """A file in which an old path is overlooked goes on using the original."""
+    relocation = Relocation(Move(old, f"/new{number}") for number, old in enumerate({*olds}))
+    data = b"".join(pieces)
+    for until in (None, end):
+        there = any(data.find(needle, 0, until) >= 0 for needle in relocation.needles)
+        assert relocation.touches(data, until) == there
+        assert relocation.touches(bytearray(data), until) == there

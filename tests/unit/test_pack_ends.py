@@ -1,0 +1,81 @@
+"""The end of an image overlaps with the next layer: what comes of one where the other fails."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from stager import pack
+
+
+class _Told:
+    """Stands for :class:`stager.pack._Layers` with two layers, ``a`` below ``b``."""
+
+    def __init__(self, fails: str) -> None:
+        self.fails = fails
+        self.said: list[str] = []
+        self.layers = pack._Layers.__new__(pack._Layers)
+        vars(self.layers).update(
+            _config={"pack.format": "squashfs", "pack.bytecode": True},
+            reused=[],
+            _places=lambda: iter([(SimpleNamespace(), name, SimpleNamespace()) for name in "ab"]),
+            _known=lambda *_: None,
+            _spread=lambda *_: None,
+            _image=self._image,
+            _produce=self._produce,
+            _finish=self._finish,
+        )
+        self._names = iter("ab")
+
+    def _say(self, what: str) -> None:
+        self.said.append(what)
+        if what == self.fails:
+            raise OSError(what)
+
+    @contextlib.contextmanager
+    def _image(self, survey: Any, path: str) -> Iterator[str]:
+        name = next(self._names)
+        try:
+            yield name
+            self._say(f"close {name}")
+        except BaseException:
+            self.said.append(f"abort {name}")
+            raise
+
+    def _produce(self, survey: Any, place: Any, sink: str, *, compile_all: bool) -> str:
+        self._say(f"produce {sink}")
+        return sink
+
+    def _finish(self, repository: Any, path: str, end: Any, made: Any) -> dict[str, Any]:
+        end.close()
+        self._say(f"add {made[0]}")
+        return {"layer": made[0]}
+
+
+def test_records_are_in_the_order_of_the_layers() -> None:
+    told = _Told("")
+    assert told.layers.write(None, "/nowhere") == [{"layer": "a"}, {"layer": "b"}]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("fails", "aborted", "kept"),
+    [
+        ("produce a", ["abort a"], []),
+        ("close a", ["abort a"], None),
+        ("produce b", ["abort b"], ["add a"]),
+        ("close b", ["abort b"], ["add a"]),
+    ],
+)
+def test_a_failure_gives_up_its_own_image_and_no_other(
+    fails: str, aborted: list[str], kept: list[str] | None
+) -> None:
+    told = _Told(fails)
+    with pytest.raises(OSError, match=fails):
+        told.layers.write(None, "/nowhere")  # type: ignore[arg-type]
+    assert [one for one in told.said if one.startswith("abort")] == aborted
+    if kept is not None:
+        assert [one for one in told.said if one.startswith("add")] == kept
