@@ -153,7 +153,7 @@ def _scouts(needles: Iterable[bytes]) -> list[tuple[bytes, tuple[bytes, ...]]]:
     for needle in needles:
         groups.setdefault(b"/".join(needle.split(b"/")[:3]), []).append(needle)
     scout = os.path.commonprefix  # of bytes, be they whole names or not
-    return [(scout(group) or b"", tuple(group)) for group in groups.values()]
+    return [(scout(group) or b"", tuple(group)) for group in groups.values()]  # typed as if none
 
 
 def _as_pattern(old: bytes) -> bytes:

@@ -10,13 +10,12 @@ import select
 import signal
 import socket
 import time
-from typing import Any, Callable, NoReturn
+from typing import TYPE_CHECKING, Any, Callable, NoReturn
 
-from stager import events, forjob, fsutil, jobstate, lease, privilege, schedulers
+from stager import events, fsutil, jobstate, lease, privilege, schedulers
 from stager.config import Config
 from stager.errors import JOB, NODE, SITE, StagerError
 from stager.hooks.common import as_user, detach, emit, explained, how_it_ended, stores
-from stager.hooks.sharing import Sharing
 from stager.jobstate import (
     FAILED,
     FAULTY,
@@ -30,9 +29,15 @@ from stager.jobstate import (
     State,
 )
 
+if TYPE_CHECKING:
+    from stager.hooks.sharing import Sharing
+
+# An Epilog loads this module too: what only staging needs is imported there.
+
 STARTED, MAY_MOUNT, BEFOREHAND, DONE, FAULT = b"s", b"m", b"b", b"d", b"f"
 """What the worker tells the hook that started it."""
 _MOST_SHARED = 16
+"""Environments of the site's that a job may have; who names more fills the node's disk."""
 _NOTE = 10.0
 """Seconds for a small file on shared storage."""
 
@@ -117,6 +122,8 @@ class Worker:
         os._exit(0)
 
     def _work(self) -> dict[str, Any]:
+        from stager import forjob
+
         store = self.config["store"]
         broken: StagerError | None = None
         try:
@@ -220,6 +227,8 @@ class Worker:
 
     def _share(self, wanted: Any) -> None:
         """Start staging into the site's store."""
+        from stager.hooks.sharing import Sharing
+
         self.shares += 1
         if self.sharing is not None or self.shares > _MOST_SHARED:
             raise ValueError("one environment of the site's at a time, and not so many")

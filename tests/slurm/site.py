@@ -210,11 +210,17 @@ class Site:
         (layer,) = json.loads(self.root("ctl", "sh", "-ec", script))["layers"]
         keys = f"site_store: {SHARED}\nrepositories: [{APPS}/stager]\n"
         with self.configured(keys, "ctl", *nodes):
-            yield f"{SHARED}/envs/{layer['id']}"
-            for node in nodes:
-                self.root(node, f"{BIN}/stager", "collect", "--all", "--all-users")
+            try:
+                yield f"{SHARED}/envs/{layer['id']}"
+            finally:
+                for node in nodes:
+                    self.evict_shared(node)
+                self.root("ctl", "rm", "-r", APPS)
             assert [one for node in nodes for one in self.shared_mounts(node)] == []
-        self.root("ctl", "rm", "-r", APPS)
+
+    def evict_shared(self, node: str) -> None:
+        """Evict everything on a node that no job claims, from the site's store too."""
+        self.root(node, f"{BIN}/stager", "collect", "--all", "--all-users")
 
     def shared_mounts(self, node: str) -> list[tuple[str, str, set[str]]]:
         """What is mounted in the site's store: where, as what, with which options."""

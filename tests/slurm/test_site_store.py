@@ -36,7 +36,7 @@ def test_two_users_share_one_mount_of_the_kernels(site: Site, tree: str) -> None
 
 
 def test_several_jobs_at_once_make_it_once(site: Site, tree: str) -> None:
-    site.root("n1", f"{BIN}/stager", "collect", "--all", "--all-users")
+    site.evict_shared("n1")
     site.mark()
     args = ("-w", "n1", "--oversubscribe", "-n1", "-o", "/dev/null", "--comment=pyenv:central")
     jobs = [
@@ -77,16 +77,15 @@ def test_what_a_job_uses_is_not_evicted(site: Site, tree: str) -> None:
         user="alice",
         args=["-w", "n1", "-o", "/dev/null", "--comment=pyenv:central"],
     )
-    collect = (f"{BIN}/stager", "collect", "--all", "--all-users")
     try:
         until(lambda: site.shared_claims("n1"))
         until(lambda: site.cluster.exec("n1", "root", ["pgrep", "-f", "sleep.60"], check=False))
-        site.root("n1", *collect)
+        site.evict_shared("n1")
         assert [place for place, *_ in site.shared_mounts("n1")] == [tree]
     finally:
         site.run("scancel", str(job))
     site.settled()
-    site.root("n1", *collect)
+    site.evict_shared("n1")
     assert site.shared_mounts("n1") == []
     assert not list(site.place("n1", f"{SHARED}/images").glob("*"))
 
@@ -103,7 +102,7 @@ def original(site: Site) -> Iterator[None]:
 
 def refused(site: Site, reason: str, *, comment: str = "pyenv:central", node: str = "n1") -> None:
     """A job runs on the original, the user reads why, and nothing was made in the site's store."""
-    site.root(node, f"{BIN}/stager", "collect", "--all", "--all-users")
+    site.evict_shared(node)
     with original(site):
         done = site.batch(SHOW, "-w", node, comment=comment)
     (line,) = done.told()
@@ -175,9 +174,9 @@ def test_doctor_tells_what_is_wrong(site: Site) -> None:
 
 
 def test_a_damaged_image(site: Site) -> None:
-    keep = "cp -p images/* /root/image; "
+    keep = "cp -p images/* ../image; "
     damage = "printf x | dd of=$(echo images/*) conv=notrunc bs=1 seek=5000 status=none"
-    with changed(site, keep + damage, "cp -p /root/image $(echo images/*); rm /root/image"):
+    with changed(site, keep + damage, "cp -p ../image $(echo images/*); rm ../image"):
         refused(site, "damaged|checksum")
 
 
@@ -210,11 +209,11 @@ def test_a_user_who_claims_that_anything_is_the_sites(site: Site) -> None:
 
 def test_where_jobs_may_not_see_a_mount_it_is_unpacked(site: Site, tree: str) -> None:
     with site.configured("hook: {mounts: prolog}\n", "n2"):
-        site.root("n2", f"{BIN}/stager", "collect", "--all", "--all-users")
+        site.evict_shared("n2")
         done = site.batch(SHOW, "-w", "n2", comment="pyenv:central")
     assert done.prefixes() == {"n2": {tree}}
     assert site.shared_mounts("n2") == []
-    site.root("n2", f"{BIN}/stager", "collect", "--all", "--all-users")
+    site.evict_shared("n2")
     assert not list(site.place("n2", f"{SHARED}/envs").glob("*"))
 
 
@@ -222,12 +221,12 @@ def test_where_the_kernel_cannot_mount_it_is_unpacked(site: Site, tree: str) -> 
     with site.patched(
         "formats/squashfs", "def mount_by_kernel(*_):\n    raise StagerError('no')\n", "n2"
     ):
-        site.root("n2", f"{BIN}/stager", "collect", "--all", "--all-users")
+        site.evict_shared("n2")
         done = site.batch(SHOW, "-w", "n2", comment="pyenv:central")
     assert done.prefixes() == {"n2": {tree}}
     assert done.told() == []
     assert site.shared_mounts("n2") == []
-    site.root("n2", f"{BIN}/stager", "collect", "--all", "--all-users")
+    site.evict_shared("n2")
 
 
 def test_the_process_is_killed_in_the_middle(site: Site, tree: str) -> None:
@@ -284,13 +283,13 @@ def test_an_archive_is_unpacked_for_all(site: Site) -> None:
         (prefix,) = done.prefixes()["n1"]
         assert prefix.startswith(f"{SHARED}/envs/")
     assert prefix not in [place for place, *_ in site.shared_mounts("n1")]
-    site.root("n1", f"{BIN}/stager", "collect", "--all", "--all-users")
+    site.evict_shared("n1")
     site.root("ctl", f"{BIN}/stager", "remove", "--repository", f"{APPS}/stager", "archive")
 
 
 def test_the_first_jobs_of_a_node_begin_at_once(site: Site, tree: str) -> None:
     for _ in range(3):
-        site.root("n1", f"{BIN}/stager", "collect", "--all", "--all-users")
+        site.evict_shared("n1")
         site.root("n1", "rm", "-r", SHARED)
         args = ("-w", "n1", "--oversubscribe", "-n1", "-o", "/home/alice/array.%a")
         script = f"#!/bin/sh\n{SHOW}\n"
@@ -326,7 +325,7 @@ def test_what_works_as_the_user_is_the_users(site: Site, message: str, after: bo
         f"    _send(talk, {message})\n"
         "    time.sleep(60)\n"
     )
-    site.root("n1", f"{BIN}/stager", "collect", "--all", "--all-users")
+    site.evict_shared("n1")
     with site.patched("forjob", code, "n1"), site.slow(1.0, "n1"), original(site):
         done = site.batch(SHOW, "-w", "n1", comment="pyenv:central")
     assert done.prefixes() == {"n1": {f"{APPS}/envs/central"}}

@@ -117,6 +117,14 @@ def test_a_hit_imports_next_to_nothing(machine: Machine) -> None:
     }  # fmt: skip
 
 
+def test_an_epilog_loads_nothing_that_stages() -> None:
+    code = "import sys, stager.hooks.slurm; print(*sys.modules)"
+    done = subprocess.run([PYTHON, "-I", "-c", code], capture_output=True, text=True, check=True)
+    ours = {name for name in done.stdout.split() if name.startswith("stager.")}
+    assert "stager.hooks.worker" in ours
+    assert not ours & {"stager.forjob", "stager.hooks.sharing", "stager.repository", "stager.trees"}
+
+
 def test_a_prolog_imports_what_it_needs_and_no_more() -> None:
     """Each module that is named here costs every job on every node 1 to 15 ms."""
     code = "import os, sys; {}import stager.hooks.slurm, stager.forjob, stager.lookup"
