@@ -19,10 +19,9 @@ from typing import NamedTuple
 
 from stager import fitness, store, trees
 from stager.config import Config
-from stager.errors import StagerError
 from stager.manifest import Manifest
 from stager.repository import Published
-from stager.store import EXTRACTED, MOUNTED, Store
+from stager.store import EXTRACTED, MOUNTED, Stamp, Store
 from stager.trees import Progress
 
 HIT = "hit"
@@ -67,42 +66,54 @@ def stage(
     """
     started = time.monotonic()
     manifest = published.manifest
-    made: dict[str, str] = {}
+    made = {layer.id: HIT for layer in manifest.layers}
     claimed: list[str] = []
     try:
-        for layer in manifest.layers:
-            if node.lease(layer.id, holder):
-                claimed.append(layer.id)
-            if node.ready(layer.id) is not None:
-                made[layer.id] = HIT
-                continue
-            fitness.require(manifest)
-            remaining = config["stage.timeout"] - (time.monotonic() - started)
-            waiting = progress.waiting if progress is not None else None
-            with (
-                store.blame_node("stage into the store"),
-                node.lock(layer.id, timeout=max(0.0, remaining), waiting=waiting),
-            ):
-                # Somebody may have made it while we waited.
-                if node.ready(layer.id) is not None:
-                    made[layer.id] = HIT
-                else:
-                    made[layer.id] = trees.make(published, layer, node, config, progress)
-        new = [layer_id for layer_id, how in made.items() if how != HIT]
-        if new:
-            try:
-                fitness.try_out(manifest, node)
-            except StagerError:
-                for layer_id in new:  # or the next one would find them ready
-                    with contextlib.suppress(StagerError), node.lock(layer_id, timeout=1):
-                        node.withdraw(layer_id)
-                raise
+        for layer_id in made:
+            if node.lease(layer_id, holder):
+                claimed.append(layer_id)
+        if any(node.ready(layer_id) is None for layer_id in made):
+            made |= _make(published, node, config, progress)
     except BaseException:
         for layer_id in claimed:  # what the holder had before may be in use
             node.release(holder, layer_id)
         raise
     prefix, how = node.tree(manifest.top.id), slowest(made.values())
     return Staged(prefix, how, manifest, made, {"total": time.monotonic() - started})
+
+
+def _make(
+    published: Published, node: Store, config: Config, progress: Progress | None
+) -> dict[str, str]:
+    """Make the trees that are missing, from the bottom up, and try them; how each was made.
+
+    The locks are kept until then. Who waits for one finds the tree ready afterwards; were we killed
+    before, there is no stamp, and the next one begins anew.
+    """
+    deadline = time.monotonic() + config["stage.timeout"]
+    waiting = progress.waiting if progress is not None else None
+    fitness.require(published.manifest)
+    untried: dict[str, Stamp] = {}
+    with contextlib.ExitStack() as locks, store.blame_node("stage into the store"):
+        try:
+            for layer in published.manifest.layers:
+                if node.ready(layer.id) is not None:
+                    continue
+                left = max(0.0, deadline - time.monotonic())
+                locks.enter_context(node.lock(layer.id, timeout=left, waiting=waiting))
+                if node.ready(layer.id) is None:  # nobody made it while we waited
+                    untried[layer.id] = trees.make(published, layer, node, config, progress)
+            if untried:
+                fitness.try_out(published.manifest, node)
+            made = {layer_id: stamp.how for layer_id, stamp in untried.items()}
+            for layer_id in made:
+                node.set_ready(layer_id, untried[layer_id])
+                del untried[layer_id]
+        except BaseException:
+            for layer_id in untried:
+                node.clear(layer_id)
+            raise
+    return made
 
 
 def slowest(made: Iterable[str]) -> str:

@@ -40,9 +40,12 @@ class Progress(Protocol):
 
 def make(
     published: Published, layer: Layer, node: Store, config: Config, progress: Progress | None
-) -> str:
-    """Make one tree, holding its lock; returns how."""
+) -> Stamp:
+    """Make one tree, holding its lock.
 
+    Returns:
+        The stamp for whoever has tried it to write: without one, nobody takes it for complete.
+    """
     how = choose(layer, node, config["stage.how"], progress)
     here = is_present(layer, node)
     if not here:
@@ -76,16 +79,14 @@ def make(
                 retarget.rewrite(unpacked, published.manifest, layer, node)
             node.put(unpacked, layer.id)
         size = layer.image.size if how == MOUNTED else layer.size
-        fsutil.remove_tree(workspace)  # before it is ready: nobody clears up after a hit
         owner = owner_of(os.environ) if how == MOUNTED else None  # squashfuse has our variables
         text = owner.text if owner is not None else ""
-        node.set_ready(layer.id, Stamp(layer.filename, how, store.boot_id(), size, owner=text))
+        return Stamp(layer.filename, how, store.boot_id(), size, owner=text)
     except BaseException:
         node.clear(layer.id)
         raise
     finally:
         fsutil.remove_tree(workspace)
-    return how
 
 
 def is_moved(layer: Layer, node: Store) -> bool:

@@ -295,6 +295,7 @@ POINTS: dict[str, tuple[str, Callable[[], object]]] = {
     "before unpacking": ("squashfs", lambda: dying(squashfs, "extract", after=False)),
     "after unpacking": ("squashfs", lambda: dying(squashfs, "extract", after=True)),
     "with a tree but no stamp": ("squashfs", lambda: dying(os, "rename", after=True, turn=2)),
+    "untried": ("squashfs", lambda: dying(fitness, "try_out", after=False)),
     "before the stamp": ("squashfs", lambda: dying(Store, "set_ready", after=False)),
     "in the stamp": ("squashfs", lambda: dying(os, "rename", after=False, turn=3)),
     "before extracting": ("tar.zst", lambda: dying(tarzst, "extract", after=False)),
@@ -340,7 +341,8 @@ def test_what_a_killed_producer_has_left_is_collected(site: Site, point: str) ->
     assert site.node.held() == []
 
 
-def test_who_waits_takes_over_from_a_killed_producer(site: Site) -> None:
+@pytest.mark.parametrize(("module", "name"), [(transfer, "copy"), (fitness, "try_out")])
+def test_who_waits_takes_over_from_a_killed_producer(site: Site, module: object, name: str) -> None:
     reading, writing = os.pipe()
 
     def block(*_: object, **__: object) -> None:
@@ -349,7 +351,7 @@ def test_who_waits_takes_over_from_a_killed_producer(site: Site) -> None:
             signal.pause()
 
     def work() -> None:
-        transfer.copy = block
+        setattr(module, name, block)
         site.stage(holder="killed")
 
     child = FORK.Process(target=work)
@@ -364,6 +366,7 @@ def test_who_waits_takes_over_from_a_killed_producer(site: Site) -> None:
 
     progress = SimpleNamespace(copying=lambda *_: lambda _: None, waiting=waiting, note=None)
     after = site.stage(progress=progress)
+    child.kill()  # it is over already, where this works
     child.join()
     assert len(waits) >= 2
     assert after.how == EXTRACTED
