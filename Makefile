@@ -30,7 +30,7 @@ help:
 	@echo 'make test          lint and every tier of tests'
 	@echo 'make lint          ruff, mypy, shellcheck'
 	@echo 'make test-unit     Python and a temporary directory; test-{hook,root,environments,push,slurm,pbs}'
-	@echo 'make bench         starts of jobs by every strategy, half an hour; bench-quick: three minutes'
+	@echo 'make bench         starts of jobs by every strategy, 20 to 30 minutes; bench-quick: two'
 	@echo 'make bench-bystander  what somebody else waits for while a job starts'
 	@echo 'make performance   docs/performance.md and its plots, from the recorded runs'
 	@echo 'make bench-pack    pack against its compressor, its memory, and a slow file system'
@@ -140,7 +140,8 @@ bench-record: setup
 	$(START) --workload torch --nodes 8 --settings weak-nfs $(STAGED) \
 		--json $(DATA)/starts-torch.jsonl
 	$(START) --workload torch-conda --nodes 1 $(FEW) --json $(DATA)/starts-torch-conda.jsonl
-	$(START) --workload torch-conda --nodes 8 $(STAGED) --json $(DATA)/starts-torch-conda.jsonl
+	$(START) --workload torch-conda --nodes 8 --json $(DATA)/starts-torch-conda.jsonl \
+		--strategies 'direct|recipe|squashfs in place|ours|ours, checked|ours, site|ours, warm'
 	$(START) --workload all --nodes 1 $(EVERY) $(FEW) --json $(DATA)/starts-all.jsonl
 	$(START) --workload all --nodes 2,4,8 $(STAGED) --json $(DATA)/starts-all.jsonl
 

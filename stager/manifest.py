@@ -44,7 +44,8 @@ class Layer(NamedTuple):
 
     Attributes:
         id: 16 hex digits over what was packed and how; the same environment gives the same id.
-        role: ``env``, ``base``, or ``tree`` for another directory of modules or libraries.
+        role: ``env``; ``base``; ``tree`` for another directory of modules; or ``path`` for one
+            that a variable names beside the environment.
         origin: the prefix it was packed from.
         destination: the absolute prefix its files were rewritten for.
         image: the packed bytes.

@@ -1,5 +1,5 @@
 #!/bin/bash
-# On any PBS, Torque included: stages on all nodes of the job, then runs mpirun. Open MPI that was
+# Where PBS has no hook of stager's: stages on all nodes of the job, then runs mpirun. Open MPI that was
 # built without PBS has to be told the nodes, starts its ranks by ssh, and hands on what -x names.
 #PBS -l select=3:ncpus=2:mpiprocs=2
 #PBS -j oe

@@ -14,7 +14,7 @@ def missing(error: ImportError) -> IncompatibleError:
     """The error where the optional packages are not installed."""
     return IncompatibleError(
         f"reaching other nodes needs a package that is not installed: {error.name}",
-        hint="pip install 'stager[ssh]'",
+        hint="install the extra `ssh` beside stager: pip install ClusterShell paramiko",
         blame=SITE,
     )
 

@@ -382,7 +382,7 @@ def test_install_again_and_without_a_trace(tmp_path: Path) -> None:
     assert kept.read_text().count("\nstore: /var/lib/stager/{uid}\n") == 1
     kept.write_text("store: /mine/{uid}\n")
     assert "(kept as it is)" in install()
-    assert files() == first
+    assert files() == {*first, "mine"}
     assert kept.read_text() == "store: /mine/{uid}\n"
     prolog = (tmp_path / "usr/libexec/stager/slurm/prolog").read_text()
     assert "store=/mine/${SLURM_JOB_UID-}" in prolog
@@ -390,12 +390,27 @@ def test_install_again_and_without_a_trace(tmp_path: Path) -> None:
     modules = [path for path in program.rglob("*.py") if "__pycache__" not in path.parts]
     assert len(list(program.rglob("*.pyc"))) == len(modules)
 
+    # What began before an upgrade goes on with its files; what the last upgrade left goes.
+    command = tmp_path / "usr/bin/stager"
+    earlier, oldest = (program.with_name(name) for name in ("0123456789ab", "ba9876543210"))
+    for one in (earlier, oldest):
+        one.mkdir()
+    command.write_text(command.read_text().replace(program.name, earlier.name))
+    install()
+    assert {*program.parent.iterdir()} == {program, earlier}
+    assert program.name in command.read_text()
+    install()
+    assert [*program.parent.iterdir()] == [program]
+
+    tree = tmp_path / "mine/1000/envs"
+    tree.mkdir(parents=True)
     assert "kept" in install("--uninstall")
     assert kept.exists()
+    assert tree.exists()
     left = [name for name in files() if (tmp_path / name).is_file()]
     assert left == ["etc/stager/config.yaml"]
     install("--uninstall", "--purge")
-    assert not [name for name in files() if "stager" in name]
+    assert not [name for name in files() if "stager" in name or "mine" in name]
 
 
 @pytest.fixture
@@ -491,8 +506,9 @@ def test_own_packages_of_the_python_come_first(tmp_path: Path, bare: Path) -> No
     (own / "zstandard/own").write_text("this one")
 
     def installed() -> Path:
-        (program,) = (root / "usr/lib/stager").iterdir()
-        return program
+        command = (root / "usr/bin/stager").read_text()
+        (program,) = re.findall(r" -B /(\S+) ", command)
+        return root / program
 
     # What lies in the current directory is nobody's package.
     done = install_below(root, bare, "--packages", packages, cwd=packages)

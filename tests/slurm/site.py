@@ -126,8 +126,9 @@ class Site:
 
     def program(self, node: str) -> Path:
         """The installed program of a node, on this machine."""
-        (found,) = self.place(node, "/usr/lib/stager").iterdir()
-        return found
+        command = self.place(node, f"{BIN}/stager").read_text()
+        (found,) = re.findall(r" -B (/\S+) ", command)
+        return self.place(node, found)
 
     def job_states(self, node: str) -> list[str]:
         """The jobs that a node has a state of."""
