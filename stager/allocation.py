@@ -93,6 +93,20 @@ def foreign(node: Store, layer: Layer) -> Owner | None:
     return None if me is not None and owner == Owner(me.job, "") else owner
 
 
+def _is_elsewhere(node: Store, layer: Layer) -> bool:
+    """Tell whether a tree is mounted where we cannot see it, in another mount namespace.
+
+    To make it anew would take it away there: a directory that is removed in one namespace is
+    unmounted in all others.
+    """
+    stamp, tree = node.stamp(layer.id), node.tree(layer.id)
+    if stamp is None or (stamp.how, stamp.boot) != (MOUNTED, store.boot_id()):
+        return False
+    if squashfs.is_mounted(tree) or squashfs.is_dead(tree):
+        return False
+    return any(one.is_server and one.arguments[-1] == tree for one in processes())
+
+
 def stage_here(
     published: Published, config: Config, *, holder: str, progress: Progress | None = None
 ) -> Staged:
@@ -140,19 +154,17 @@ def stage_with_room(
 
 
 def _settle(layer: Layer, node: Store, config: Config, holder: str) -> None:
-    if foreign(node, layer) is None:
+    if foreign(node, layer) is None and not _is_elsewhere(node, layer):
         return
     with (
         store.blame_node("stage into the store"),
         node.lock(layer.id, timeout=config["stage.timeout"]),
     ):
         owner = foreign(node, layer)
-        if owner is None:
-            return
-        if _lives(owner):
+        if _is_elsewhere(node, layer) or (owner is not None and _lives(owner)):
             node.lease(layer.id, holder)
             _extract_in_place(layer, node, config)
-        else:
+        elif owner is not None:
             node.clear(layer.id)
 
 
@@ -161,7 +173,7 @@ def _extract_in_place(layer: Layer, node: Store, config: Config) -> None:
 
     Who has files of the mount open keeps them: it is detached, and its server lives on for them.
     """
-    trees.make_room(layer, EXTRACTED, node, config)
+    trees.make_room(layer, EXTRACTED, node, config, present=layer.image.size)
     image, tree = node.image(layer.id), node.tree(layer.id)
     workspace = node.workspace(layer.id)
     try:

@@ -19,8 +19,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Callable
 
-from stager import fitness, fsutil, lease, manifest, store, trees
-from stager import stage as staging
+from stager import allocation, fitness, fsutil, lease, manifest, store, trees
 from stager.config import Config
 from stager.errors import NODE, BusyError, IntegrityError, NoSpaceError, StagerError
 from stager.manifest import Layer, Manifest
@@ -171,7 +170,7 @@ class Receiver:
         )
         if wanted == protocol.LASTING and not extracts:
             return ""
-        done = staging.stage(published, node, self._config, holder=holder)
+        done = allocation.stage_here(published, self._config, holder=holder)
         return "" if done.how == HIT else done.how
 
     @contextlib.contextmanager

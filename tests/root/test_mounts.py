@@ -26,7 +26,7 @@ from stager.formats import squashfs
 from stager.processes import Owner
 from stager.repository import Published
 from stager.stage import HIT, Staged
-from stager.store import MOUNTED, Store
+from stager.store import EXTRACTED, MOUNTED, Store
 
 pytestmark = pytest.mark.root
 
@@ -426,6 +426,38 @@ def test_a_user_without_privileges_stages_and_collects(public_path: Path) -> Non
 
     assert tiny.in_child(work) == 0
     assert re.search(rf"\buser_id={NOBODY}\b", (own / "mounted").read_text())
+
+
+def test_a_mount_of_another_namespace_is_not_taken_away(site: Site) -> None:
+    """Each job may have a ``/tmp`` of its own, and with it a mount namespace."""
+    reports, orders = FORK.Pipe(duplex=True)
+
+    def work() -> None:
+        os.setsid()
+        if ctypes.CDLL(None, use_errno=True).unshare(0x20000) != 0:  # CLONE_NEWNS
+            raise OSError(ctypes.get_errno(), "cannot make a mount namespace")
+        subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+        staged = site.stage(holder="slurm-7")
+        with open(os.path.join(staged.prefix, "pyvenv.cfg"), "rb") as used:
+            orders.send((staged.how, len(site.mounts)))
+            orders.recv()
+            orders.send((works(staged), len(used.read()) > 0))
+
+    job = FORK.Process(target=work, daemon=True)  # it is ended with us
+    job.start()
+    orders.close()
+    assert reports.recv() == (MOUNTED, 1)
+    assert site.mounts == []  # in our namespace
+    other = allocation.stage_here(site.published, site.config, holder="slurm-8")
+    stamp = site.node.stamp(site.id)
+    reports.send("go on")
+    assert reports.recv() == (True, True)
+    job.join()
+    assert job.exitcode == 0
+    assert other.how == HIT
+    assert works(other)
+    assert stamp is not None
+    assert stamp.how == EXTRACTED
 
 
 # Removal never crosses a mount
