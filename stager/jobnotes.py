@@ -13,13 +13,15 @@ import os
 import time
 
 from stager import config as configuration
-from stager import fsutil
+from stager import events, fsutil
 from stager.config import Config
 from stager.errors import JOB, StagerError
 from stager.jobstate import MAX_MESSAGE, Job
 
 _OLD = 3600.0
 """Seconds after which a job has long read its note."""
+_LONGEST = 600
+"""Characters of one node's note that are told."""
 
 
 def path(config: Config, job: Job, node: str = "") -> str:
@@ -32,15 +34,16 @@ def leave(note: str, error: Exception) -> None:
     """Write down what went wrong, where :func:`path` says; nothing happens where that fails."""
     with contextlib.suppress(OSError):
         os.makedirs(os.path.dirname(note), 0o700, exist_ok=True)
-        for one in os.listdir(os.path.dirname(note)):
-            if one.startswith("job-") and one.endswith(".failed"):
-                old = os.path.join(os.path.dirname(note), one)
-                if time.time() - os.stat(old).st_mtime > _OLD:
-                    os.unlink(old)
         reason = error.message if isinstance(error, StagerError) else f"a bug in stager: {error!r}"
         hint = getattr(error, "hint", "") or ""
         data = json.dumps({"error": reason, "hint": hint}).encode()
         fsutil.write_atomic(note, data, mode=0o600, durable=False)
+        for one in os.listdir(os.path.dirname(note)):
+            if one.startswith("job-") and one.endswith(".failed"):
+                old = os.path.join(os.path.dirname(note), one)
+                with contextlib.suppress(OSError):  # other nodes remove it too
+                    if time.time() - os.stat(old).st_mtime > _OLD:
+                        os.unlink(old)
 
 
 def read(note: str) -> StagerError | None:
@@ -69,6 +72,7 @@ def take(job: Job) -> str:
             if one.startswith(beginning) and node:
                 told = read(os.path.join(directory, one))
                 if told is not None:
-                    found.append(f"{node}: {told.message}")
-                os.unlink(os.path.join(directory, one))
+                    found.append(events.clean(f"{node}: {told.message}", _LONGEST))
+                with contextlib.suppress(OSError):
+                    os.unlink(os.path.join(directory, one))
     return "\n".join(found)

@@ -18,7 +18,8 @@ from stager.config import Config
 from stager.errors import SITE, StagerError
 from stager.jobstate import State
 
-_LONGEST = 4000
+_LONGEST = 1 << 20
+"""Bytes of an answer of a user's process: a few hundred for each node of the largest jobs."""
 
 
 def load(uid: int, root: str, site_directory: str) -> Config:
@@ -164,23 +165,38 @@ def as_user(uid: int, gid: int | None, work: Any, *arguments: Any, limit: float 
                 answer = f"+{work(*arguments)}"
             except BaseException as error:
                 answer = "-" + events.clean(explained(error)[0])
-            os.write(writer, answer.encode(errors="replace")[:_LONGEST])
+            with open(writer, "wb") as file:
+                file.write(answer.encode(errors="replace")[:_LONGEST])
         finally:
             os._exit(0)
     os.close(writer)
     try:
-        ready = select.select([reader], [], [], limit)[0]
-        answer = os.read(reader, _LONGEST).decode(errors="replace") if ready else ""
+        data = _answer(reader, limit)
     finally:
         os.close(reader)
-    if not ready:
+        # What is the user's need not end by itself.
         with contextlib.suppress(OSError):
             os.killpg(child, signal.SIGKILL)
+    if data is None:  # nor can it be waited for: storage may hang
         raise StagerError(f"working as uid {uid} took longer than {limit:.0f} s")
     os.waitpid(child, 0)
+    answer = data.decode(errors="replace")
     if not answer.startswith("+"):
-        raise StagerError(answer[1:] or f"the process of uid {uid} was ended")
+        raise StagerError(events.clean(answer[1:]) or f"the process of uid {uid} was ended")
     return answer[1:]
+
+
+def _answer(reader: int, limit: float) -> bytes | None:
+    """All that is written to a pipe; None where that takes longer than so many seconds."""
+    until, data = time.monotonic() + limit, b""
+    while len(data) < _LONGEST:
+        if not select.select([reader], [], [], max(0.0, until - time.monotonic()))[0]:
+            return None
+        piece = os.read(reader, _LONGEST - len(data))
+        if not piece:
+            break
+        data += piece
+    return data
 
 
 def collect_all_users(config: Config, *, everything: bool = False) -> dict[int, int]:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from environments import REPO
-from stager import config, events, jobstate, lease, privilege
+from stager import config, events, jobnotes, jobstate, lease, privilege
 from stager.cli import doctor
 from stager.errors import StagerError
 from stager.hooks import slurm as hook
@@ -253,6 +253,46 @@ def test_a_full_or_closed_directory_is_no_broken_disk(tmp_path: Path) -> None:
 def test_root_is_not_staged_for() -> None:
     with pytest.raises(StagerError, match="root"):
         privilege.become(0)
+
+
+# -- what the nodes of a job tell each other
+
+
+@pytest.fixture
+def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("STAGER_REPOSITORY", str(tmp_path))
+    return tmp_path / "tmp"
+
+
+def test_the_notes_of_many_nodes(notes: Path) -> None:
+    job = Job.of_prolog(VARIABLES)
+    nodes = [f"x3001c0s{number}b0n0" for number in range(400)]
+    for node in nodes:
+        jobnotes.tell_first(job._replace(node=node), "" if node != nodes[7] else "why " * 1000)
+    told = jobnotes.take(job).splitlines()
+    assert {line.partition(": ")[0] for line in told} == {*nodes}
+    assert max(map(len, told)) == 600
+    assert os.listdir(notes) == []
+
+
+def test_a_note_is_left_though_others_remove_old_ones(
+    notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes.mkdir()
+    for name in ("job-5-0.failed", "job-6-0.failed"):
+        (notes / name).touch()
+        os.utime(notes / name, (0, 0))
+    real = os.unlink
+
+    def unlink(path: str, **options: Any) -> None:
+        real(path, **options)
+        if path.endswith(".failed"):
+            raise FileNotFoundError(path)  # another node was faster
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    job = Job.of_prolog(VARIABLES)
+    jobnotes.tell_first(job, "why")
+    assert os.listdir(notes) == ["job-7-0.n2.failed"]
 
 
 # -- configuration
