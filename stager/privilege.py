@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import resource
@@ -90,11 +91,8 @@ def private_directory(path: str, uid: int) -> bool:
             if info.st_uid != 0 or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
                 return False
         name = os.path.basename(path)
-        try:
+        with contextlib.suppress(FileExistsError):
             os.mkdir(name, 0o700, dir_fd=parent)
-            made = True
-        except FileExistsError:
-            made = False
         try:
             fd = os.open(name, flags, dir_fd=parent)
         except NotADirectoryError as error:
@@ -104,11 +102,12 @@ def private_directory(path: str, uid: int) -> bool:
                 blame=SITE,
             ) from error
         try:
-            if made:
+            owner = os.fstat(fd).st_uid
+            if owner == 0:  # just made: by us, or by a Prolog that runs beside us or was killed
                 os.fchown(fd, uid, -1)
-            elif os.fstat(fd).st_uid != uid:
+            elif owner != uid:
                 raise DeniedError(
-                    f"the store {path} belongs to uid {os.fstat(fd).st_uid}, not to {uid}",
+                    f"the store {path} belongs to uid {owner}, not to {uid}",
                     hint="the administrator of the node has to remove it",
                     blame=SITE,
                 )

@@ -137,6 +137,13 @@ def test_a_store_that_somebody_else_made(site: Site, fresh_store: Path, planted:
     assert re.search(r"event=fail .* blame=site reason=\"the store", site.syslog("n1"))
 
 
+def test_a_store_that_another_prolog_has_just_made(site: Site, fresh_store: Path) -> None:
+    """Root makes it and hands it over: two steps, and two jobs of a user may start at once."""
+    fresh_store.mkdir(0o700)
+    assert only(site, "pyenv:mine")[1] == []
+    assert fresh_store.stat().st_uid == UID["alice"]
+
+
 @pytest.mark.parametrize("planted", ["directory", "link"])
 def test_a_store_in_a_directory_of_everybody(site: Site, planted: str) -> None:
     path = "/mnt/local/stager-20001"
