@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-from stager import fitness, store, trees
+from stager import fitness, store, trees, warm
 from stager.config import Config
 from stager.manifest import Manifest
 from stager.repository import Published
@@ -62,7 +62,8 @@ def stage(
         progress: told how far it is.
 
     Raises:
-        StagerError: it cannot be staged; nothing half-made is left, and nothing is claimed.
+        StagerError: it cannot be staged; nothing half-made is left, and nothing is claimed but by
+            a job, until it ends.
     """
     started = time.monotonic()
     manifest = published.manifest
@@ -75,8 +76,8 @@ def stage(
         if any(node.ready(layer_id) is None for layer_id in made):
             made |= _make(published, node, config, progress)
     except BaseException:
-        for layer_id in claimed:  # what the holder had before may be in use
-            node.release(holder, layer_id)
+        for layer_id in claimed if not warm.is_job(holder) else ():
+            node.release(holder, layer_id)  # and not what it had before, which may be in use
         raise
     prefix, how = node.tree(manifest.top.id), slowest(made.values())
     return Staged(prefix, how, manifest, made, {"total": time.monotonic() - started})

@@ -61,6 +61,14 @@ def holder_of(pid: int, boot: str) -> str:
     return f"pid-{pid}-{start_time(pid)}-{boot[:8]}"
 
 
+def is_job(holder: str) -> bool:
+    """Tell whether a holder is a job.
+
+    Its claims end with it and no sooner: another of its processes may rely on one by now.
+    """
+    return holder.startswith(("slurm-", "pbs-"))
+
+
 def is_private(info: os.stat_result) -> bool:
     """Tell whether what lstat(2) says is a directory of ours that nobody else may enter."""
     # S_IFMT of stat.h: neither a link nor a file.
@@ -132,7 +140,7 @@ def hit(wish: str) -> str:
         An empty text where that cannot be told at this price; then nothing is claimed.
     """
     claimed: list[str] = []
-    prefix = ""
+    holder = prefix = ""
     try:
         path = note_path(wish)
         if not path or not is_private(os.lstat(os.path.dirname(os.path.dirname(path)))):
@@ -159,7 +167,7 @@ def hit(wish: str) -> str:
                 break
     except (OSError, ValueError, IndexError):
         prefix = ""
-    for path in claimed if not prefix else ():
+    for path in claimed if not prefix and not is_job(holder) else ():
         try:
             os.unlink(path)
         except OSError:

@@ -456,6 +456,16 @@ def test_a_failed_stage_claims_nothing_new_and_drops_nothing_old(
     assert site.node.leases("0" * 16) == ()
 
 
+def test_a_failed_stage_leaves_a_job_its_claims(site: Site) -> None:
+    """Another process of the job may have found the claim of this one, and rely on it."""
+    site.stage(holder="another")
+    missing = site.layer._replace(id="0" * 16)
+    both = site.with_manifest(layers=(site.layer, missing))
+    with pytest.raises(NotFoundError):
+        stage.stage(both, site.node, site.config, holder="slurm-7-01234567")
+    assert "slurm-7-01234567" in site.node.leases(site.layer.id)
+
+
 def test_release_is_for_the_named_trees_or_all(site: Site) -> None:
     site.stage()
     assert stage.release(site.node, ME, ["0" * 16]) == 0
