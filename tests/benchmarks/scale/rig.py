@@ -30,7 +30,7 @@ from .strategies import ARCHIVE_NAME, IMAGE_NAME, LOCAL, PFS, SITE_NAME, Phase, 
 USER = "alice"
 RANKS = 8
 SITE_STORE = f"{STORE}/site"
-LONGEST = 2400.0
+LONGEST = 7200.0
 """Seconds that one phase may take, dilated."""
 
 _RSYNCD = """
