@@ -44,15 +44,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         cluster.up(prolog_flags="", local_dirs="/local")
         for host in HOSTS:
             cluster.exec(host, "root", ["sh", "-ec", _OWN])
-        (block,) = blocks("For a site")
-        lines = block.splitlines(keepends=True)
-        assert lines.pop(0).startswith("apt install ")  # they are there, and so is no network
-        assert lines.pop().startswith("stager doctor ")
-        text = "".join(lines)
-        install, _, configure = text.partition("cat >>")
+        everywhere, once = (block.splitlines(keepends=True) for block in blocks("For a site"))
+        assert everywhere.pop(0).startswith("apt install ")  # they are there, and so is no network
+        assert once.pop().startswith("stager doctor ")
         for host in HOSTS:
-            cluster.exec(host, "root", ["sh", "-ec", f"cd {REPO}\n{install}"])
-        cluster.exec("ctl", "root", ["sh", "-ec", f"cat >>{configure}scontrol reconfigure"])
+            cluster.exec(host, "root", ["sh", "-ec", f"cd {REPO}\n{''.join(everywhere)}"])
+        cluster.exec("ctl", "root", ["sh", "-ec", "".join(once)])
         yield cluster
     finally:
         cluster.down()
