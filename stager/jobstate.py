@@ -10,10 +10,12 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+import signal
+import time
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from stager import events, fsutil, ref, schedulers
+from stager import events, fsutil, lease, ref, schedulers
 from stager.envpatch import EnvPatch, separator
 from stager.errors import StagerError
 from stager.ref import Directive
@@ -266,6 +268,19 @@ def _write(path: str, text: str) -> None:
     os.rename(temporary, path)
 
 
+def _end(pid: int, start: str) -> None:
+    """End a process of ours, if it is still the one that was started; no matter how it is."""
+    for number, tries in ((signal.SIGTERM, 40), (signal.SIGKILL, 20)):
+        if start in ("", "0") or lease.start_time(pid) != start:
+            return
+        with contextlib.suppress(OSError):
+            os.killpg(pid, number)  # each leads a group of its own
+        for _ in range(tries):
+            if lease.start_time(pid) != start:
+                return
+            time.sleep(0.05)
+
+
 class State:
     """The directory of one job.
 
@@ -310,8 +325,7 @@ class State:
                 if run == (job.restart, job.uid, boot_id()) and job.id not in self.holders():
                     self.write("holders/" + job.id, "")
                     return False
-                # Of an earlier run whose Epilog never came.
-                self.remove()
+                self.discard()
             raise StagerError(f"cannot replace {self.path}")
         finally:
             with contextlib.suppress(OSError):
@@ -379,12 +393,23 @@ class State:
             os.unlink(os.path.join(self.path, "holders", job_id))
         return not self.holders()
 
-    def processes(self) -> Iterable[tuple[int, str]]:
-        """Process numbers and start times of the worker and of what it started as the user."""
+    def end_worker(self) -> None:
+        """End the worker, which alone writes here, and what it started.
+
+        A process of the user's that hangs in a dead file system is given up after three seconds.
+        """
         words = self.read("worker").split()
         for pid, start in zip(words[::2], words[1::2]):
             if pid.isdigit():
-                yield int(pid), start
+                _end(int(pid), start)
+
+    def discard(self) -> None:
+        """Remove what an earlier run left whose Epilog never came.
+
+        Its worker outlives the daemon that started it, and would go on writing here.
+        """
+        self.end_worker()
+        self.remove()
 
     def remove(self) -> None:
         """Remove the directory; nothing happens where it is gone already."""

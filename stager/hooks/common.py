@@ -65,19 +65,6 @@ def detach(keep: int) -> None:
     os.closerange(keep + 1, 4096)
 
 
-def end(pid: int, start: str) -> None:
-    """End a process of ours, if it is still the one that was started; no matter how it is."""
-    for number, tries in ((signal.SIGTERM, 40), (signal.SIGKILL, 20)):
-        if start in ("", "0") or lease.start_time(pid) != start:
-            return
-        with contextlib.suppress(OSError):
-            os.killpg(pid, number)  # each leads a group of its own
-        for _ in range(tries):
-            if lease.start_time(pid) != start:
-                return
-            time.sleep(0.05)
-
-
 def how_it_ended(pid: int) -> str | None:
     """Wait a moment for a process of ours.
 
@@ -111,8 +98,7 @@ def release(
         root: where job states are kept.
         site_directory: where the site's configuration is.
     """
-    for pid, start in state.processes():
-        end(pid, start)
+    state.end_worker()
     record = state.record()
     store, owner = str(record.get("store", "")), record.get("uid")
     dropped = 0

@@ -23,7 +23,7 @@ from stager import config as configuration
 from stager import envpatch, events, jobstate, schedulers
 from stager.errors import SITE, StagerError
 from stager.hooks import worker
-from stager.hooks.common import as_user, emit, end, explained, load, release, stores
+from stager.hooks.common import as_user, emit, explained, load, release, stores
 from stager.jobstate import CANCELLED, PENDING, Activation, Job, State
 
 JOB_PATH = "STAGER_PATH"
@@ -88,7 +88,7 @@ def begin(
         config = load(job.uid, root, site_directory)
         state.begin(job, stores(config))
     except Exception as error:
-        state.remove()  # of an earlier run
+        state.discard()
         reason, hint = explained(error)
         with contextlib.suppress(OSError):
             state.fail(f"{reason}; {hint}" if hint else reason)
@@ -156,8 +156,7 @@ def cancel(told: Mapping[str, Any], root: str) -> dict[str, Any]:
     """The job was deleted while it is staged: end that, at once."""
     state = State(root, schedulers.file_name(str(told["id"])))
     if state.read("status").startswith(PENDING):
-        for pid, start in state.processes():
-            end(pid, start)
+        state.end_worker()
         if state.exists():
             state.finish(CANCELLED, "the job was deleted")
     return {}

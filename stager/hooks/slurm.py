@@ -48,7 +48,7 @@ def prolog(
             config = load(job.uid, root, site_directory)
             began = state.begin(job, stores(config))
         except Exception:
-            state.remove()  # of an earlier run
+            state.discard()
             raise
         talk = worker.start(job, state, config, root, _mounts) if began else None
         wait = min(config["hook.prolog_wait"], LONGEST_WAIT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -153,6 +154,27 @@ def test_a_state_of_an_earlier_run_is_replaced(tmp_path: Path, change: dict[str,
     state.finish(jobstate.READY)
     assert state.begin(Job.of_prolog({**VARIABLES, **change}), {})
     assert state.read("status") == "pending 0\n"
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_worker_of_an_earlier_run_is_ended(tmp_path: Path, begins: bool) -> None:
+    """It outlives a slurmd that was killed, and would go on writing into the new run's state."""
+    state = State(str(tmp_path), "7")
+    assert state.begin(Job.of_prolog(VARIABLES), {})
+    cat: Any = {"args": ["cat"], "stdin": subprocess.PIPE, "start_new_session": True}
+    with subprocess.Popen(**cat) as worker, subprocess.Popen(**cat) as other:
+        start = lease.start_time(worker.pid)
+        # The second one has no more than the number of one that ended long ago.
+        state.write("worker", f"{worker.pid} {start} {other.pid} {start}0\n")
+        if begins:
+            assert state.begin(Job.of_prolog(VARIABLES), {})
+            assert state.read("status") == "pending 0\n"
+        else:
+            (tmp_path / "config.yaml").write_text("hook: [")
+            assert hook.prolog(VARIABLES, str(tmp_path), str(tmp_path)) == 0
+            assert state.read("status") == "failed\n"
+        assert (worker.poll(), other.poll()) == (-signal.SIGTERM, None)
+        assert state.read("worker") == ""
 
 
 def test_a_message_is_one_harmless_line(tmp_path: Path) -> None:

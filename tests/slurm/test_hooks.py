@@ -145,6 +145,27 @@ def test_components_of_one_job_on_one_node(site: Site, prefix: str) -> None:
     assert site.syslog("n2").count("event=release") == 1
 
 
+def test_a_run_whose_epilog_never_came(site: Site, prefix: str) -> None:
+    """As where slurmd is killed, and the job starts again on the node: only the new worker writes.
+
+    Slurm's own way to that takes minutes, so this runs the hooks as slurmd would.
+    """
+    site.clear_stores()
+    state = site.place("n2", "/run/stager/jobs/900001")
+    try:
+        with site.slow(600, "n2"), site.configured("hook: {prolog_wait: 1s}", "n2"):
+            run_hook(site, "prolog", "n2")
+            assert (state / "status").read_text().startswith("pending")
+            earlier = (state / "worker").read_text().split()[::2]
+        run_hook(site, "prolog", "n2", SLURM_JOB_RESTART_COUNT="1")
+        assert (state / "status").read_text() == "ready\n"
+        for pid in earlier:
+            assert site.cluster.exec("n2", "root", ["kill", "-0", pid], check=False).returncode != 0
+    finally:
+        run_hook(site, "epilog", "n2")
+    assert not state.exists() and leases(site, "n2") == []
+
+
 def run_hook(site: Site, hook: str, node: str, *, timed: bool = False, **changes: str) -> str:
     """Run a hook as slurmd does; returns its status and the CPU seconds it took, if `timed`."""
     variables = {
