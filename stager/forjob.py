@@ -5,7 +5,7 @@ which is root and believes nothing, what came out: one JSON object for each mess
 
 ::
 
-    {"options": {"strict": bool, "timeout": seconds}}   as soon as the directive is read
+    {"timeout": seconds}                                as soon as the directive is read
     {"original": activation}                            how the job runs where staging fails
     {"trees": [[[staged, original, ready], ...], ...]}  PBS: for each environment its layers;
                                                         answered with a byte when links lead there
@@ -128,12 +128,12 @@ def _work(order: Order, talk: socket.socket) -> dict[str, Any]:
     directive = job.directive()
     if directive is None:
         return {"nothing": True}
-    options = _options(directive)
-    _send(talk, {"options": options})
-    until = time.monotonic() + min(options["timeout"], trusted["hook.deadline"])
+    timeout = _timeout(directive)
+    _send(talk, {"timeout": timeout})
+    until = time.monotonic() + min(timeout, trusted["hook.deadline"])
     _send_original(talk, directive, job)
     config = configuration.load(overrides=_overrides(directive, trusted))
-    config.values["stage.timeout"] = min(config["stage.timeout"], options["timeout"])
+    config.values["stage.timeout"] = min(config["stage.timeout"], timeout)
     config.values["hook.pack"] = config["hook.pack"] and trusted["hook.pack"]
     node = None
     try:
@@ -180,7 +180,8 @@ def _work(order: Order, talk: socket.socket) -> dict[str, Any]:
     return _outcome(staged, directive, found, results)
 
 
-def _options(directive: Directive) -> dict[str, Any]:
+def _timeout(directive: Directive) -> float:
+    """Check a directive's options; how long it lets staging take."""
     for key in directive.options:
         if key not in _OPTIONS:
             raise UsageError(
@@ -188,10 +189,9 @@ def _options(directive: Directive) -> dict[str, Any]:
                 hint="options are " + ", ".join(_OPTIONS),
             )
     try:
-        timeout = configuration.parse_duration(directive.options.get("timeout") or "1d")
+        return configuration.parse_duration(directive.options.get("timeout") or "1d")
     except ValueError as error:
         raise UsageError(f"the directive's timeout: {error}") from error
-    return {"strict": "strict" in directive.options, "timeout": timeout}
 
 
 def _overrides(directive: Directive, trusted: Config) -> dict[str, object]:

@@ -23,9 +23,8 @@ from stager.schedulers import PBS, SLURM
 from stager.store import boot_id
 
 ROOT = "/run/stager"
-PENDING, READY, FAILED, STRICT = "pending", "ready", "failed", "strict"
-CANCELLED = "cancelled"
-STAGED, ORIGINAL, FAULTY = "staged", "original", "fault"
+PENDING, READY, FAILED, CANCELLED = "pending", "ready", "failed", "cancelled"
+STAGED, ORIGINAL, FAULTY, STRICT = "staged", "original", "fault", "strict"
 MAX_MESSAGE = 65536
 """Bytes of one message of the process that works as the user."""
 
@@ -68,6 +67,11 @@ class Job(NamedTuple):
         if self.scheduler == PBS:
             return ref.parse_directive(self.comment, cwd=self.work_dir)
         return ref.find_directive(self.comment, cwd=self.work_dir)
+
+    def asks_strict(self) -> bool:
+        """Whether it is to fail where it cannot be staged; seen in a malformed directive too."""
+        asks = ref.is_strict if self.scheduler == PBS else ref.asks_strict
+        return asks(self.comment)
 
     @classmethod
     def of_pbs(cls, told: Mapping[str, Any]) -> Job:
@@ -298,8 +302,13 @@ class State:
         self.root = os.path.join(root, "jobs")
         self.path = os.path.join(self.root, key)
 
-    def begin(self, job: Job, record: Mapping[str, Any]) -> bool:
+    def begin(self, job: Job, record: Mapping[str, Any], *, strict: bool = False) -> bool:
         """Make the directory, with the status ``pending``.
+
+        Args:
+            job: the job.
+            record: what else its end is to know.
+            strict: whether its tasks are to fail where it is not staged.
 
         Returns:
             False where another component of a heterogeneous job has made it for this run already.
@@ -312,6 +321,8 @@ class State:
             _write(os.path.join(partial, "holders", job.id), "")
             known = {**job._asdict(), "boot": boot_id(), **record}
             _write(os.path.join(partial, "record.json"), json.dumps(known))
+            if strict:
+                _write(os.path.join(partial, STRICT), "")
             _write(os.path.join(partial, "status"), f"{PENDING} 0\n")
             for _ in range(8):
                 try:
@@ -323,6 +334,8 @@ class State:
                 known = self.record()
                 run = (known.get("restart"), known.get("uid"), known.get("boot"))
                 if run == (job.restart, job.uid, boot_id()) and job.id not in self.holders():
+                    if strict:
+                        self.write(STRICT, "")
                     self.write("holders/" + job.id, "")
                     return False
                 self.discard()
@@ -367,9 +380,11 @@ class State:
             self.write("message", events.clean(message, 1000) + "\n")
         self.write("status", status + "\n")
 
-    def fail(self, message: str) -> None:
+    def fail(self, message: str, *, strict: bool = False) -> None:
         """Write a failure, even where :meth:`begin` was not reached."""
         os.makedirs(self.path, 0o755, exist_ok=True)
+        if strict:
+            self.write(STRICT, "")
         self.finish(FAILED, message)
 
     def record(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import os
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from stager.errors import UsageError
 
@@ -111,7 +111,7 @@ def parse_directive(text: str, *, cwd: str | None = None) -> Directive:
     names, _, query = text.partition("?")
     refs = tuple(parse(part, cwd=cwd) for part in names.split("+"))
     options: dict[str, str] = {}
-    for item in filter(None, re.split("[&?]", query)):
+    for item in _options(query):
         key, _, value = item.partition("=")
         if not re.match(r"[a-z][a-z_-]*\Z", key):
             raise UsageError(
@@ -120,6 +120,15 @@ def parse_directive(text: str, *, cwd: str | None = None) -> Directive:
             )
         options[key] = value
     return Directive(refs, options)
+
+
+def _options(query: str) -> list[str]:
+    return [item for item in re.split("[&?]", query) if item]
+
+
+def is_strict(text: str) -> bool:
+    """Tell whether a directive has the option ``strict``, even where all the rest is malformed."""
+    return any(item.partition("=")[0] == "strict" for item in _options(text.partition("?")[2]))
 
 
 def find_directive(comment: str, *, cwd: str | None = None) -> Directive | None:
@@ -131,31 +140,36 @@ def find_directive(comment: str, *, cwd: str | None = None) -> Directive | None:
     Raises:
         UsageError: the directive is malformed, or there are two.
     """
-    if "pyenv" not in comment:
+    found = _directives(comment)
+    if not found:
         return None
-    stripped = comment.strip()
-    if stripped.startswith("{"):
-        return _from_json(stripped, cwd)
-    tokens = [token for token in _TOKEN_SEPARATORS.split(stripped) if token.startswith(_PREFIX)]
-    if not tokens:
-        return None
-    if len(tokens) > 1:
+    if len(found) > 1:
         raise UsageError(
             "the job's comment has more than one pyenv: directive",
             hint="several environments together are written pyenv:base+extra",
         )
-    return parse_directive(tokens[0][len(_PREFIX) :], cwd=cwd)
+    if not isinstance(found[0], str):
+        raise UsageError("the key pyenv of the job's JSON comment is not a string")
+    return parse_directive(found[0], cwd=cwd)
 
 
-def _from_json(text: str, cwd: str | None) -> Directive | None:
+def asks_strict(comment: str) -> bool:
+    """Tell whether a job comment asks for ``strict``, even where its directive is malformed."""
+    return any(isinstance(found, str) and is_strict(found) for found in _directives(comment))
+
+
+def _directives(comment: str) -> list[Any]:
+    """What a job comment has behind each ``pyenv:``; in JSON that may be anything."""
+    if "pyenv" not in comment:
+        return []
+    stripped = comment.strip()
+    if not stripped.startswith("{"):
+        tokens = _TOKEN_SEPARATORS.split(stripped)
+        return [token[len(_PREFIX) :] for token in tokens if token.startswith(_PREFIX)]
     import json
 
     try:
-        value = json.loads(text).get("pyenv")
+        value = json.loads(stripped).get("pyenv")
     except (ValueError, AttributeError, RecursionError):
-        return None  # somebody else's field, and not ours to judge
-    if value is None:
-        return None
-    if not isinstance(value, str):
-        raise UsageError("the key pyenv of the job's JSON comment is not a string")
-    return parse_directive(value, cwd=cwd)
+        return []  # somebody else's field, and not ours to judge
+    return [] if value is None else [value]

@@ -139,7 +139,7 @@ def begin(event):
         job.Variable_List[name] = escaped(value)
     if not first:
         status, _ = await_worker(job)
-        if status not in ("ready", "failed", "strict"):  # then nobody has told the first node
+        if status not in ("ready", "failed"):  # then nobody has told the first node
             reason = "the staging worker was killed or never began; tell your administrator"
             call("pbs-note", dict(about(job), pyenv=wish, reason=reason))
     elif ALIAS in list(job.Variable_List.keys()):

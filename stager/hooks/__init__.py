@@ -10,9 +10,10 @@ A hook never keeps a job hostage. It starts a worker that survives it (see
 rest. The worker has a child become the user, see :mod:`stager.forjob`, writes down what that says,
 see :mod:`stager.jobstate`, and gives up after ``hook.deadline``.
 
-This is the only code that fails open: whatever happens, the status is 0 and the job runs. Only
-where the site chose ``hook.on_node_fault: drain`` and root itself cannot write beside the store is
-it another one. Nothing here asks a scheduler anything.
+This is the only code that fails open: whatever happens, the status is 0 and the job runs, unless
+it asked for ``strict``: that is written down first, and its tasks end themselves. Only where the
+site chose ``hook.on_node_fault: drain`` and root itself cannot write beside the store is the status
+another one. Nothing here asks a scheduler anything.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from stager import config as configuration
 from stager import events, jobstate, lease, privilege, schedulers
 from stager.config import Config
 from stager.errors import SITE, StagerError
-from stager.jobstate import State
+from stager.jobstate import Job, State
 
 _LONGEST = 1 << 20
 """Bytes of an answer of a user's process: a few hundred for each node of the largest jobs."""
@@ -37,6 +37,16 @@ def load(uid: int, root: str, site_directory: str) -> Config:
 def stores(config: Config) -> dict[str, str]:
     """What a job's record says of where the job may hold trees, for its end."""
     return {key: config[key] for key in ("store", "site_store")}
+
+
+def is_strict(job: Job, config: Config | None) -> bool:
+    """Tell whether a job is to fail where it cannot be staged, whatever else it asks for.
+
+    Args:
+        job: the job.
+        config: the site's, which may want that of all; None where it cannot be read.
+    """
+    return job.asks_strict() or (config is not None and bool(config["run.strict"]))
 
 
 def explained(error: BaseException) -> tuple[str, str]:

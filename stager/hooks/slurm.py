@@ -18,7 +18,7 @@ from stager import events, jobstate
 from stager.config import Config
 from stager.errors import SITE, StagerError
 from stager.hooks import worker
-from stager.hooks.common import emit, explained, load, release, stores
+from stager.hooks.common import emit, explained, is_strict, load, release, stores
 from stager.jobstate import PENDING, Job, State
 
 DRAIN = 99
@@ -46,7 +46,7 @@ def prolog(
         state = State(root, job.key)
         try:
             config = load(job.uid, root, site_directory)
-            began = state.begin(job, stores(config))
+            began = state.begin(job, stores(config), strict=is_strict(job, config))
         except Exception:
             state.discard()
             raise
@@ -59,7 +59,7 @@ def prolog(
         if job is not None:
             fields.update(job=job.id, uid=str(job.uid), node=job.node)
             with contextlib.suppress(OSError):
-                State(root, job.key).fail(fields["reason"])
+                State(root, job.key).fail(fields["reason"], strict=is_strict(job, config))
         emit(events.FAIL, fields, config, root)
         return 0
 

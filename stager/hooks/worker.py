@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Callable, NoReturn
 from stager import events, fsutil, jobstate, lease, privilege, schedulers
 from stager.config import Config
 from stager.errors import JOB, NODE, SITE, StagerError
-from stager.hooks.common import as_user, detach, emit, explained, how_it_ended, stores
+from stager.hooks.common import as_user, detach, emit, explained, how_it_ended, is_strict, stores
 from stager.jobstate import (
     FAILED,
     FAULTY,
@@ -23,7 +23,6 @@ from stager.jobstate import (
     PENDING,
     READY,
     STAGED,
-    STRICT,
     Activation,
     Job,
     State,
@@ -91,7 +90,6 @@ class Worker:
         self.mounts = mounts
         self.hook = hook
         self.trees: list[tuple[str, str, str]] = []  # links, what they lead to once staged, before
-        self.strict = bool(config["run.strict"])
         self.fields: dict[str, object] = {"job": job.id, "uid": job.uid, "node": job.node}
         self.proven = False  # whether root could look at the store's parent
         self.child = 0  # works as the user
@@ -195,9 +193,8 @@ class Worker:
 
     def _take(self, message: dict[str, Any], talk: socket.socket) -> bool:
         """Do what a message of :mod:`stager.forjob` asks for; False where it is the last one."""
-        if "options" in message:
-            self.strict = self.strict or message["options"]["strict"] is True
-            self.until = min(self.until, self.started + float(message["options"]["timeout"]))
+        if "timeout" in message:
+            self.until = min(self.until, self.started + float(message["timeout"]))
         elif "original" in message:
             # At once: should we be killed, the tasks still find it.
             self.state.write(ORIGINAL, Activation.checked(message["original"]).lines())
@@ -316,7 +313,7 @@ class Worker:
         how = events.clean(end.get("how"), 20)
         seconds = f"{time.monotonic() - self.started:.2f}"
         self.state.write(STAGED, staged.lines())
-        if self.strict:
+        if is_strict(self.job, self.config):
             self._tell_first_node("")
         self.fields.update(ref=end.get("ref"), how=how, seconds=seconds)
         self.fields["bytes"] = int(end.get("bytes") or 0)
@@ -337,7 +334,7 @@ class Worker:
             text = f"{reason}; {hint}" if hint else reason
             self._unlink()
             self._tell_first_node(text)
-            self.state.finish(STRICT if self.strict else FAILED, text)
+            self.state.finish(FAILED, text)
         self.fields.update(blame=blame, reason=reason)
         self.fields["seconds"] = f"{time.monotonic() - self.started:.2f}"
         emit(events.FAIL, self.fields, self.config, self.root)

@@ -19,6 +19,7 @@ from environments import REPO
 from stager import config, events, jobnotes, jobstate, lease, privilege
 from stager.cli import doctor
 from stager.errors import StagerError
+from stager.hooks import common
 from stager.hooks import slurm as hook
 from stager.jobstate import Activation, Job, State
 from stager.store import boot_id
@@ -154,6 +155,34 @@ def test_a_state_of_an_earlier_run_is_replaced(tmp_path: Path, change: dict[str,
     state.finish(jobstate.READY)
     assert state.begin(Job.of_prolog({**VARIABLES, **change}), {})
     assert state.read("status") == "pending 0\n"
+
+
+STRICT = {**VARIABLES, "SLURM_JOB_COMMENT": "pyenv:x?strict&strikt"}
+
+
+def test_a_strict_job_is_known_before_anything_can_go_wrong(tmp_path: Path) -> None:
+    plain, asking = Job.of_prolog(VARIABLES), Job.of_prolog(STRICT)
+    loaded = config.load(environ={}, site_directory=str(tmp_path / "none"))
+    assert not common.is_strict(plain, loaded) and not common.is_strict(plain, None)
+    assert common.is_strict(asking, loaded) and common.is_strict(asking, None)
+    loaded.set("run.strict", "yes", "test")
+    assert common.is_strict(plain, loaded)
+    state = State(str(tmp_path), "7")
+    strict = tmp_path / "jobs/7/strict"
+    assert state.begin(asking, {}, strict=True) and strict.exists()
+    assert state.begin(plain, {}) and not strict.exists()
+    joining = Job.of_prolog({**STRICT, "SLURM_JOB_ID": "8", "SLURM_HET_JOB_ID": "7"})
+    assert not state.begin(joining, {}, strict=True) and strict.exists()
+
+
+@pytest.mark.parametrize("environ", [VARIABLES, STRICT], ids=["", "strict"])
+def test_a_wrong_configuration_is_told_to_strict_jobs(
+    tmp_path: Path, environ: dict[str, str]
+) -> None:
+    (tmp_path / "config.yaml").write_text("hook: [")
+    assert hook.prolog(environ, str(tmp_path), str(tmp_path)) == 0
+    assert State(str(tmp_path), "7").read("status") == "failed\n"
+    assert (tmp_path / "jobs/7/strict").exists() == (environ is STRICT)
 
 
 @pytest.mark.parametrize("begins", [True, False])

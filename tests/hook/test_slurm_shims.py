@@ -176,6 +176,23 @@ def test_whatever_happens_the_prolog_succeeds_and_tells_the_tasks(
     ]
 
 
+@pytest.mark.parametrize(
+    ("comment", "strict"),
+    [
+        ("pyenv:x?strict", True),
+        ("a=1,pyenv:x?timeout=5m&strict;b", True),
+        ('{"pyenv": "x?strict"}', True),
+        ("pyenv:strict", False),
+        ("pyenv:x?verbose strict", False),
+    ],
+)
+def test_a_strict_job_is_told_by_the_shim_too(node: Node, comment: str, strict: bool) -> None:
+    assert node.run("prolog", {**PYENV, "SLURM_JOB_COMMENT": comment}).returncode == 0
+    done = node.run("task_prolog", JOB)
+    assert done.returncode == int(strict)
+    assert ("the job asked for strict: stager's Python" in done.stdout) == strict
+
+
 def test_the_one_status_that_fails_the_prolog(node: Node) -> None:
     node.python("exit 99")
     assert node.run("prolog", PYENV).returncode == 1
@@ -369,12 +386,31 @@ def test_one_line_for_each_node(node: Node) -> None:
     assert len(node.tasks(STAGER_REPORTED="n2")) == 2
 
 
-def test_strict(node: Node) -> None:
-    node.leave("strict", message="why\n")
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [
+        ("failed", "why"),
+        ("ready", f"{PREFIX} cannot be seen in this job"),
+        ("pending 3", "the staging worker was killed;"),
+        ("", "the Prolog left no status;"),
+    ],
+)
+def test_strict(node: Node, status: str, reason: str) -> None:
+    """Whatever went wrong, neither the original nor the system's Python takes its place."""
+    text = (node.root / "task_prolog").read_text()
+    (node.root / "task_prolog").write_text(text.replace("sleep 0.2", "sleep 0"))
+    staged = activation(PREFIX, f"{PREFIX}/bin/python")
+    node.leave(status, strict="", message="why\n", staged=staged, original=activation("/there"))
     done = node.run("task_prolog", JOB)
     assert done.returncode == 1
-    line = "print stager: n1: not staged, and the job asked for strict: why"
-    assert done.stdout.splitlines()[0] == line
+    first, *more = done.stdout.splitlines()
+    assert first.startswith(f"print stager: n1: not staged, and the job asked for strict: {reason}")
+    assert more == ["export STAGER_REPORTED=n1"]
+
+
+def test_strict_is_nothing_to_a_task_that_finds_what_is_staged(node: Node) -> None:
+    node.leave("ready", strict="", staged=activation(PREFIX))
+    assert f"export VIRTUAL_ENV={PREFIX}" in node.tasks()
 
 
 @pytest.mark.parametrize("status", ["", "nonsense", None])

@@ -274,6 +274,26 @@ def test_the_job_runs_on_and_the_node_stays(site: Site, case: Case) -> None:
     assert [site.job_states(node) for node in NODES] == [[]] * 4
 
 
+@pytest.mark.parametrize("case", MATRIX, ids=lambda case: case.cause.__name__)
+def test_a_strict_job_fails_and_the_node_stays(site: Site, case: Case) -> None:
+    with case.cause(site):
+        done = site.batch(
+            "echo ran", "-w", "n2", comment="pyenv:demo?strict&timeout=5m", check="FAILED"
+        )
+        site.settled()
+    assert site.settled() == idle()
+    refused(done, case.user)
+
+
+def refused(done: Ended, reason: str) -> None:
+    """A job that asked for strict has not run, and says why."""
+    assert done.exit == "1:0"
+    (line,) = done.told()
+    said = f"stager: n2: not staged, and the job asked for strict: {reason}"
+    assert re.fullmatch(said, line), line
+    assert "ran\n" not in done.output
+
+
 # The Python that a task finds: Debian has no `python` of its own.
 SYSTEM = (
     "echo $SLURMD_NODENAME $("
@@ -281,21 +301,26 @@ SYSTEM = (
 )
 
 
+@pytest.mark.parametrize("strict", ["", "?strict"], ids=["", "strict"])
 @pytest.mark.parametrize("wait", ["60s", "1s"], ids=["prolog-waits", "prolog-has-gone"])
-def test_the_worker_is_killed(site: Site, wait: str) -> None:
+def test_the_worker_is_killed(site: Site, wait: str, strict: str) -> None:
     """The Prolog notices, or else the tasks: nobody counts up any more."""
     with site.slow(600, "n2"), site.configured(f"hook: {{prolog_wait: {wait}}}", "n2"):
-        argv = ["-w", "n2", "--comment=pyenv:demo", "-o", "/home/alice/job.%j"]
-        job = site.cluster.sbatch(f"#!/bin/sh\n{SYSTEM}\n", args=argv)
+        argv = ["-w", "n2", f"--comment=pyenv:demo{strict}", "-o", "/home/alice/job.%j"]
+        job = site.cluster.sbatch(f"#!/bin/sh\necho ran\n{SYSTEM}\n", args=argv)
         state = site.place("n2", f"/run/stager/jobs/{job}")
         until(lambda: (state / "status").exists() and "pending 3" in (state / "status").read_text())
         worker, _, staging, _ = (state / "worker").read_text().split()
         site.root("n2", "kill", "-9", worker)
-        done = site.ended(job)
+        done = site.ended(job, check="FAILED" if strict else "COMPLETED")
         site.settled()
-    assert done.prefixes() == {"n2": {ORIGINAL}}
-    (line,) = done.told()
-    assert line.endswith(": the staging worker was killed; tell your administrator")
+    reason = "the staging worker was killed; tell your administrator"
+    if strict:
+        refused(done, reason)
+    else:
+        assert done.prefixes() == {"n2": {ORIGINAL}}
+        (line,) = done.told()
+        assert line.endswith(f": {reason}")
     # The Epilog has ended what the worker had started.
     assert site.cluster.exec("n2", "root", ["kill", "-0", staging], check=False).returncode != 0
     assert site.settled() == idle()
@@ -372,6 +397,18 @@ def test_a_wrong_directive(site: Site, comment: str, reason: str) -> None:
     assert done.output.endswith("ran\n")
     assert site.settled() == idle()
     assert "blame=job" in site.syslog()
+
+
+@pytest.mark.parametrize(
+    ("comment", "reason"),
+    [
+        ("pyenv:demo?strict&strikt", "`strikt` is not an option .*"),
+        ("pyenv:demo?strict&timeout=soon", "the directive's timeout: .*"),
+    ],
+)
+def test_a_wrong_directive_that_asks_for_strict(site: Site, comment: str, reason: str) -> None:
+    refused(site.batch("echo ran", "-w", "n2", comment=comment, check="FAILED"), reason)
+    assert site.settled() == idle()
 
 
 def test_a_comment_that_only_looks_like_a_directive(site: Site) -> None:
@@ -543,13 +580,16 @@ def test_a_store_in_the_jobs_own_tmp_is_told(
     reconfigured("private-tmp")
     with site.configured("store: /tmp/stager-{uid}"):
         done = site.batch(SHOW, "-w", "n2", comment="pyenv:demo")
+        strict = site.batch("echo ran", "-w", "n2", comment="pyenv:demo?strict", check="FAILED")
         doctor = site.cluster.exec("n2", "root", [f"{BIN}/stager", "doctor"], check=False)
     (line,) = done.told()
-    assert re.fullmatch(
-        rf"stager: n2: not staged, running the original {ORIGINAL}: /tmp/stager-20001/envs/\w+"
-        r" cannot be seen in this job \(private /tmp\?\); your administrator: stager doctor",
-        line,
-    ), line
+    reason = (
+        r"/tmp/stager-20001/envs/\w+ cannot be seen in this job \(private /tmp\?\);"
+        r" your administrator: stager doctor"
+    )
+    said = f"stager: n2: not staged, running the original {ORIGINAL}: {reason}"
+    assert re.fullmatch(said, line), line
+    refused(strict, reason)
     assert done.prefixes() == {"n2": {ORIGINAL}}
     assert "/var/lib/stager/{uid}" in doctor.stdout
     assert site.settled() == idle()

@@ -206,6 +206,28 @@ def test_deep_json_is_no_crash() -> None:
     assert ref.find_directive('{"pyenv": ' + "[" * 100_000) is None
 
 
+@pytest.mark.parametrize(
+    ("comment", "asks"),
+    [
+        ("pyenv:a?strict", True),
+        ("x, pyenv:a?verbose&strict;y", True),
+        ('{"pyenv": "a?timeout=5m\\u0026strict"}', True),
+        ("pyenv:a?strict&strikt", True),
+        ("pyenv:a?timeout=soon?strict", True),
+        ("pyenv:?strict", True),
+        ("pyenv:a pyenv:b?strict", True),
+        ("pyenv:a?strictly&not=strict", False),
+        ("pyenv:strict&strict", False),
+        ("pyenv:a other?strict", False),
+        ('{"pyenv": ["?strict"]}', False),
+        ('{"pyenv": "a", "x": "?strict"}', False),
+        ("?strict", False),
+    ],
+)
+def test_strict_is_seen_in_a_malformed_directive_too(comment: str, asks: bool) -> None:
+    assert ref.asks_strict(comment) is asks
+
+
 @given(
     st.text()
     | st.text().map(lambda text: f"pyenv:{text}")
@@ -214,8 +236,10 @@ def test_deep_json_is_no_crash() -> None:
     )
 )
 def test_no_comment_makes_it_fail_in_another_way(comment: str) -> None:
+    strict = ref.asks_strict(comment)
     try:
         found = ref.find_directive(comment, cwd="/here")
     except UsageError:
         return
     assert found is None or found.refs
+    assert strict == (found is not None and "strict" in found.options)
