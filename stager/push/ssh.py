@@ -58,7 +58,7 @@ class Network:
         self._paramiko = _paramiko()
         self._config = self._read_config(settings.ssh_config)
         self._lock = threading.Lock()
-        self._known: dict[str, Any] = {}
+        self._known: dict[str, tuple[list[tuple[str, Any]], set[bytes]]] = {}
         self._open: set[Connection] = set()
         self._watched = False
         self.closed = False
@@ -195,14 +195,13 @@ class Network:
         host = str(wanted.get("hostkeyalias") or wanted["hostname"])
         if port != 22 and "hostkeyalias" not in wanted:
             host = f"[{host}]:{port}"
-        known = self._known_keys(wanted, host)
+        known, revoked = self._known_keys(wanted, host)
         keys = client.get_host_keys()
         for kind, key in known.items():
             keys.add(host, kind, key)
         lenient = str(wanted.get("stricthostkeychecking", "yes")) in ("no", "off", "accept-new")
-        client.set_missing_host_key_policy(
-            paramiko.AutoAddPolicy() if lenient else paramiko.RejectPolicy()
-        )
+        otherwise = paramiko.AutoAddPolicy() if lenient else paramiko.RejectPolicy()
+        client.set_missing_host_key_policy(_NotRevoked(revoked, otherwise))
         files = [os.path.expanduser(one) for one in wanted.get("identityfile", ())]
         limit = self._settings.connect_timeout
         try:
@@ -220,6 +219,8 @@ class Network:
                 transport_factory=self._transport,
             )
         except paramiko.BadHostKeyException as error:
+            if error.key.asbytes() in revoked:
+                raise _is_revoked() from error
             raise DeniedError(
                 "its host key is not the one in known_hosts",
                 hint="it was installed anew, or somebody is in between; if you know why,"
@@ -246,19 +247,27 @@ class Network:
                 f"the connection broke while logging in: {error}", blame=NODE
             ) from error
 
-    def _known_keys(self, wanted: Mapping[str, Any], host: str) -> dict[str, Any]:
+    def _known_keys(
+        self, wanted: Mapping[str, Any], host: str
+    ) -> tuple[dict[str, Any], set[bytes]]:
+        """The known keys of a host by their kind, and those that no host may have any more."""
         names = str(wanted.get("userknownhostsfile", _KNOWN_HOSTS)).split()
         names += str(wanted.get("globalknownhostsfile", _SYSTEM_KNOWN_HOSTS)).split()
-        found: dict[str, Any] = {}
+        files = []
         with self._lock:
             for name in map(os.path.expanduser, names):
                 if name not in self._known:
-                    self._known[name] = self._paramiko.HostKeys()
-                    with contextlib.suppress(OSError):
-                        self._known[name].load(name)
-                for kind, key in (self._known[name].lookup(host) or {}).items():
-                    found.setdefault(kind, key)
-        return found
+                    self._known[name] = known_hosts(self._paramiko, name)
+                files.append(self._known[name])
+        revoked = {key for _, some in files for key in some}
+        hashed = self._paramiko.HostKeys.hash_host
+        found: dict[str, Any] = {}
+        for keys, _ in files:
+            for name, key in keys:
+                known = name == host or (name.startswith("|1|") and hashed(host, name) == name)
+                if known and key.asbytes() not in revoked:
+                    found.setdefault(key.get_name(), key)
+        return found, revoked
 
     def _transport(self, sock: Any, **options: Any) -> Any:
         transport = self._paramiko.Transport(sock, **options)
@@ -267,6 +276,81 @@ class Network:
         quick = [name for name in offered.ciphers if "gcm" in name]
         offered.ciphers = [*quick, *(name for name in offered.ciphers if name not in quick)]
         return transport
+
+
+class _NotRevoked:
+    """What paramiko asks about a host without a known key: not a revoked one, whatever else.
+
+    Args:
+        revoked: the keys.
+        otherwise: whom to ask about another key.
+    """
+
+    def __init__(self, revoked: set[bytes], otherwise: Any) -> None:
+        self._revoked = revoked
+        self._otherwise = otherwise
+
+    def missing_host_key(self, client: Any, hostname: str, key: Any) -> None:
+        """Refuse a key, by an exception."""
+        if key.asbytes() in self._revoked:
+            raise _is_revoked()
+        self._otherwise.missing_host_key(client, hostname, key)
+
+
+def _is_revoked() -> DeniedError:
+    return DeniedError(
+        "its host key is revoked in known_hosts",
+        hint="the host needs another key; who wrote that line knows why",
+        blame=SITE,
+    )
+
+
+def known_hosts(paramiko: Any, path: str) -> tuple[list[tuple[str, Any]], set[bytes]]:
+    """What a file says, see sshd(8), SSH_KNOWN_HOSTS FILE FORMAT; nothing where it cannot be read.
+
+    A line that we cannot use is passed over, as ssh(1) does: it may be of no node that is meant.
+    paramiko's own reader gives up at the first one that has a marker, a second blank between
+    fields, or damage.
+
+    Args:
+        paramiko: the module.
+        path: the file.
+
+    Returns:
+        Names, which may be hashed, each with a key; and keys that are revoked. A revoked one counts
+        for all hosts, whatever its line names: whoever has it is not to be believed.
+    """
+    known: list[tuple[str, Any]] = []
+    revoked: set[bytes] = set()
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            lines = [line.split() for line in file]
+    except OSError:
+        return known, revoked
+    for fields in lines:
+        marker = fields.pop(0) if fields and fields[0].startswith("@") else ""
+        if not fields or fields[0].startswith("#") or marker not in ("", "@revoked"):
+            continue  # @cert-authority: paramiko knows no certificates of hosts
+        try:
+            entry = paramiko.hostkeys.HostKeyEntry.from_line(" ".join(fields))
+            if entry is None:
+                continue  # a kind of key that paramiko does not know
+            for name in entry.hostnames:
+                if name.startswith("|1|"):  # a damaged one would fail whenever it is looked at
+                    paramiko.HostKeys.hash_host("", name)
+        except (
+            paramiko.hostkeys.InvalidHostKey,
+            paramiko.SSHException,
+            AssertionError,  # the salt of a hashed name
+            OverflowError,  # a negative number
+            ValueError,  # other numbers that are no key, and text that is none
+        ):
+            continue
+        if marker:
+            revoked.add(entry.key.asbytes())
+        else:
+            known += [(name, entry.key) for name in entry.hostnames]
+    return known, revoked
 
 
 def keys_were_exchanged(client: Any) -> bool:

@@ -125,6 +125,37 @@ def test_hashed_names_and_ports_are_known(one: Lab) -> None:
     one.push(nodes="node1")
 
 
+def test_lines_of_others_in_known_hosts_are_no_hindrance(one: Lab) -> None:
+    known = one.home / ".ssh" / "known_hosts"
+    name, kind, key = known.read_text().splitlines()[0].split()
+    short, negative = "AAAAC3NzaC1lZDI1NTE5AAAA", "AAAAB3NzaC1yc2EAAAABAwAAAAH/"
+    lines = [
+        f"@cert-authority *.example.org {kind} {key} the site's",
+        f"@unheard-of other {kind} {key}", "@revoked", "# a comment", "", "other",
+        f"other {kind} =", f"other {kind} {short}", f"other ssh-rsa {negative}",
+        f"other ssh-rsa {key}", f"other ssh-unheard-of {key}",
+        f"|1|sal|hash {kind} {key}", f"|1|c2FsdA==|aGFzaA== {kind} {key}",
+        f"other  {kind}  {key}  M\N{LATIN SMALL LETTER U WITH DIAERESIS}ller",
+        f" {name}\t\t{kind}   {key}",
+    ]  # fmt: skip
+    known.write_text("\n".join([*lines, ""]), encoding="latin-1")
+    one.push(nodes="node1")
+
+
+@pytest.mark.parametrize("name", ["*", "other"])
+def test_a_revoked_key_is_refused_in_any_case(one: Lab, name: str) -> None:
+    known = one.home / ".ssh" / "known_hosts"
+    line, other = known.read_text().splitlines()[:2]
+    address, kind, key = line.split()
+    replaced = f"{address} {kind} {other.split()[2]}"
+    with (one.home / ".ssh" / "config").open("a") as file:
+        file.write("Host *\nStrictHostKeyChecking accept-new\n")
+    for known_too in ("", line, replaced):
+        known.write_text(f"{known_too}\n@revoked {name} {kind} {key}\n")
+        said = failure(one, status=14)
+        assert "1 of 1 node failed: node1: its host key is revoked in known_hosts" in said
+
+
 def test_a_refused_login(one: Lab) -> None:
     (one.home / ".ssh" / "id_ed25519").unlink()
     said = failure(one, status=14)
