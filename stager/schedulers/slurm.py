@@ -19,6 +19,8 @@ TIMEOUT = 10.0
 
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 """Step ids from here on are names: batch script, interactive step, ... (slurm.h)."""
+_CHOICES = ("SQUEUE_", "SLURM_CLUSTERS")
+"""Variables that choose among jobs, or another cluster than the one whose nodes we are on."""
 _ENDED = frozenset(
     ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY")
     + ("PREEMPTED", "REVOKED", "TIMEOUT")
@@ -140,6 +142,9 @@ def _load_with_squeue(job: str) -> dict[str, str]:
 
     # A comment may hold anything but NUL, new lines included: control characters part the fields.
     form = "\x1e%A\x1f%T\x1f%Z\x1f%k"
+    # A user's SQUEUE_PARTITION and others choose among the jobs that are named, too: to answer
+    # nothing about a job that runs would be to call it ended.
+    environ = {key: value for key, value in os.environ.items() if not key.startswith(_CHOICES)}
     try:
         answer = subprocess.run(
             ["squeue", "--noheader", f"--jobs={job}", "--states=all", f"--format={form}"],
@@ -147,6 +152,7 @@ def _load_with_squeue(job: str) -> dict[str, str]:
             capture_output=True,
             timeout=TIMEOUT,
             check=False,
+            env=environ,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise _NoAnswer from error

@@ -185,6 +185,19 @@ def test_nobody_who_could_tell(squeue: Squeue, monkeypatch: pytest.MonkeyPatch) 
     assert slurm.job_exists("17") is None
 
 
+def test_what_the_user_wants_squeue_to_show_is_no_matter(
+    squeue: Squeue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SQUEUE_PARTITION", "SQUEUE_FORMAT2", "SLURM_CLUSTERS"):
+        monkeypatch.setenv(name, "other")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm/here.conf")
+    wrong = "$SQUEUE_PARTITION$SQUEUE_FORMAT2$SLURM_CLUSTERS"
+    here = record("17", "RUNNING", "/", "pyenv:x")
+    squeue(f'[ -z "{wrong}" ] && [ -n "$SLURM_CONF" ] || exit 0\n{here}')
+    assert slurm.job_exists("17") is True
+    assert slurm.comment("17")[0] == "pyenv:x"
+
+
 def test_only_numbers_are_asked_for(squeue: Squeue, tmp_path: Path) -> None:
     squeue(f"touch {tmp_path}/asked")
     assert slurm.job_exists("17;id") is None
