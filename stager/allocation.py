@@ -139,7 +139,8 @@ def stage_with_room(
     if where is not None and where.scheduler == schedulers.PBS:
         from stager import watcher
 
-        watcher.start(where, config["store"], own_command())
+        with store.blame_node("leave somebody here who clears up after the job"):
+            watcher.start(where, config["store"], own_command())
     try:
         return stage_here(published, config, holder=holder, progress=progress)
     except NoSpaceError:

@@ -63,6 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
             environ = allocation.also_outside(environ, found[0].manifest, everywhere)
     except Exception as problem:
         # Also what we did not foresee: a bug of ours is no reason for a job not to run.
+        if os.environ.get("STAGER_DEBUG") and not isinstance(problem, StagerError):
+            raise
         error = _explained(problem)
         if not command:
             report(error)
@@ -98,8 +100,6 @@ def _take_place(
 def _explained(problem: Exception) -> StagerError:
     if isinstance(problem, StagerError):
         return problem
-    if os.environ.get("STAGER_DEBUG"):
-        raise problem
     if isinstance(problem, OSError):
         return fsutil.explain(problem, "stage")
     return StagerError(
@@ -186,8 +186,13 @@ def keep(arguments: argparse.Namespace) -> int:
         stays = bool(held) or where.scheduler == schedulers.PBS
         line = keeper.report(result, mounted=bool(held), stays=stays)
         staged = True
-    except StagerError as error:
-        line = keeper.report(error)
+    except Exception as problem:
+        # Whatever it is: who waits for us cannot tell a node that says nothing from one at work.
+        if os.environ.get("STAGER_DEBUG"):
+            import traceback
+
+            traceback.print_exc()
+        line = keeper.report(_explained(problem))
         staged = False
     if arguments.answers:
         keeper.answer(line, arguments.answers)

@@ -179,6 +179,19 @@ def test_one_of_three_nodes_cannot(site: Site) -> None:
 
 
 @pytest.mark.usefixtures("_directory")
+def test_a_node_where_nobody_could_clear_up_says_so(site: Site) -> None:
+    """The others would wait for its answer until the limit, which is minutes."""
+    site.root("n3", "mount", "-t", "tmpfs", "-o", "ro,size=4k", "full", "/tmp")
+    try:
+        with job(site, ("n1", "n2", "n3")) as mine, pytest.raises(ClusterError) as raised:
+            mine.task(0, ["stage-run", "--env", "science", "python", "-c", SHOW])
+        said = "1 of 3 nodes cannot stage: n3: cannot leave somebody here who clears up after the"
+        assert f"{said} job: Read-only file system" in str(raised.value)
+    finally:
+        site.root("n3", "umount", "/tmp")
+
+
+@pytest.mark.usefixtures("_directory")
 def test_nothing_is_left_by_ten_jobs(site: Site) -> None:
     for _ in range(10):
         with job(site, ("n1",)) as mine:
