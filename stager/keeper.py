@@ -39,6 +39,9 @@ from stager.trees import Progress
 _INPUT = ("SLURM_", "SRUN_", "SBATCH_", "SALLOC_", "PMI", "OMPI_", "STAGER_SESSION")
 """Variables that would tell an srun of ours what the user meant for theirs."""
 
+_MOMENT = 1.0
+"""Seconds to wait for who looks into the store, or unmounts; who stages takes longer."""
+
 
 def stage_everywhere(
     published: Published,
@@ -344,26 +347,45 @@ def receive(received: Iterable[str], node: Store) -> None:
     Args:
         received: ``ID=PATH`` each, as :func:`_send` told.
         node: the store.
+
+    Raises:
+        StagerError: the store cannot take them. They are :func:`drop`'s then.
     """
     for one in received:
         layer, _, path = one.partition("=")
         if not re.fullmatch(r"[0-9a-f]{16}", layer):
             raise StagerError(f"{one!r} names no layer")
-        try:
-            info = os.lstat(path)
-        except FileNotFoundError:
+        if not _is_ours(path):
             continue
-        if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid():
-            continue
-        with store.blame_node("take in an image"), node.lock(layer, timeout=60.0):
-            if node.ready(layer) is not None:
+        # Who holds the lock for longer makes this tree, or brings its image: nobody needs ours.
+        with (
+            contextlib.suppress(BusyError),
+            store.blame_node("take in an image"),
+            node.lock(layer, timeout=_MOMENT),
+        ):
+            if node.ready(layer) is None:
+                # Only an image of this boot that has a stamp is used without being verified.
+                node.withdraw(layer)
+                try:
+                    os.rename(path, node.image(layer))
+                except OSError as error:
+                    if error.errno != errno.EXDEV:
+                        raise
+        drop([one])
+
+
+def drop(received: Iterable[str]) -> None:
+    """Remove images that were sent here and that no store has taken in; nobody else would."""
+    for one in received:
+        path = one.partition("=")[2]
+        with contextlib.suppress(OSError):
+            if _is_ours(path):
                 os.unlink(path)
-                continue
-            # Only an image of this boot that has a stamp is used without being verified.
-            node.withdraw(layer)
-            try:
-                os.rename(path, node.image(layer))
-            except OSError as error:
-                if error.errno != errno.EXDEV:
-                    raise
-                os.unlink(path)
+
+
+def _is_ours(path: str) -> bool:
+    try:
+        info = os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return stat.S_ISREG(info.st_mode) and info.st_uid == os.geteuid()

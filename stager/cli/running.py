@@ -192,6 +192,7 @@ def keep(arguments: argparse.Namespace) -> int:
             import traceback
 
             traceback.print_exc()
+        keeper.drop(arguments.received)
         line = keeper.report(_explained(problem))
         staged = False
     if arguments.answers:
