@@ -128,6 +128,7 @@ def _keep(
                 )
         except OSError as error:
             raise fsutil.explain(error, f"start {command[0]}") from error
+        reports: list[dict[str, Any]] = []
         try:
             reports = _await(process, record, answers, where.nodes, config["stage.timeout"])
             failed = [one for one in reports if "error" in one]
@@ -137,7 +138,10 @@ def _keep(
             if len(prefixes) != 1:
                 raise StagerError(f"the nodes have different stores: {', '.join(sorted(prefixes))}")
         except BaseException:
-            _end(process)
+            # What it mounted may be in use by another environment of the job, over the same base.
+            # One that found all mounts there is not kept: a script may fail so a hundred times.
+            if not any(one.get("serves") for one in reports):
+                _end(process)
             raise
         held = any(one["holds"] for one in reports)
         return {
@@ -254,7 +258,8 @@ def report(result: Staged | StagerError, *, mounted: bool = False, stays: bool =
         }
     else:
         how = MOUNTED if mounted else EXTRACTED
-        value = {"prefix": result.prefix, "how": how, "holds": stays}
+        serves = stays and MOUNTED in result.layers.values()
+        value = {"prefix": result.prefix, "how": how, "holds": stays, "serves": serves}
     return json.dumps({"node": node, **value}) + "\n"
 
 

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
-from stager import keeper
+import tiny
+from stager import keeper, lease
 from stager.cli import running
+from stager.cli.common import Bars
 from stager.errors import NotFoundError, StagerError
 from stager.processes import KEEPER
+from stager.repository import Repository
+from stager.schedulers import Allocation
+from stager.stage import Staged
 from stager.store import Store
 
 pytestmark = pytest.mark.unit
@@ -101,3 +109,45 @@ def test_images_that_cannot_be_taken_in_are_dropped(tmp_path: Path, sent: list[s
     assert not (tmp_path / A).exists()
     assert not (tmp_path / B).exists()
     assert link.is_symlink() and kept.exists()
+
+
+# The end of the step
+
+
+@pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
+@pytest.mark.parametrize("serves", [True, False])
+def test_a_step_that_failed_stays_where_others_may_use_its_mounts(
+    public_path: Path, monkeypatch: pytest.MonkeyPatch, serves: bool
+) -> None:
+    good = {"node": "n1", "prefix": "/s", "how": "mounted", "holds": True, "serves": serves}
+    bad = {"node": "n2", "error": "it is full", "hint": None, "blame": "node"}
+    (public_path / "reports").write_text("".join(f"{json.dumps(one)}\n" for one in (good, bad)))
+    srun = public_path / "srun"
+    srun.write_text(f"#!/bin/sh\ncd {public_path}\necho $$ >pid\ncat reports\nexec sleep 600\n")
+    srun.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{public_path}:/usr/bin:/bin")
+    monkeypatch.setattr(keeper, "session_directory", lambda: str(public_path))
+    config = tiny.configured(public_path)
+    published = tiny.publish(Repository(config["repository"]), tiny.described())
+    where = Allocation("slurm", "17", (2,), "", "0", "n1")
+    with pytest.raises(StagerError, match="1 of 2 nodes cannot stage: n2: it is full"):
+        keeper.stage_everywhere(published, config, where, via="shared", progress=Bars(quiet=True))
+    step = int((public_path / "pid").read_text())
+    try:
+        assert (lease.start_time(step) != "0") is serves
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(step, signal.SIGKILL)
+            os.waitpid(step, 0)
+
+
+def test_who_mounted_serves_and_who_found_mounts_does_not() -> None:
+    value = tiny.described()
+    for how, stays, expected in (
+        ("mounted", True, True),
+        ("hit", True, False),
+        ("mounted", False, False),
+    ):
+        staged = Staged("/s", how, value, {A: "hit", B: how})
+        said = json.loads(keeper.report(staged, mounted=True, stays=stays))
+        assert said["serves"] is expected

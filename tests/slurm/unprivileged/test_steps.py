@@ -307,6 +307,34 @@ def test_a_node_that_cannot_stage_makes_all_fall_back_with_one_line(cold: Login)
         cold.hide_original()
 
 
+def test_what_a_step_that_failed_has_mounted_stays_until_the_job_ends(cold: Login) -> None:
+    # Another environment of the job, over the same base, may be using it.
+    try:
+        cold.cluster.exec("n2", "bob", ["mkdir", STORE])
+        output = cold.batch(
+            f"""
+            for turn in one two; do
+                {RUN} --strict srun true
+                pgrep -fc 'srun.*stager keep'
+                grep -c ' {STORE}/envs/' /proc/mounts
+            done
+            ls {STORE}/envs/*/bin/python
+            """,
+            "-N2",
+            "-wn1,n2",
+        )
+    finally:
+        cold.sh("n2", f"rm -rf {STORE}", root=True)
+    assert output.count("1 of 2 nodes cannot stage: n2: the store") == 2
+    # srun is two processes; the second one mounted nothing, and was ended.
+    numbers = [line for line in output.splitlines() if line.isdigit()]
+    assert numbers == ["2", "1", "2", "1"], output
+    assert output.splitlines()[-1].startswith(f"{STORE}/envs/"), output
+    until("the keepers", lambda: not cold.sh("n1", "pgrep -f '[ ]keep ' || true"))
+    assert (cold.mounts("n1"), cold.count("squashfuse", "n1")) == (0, 0)
+    assert cold.sh("n1", f"ls {STORE}/leases/*/* 2>/dev/null; true") == ""
+
+
 def test_an_image_sent_with_sbcast(cold: Login) -> None:
     # The nodes cannot read the images, so they can have them only from sbcast.
     images = f"{HOME}/.local/share/stager/images"
