@@ -173,9 +173,9 @@ def as_user(uid: int, gid: int | None, work: Any, *arguments: Any, limit: float 
         # What is the user's need not end by itself.
         with contextlib.suppress(OSError):
             os.killpg(child, signal.SIGKILL)
-    if data is None:  # nor can it be waited for: storage may hang
+    how_it_ended(child)  # and no longer: where storage hangs not even that ends it
+    if data is None:
         raise StagerError(f"working as uid {uid} took longer than {limit:.0f} s")
-    os.waitpid(child, 0)
     answer = data.decode(errors="replace")
     if not answer.startswith("+"):
         raise StagerError(events.clean(answer[1:]) or f"the process of uid {uid} was ended")
