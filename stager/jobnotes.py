@@ -20,7 +20,7 @@ from stager.jobstate import MAX_MESSAGE, Job
 
 _OLD = 3600.0
 """Seconds after which a job has long read its note."""
-_LONGEST = 600
+LONGEST = 600
 """Characters of one node's note that are told."""
 
 
@@ -72,7 +72,7 @@ def take(job: Job) -> str:
             if one.startswith(beginning) and node:
                 told = read(os.path.join(directory, one))
                 if told is not None:
-                    found.append(events.clean(f"{node}: {told.message}", _LONGEST))
+                    found.append(events.clean(f"{node}: {told.message}", LONGEST))
                 with contextlib.suppress(OSError):
                     os.unlink(os.path.join(directory, one))
     return "\n".join(found)

@@ -145,7 +145,7 @@ def _release_shared(store: str, holder: str) -> int:
 
 
 def as_user(uid: int, gid: int | None, work: Any, *arguments: Any, limit: float = 20.0) -> str:
-    """Call a function in a process that has become the user; its result is a short text.
+    """Call a function in a process that has become the user; its result is a text.
 
     Raises:
         StagerError: it failed, or took longer than ``limit`` seconds.
@@ -173,9 +173,10 @@ def as_user(uid: int, gid: int | None, work: Any, *arguments: Any, limit: float 
         # What is the user's need not end by itself.
         with contextlib.suppress(OSError):
             os.killpg(child, signal.SIGKILL)
-    how_it_ended(child)  # and no longer: where storage hangs not even that ends it
     if data is None:
+        how_it_ended(child)  # and no longer: where storage hangs not even that ends it
         raise StagerError(f"working as uid {uid} took longer than {limit:.0f} s")
+    os.waitpid(child, 0)
     answer = data.decode(errors="replace")
     if not answer.startswith("+"):
         raise StagerError(events.clean(answer[1:]) or f"the process of uid {uid} was ended")

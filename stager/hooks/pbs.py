@@ -149,7 +149,7 @@ def notes(told: Mapping[str, Any], root: str) -> dict[str, Any]:
 
     job = Job.of_pbs(told)
     found = as_user(job.uid, job.gid, jobnotes.take, job, limit=_NOTES)
-    return {"notes": [events.clean(line, 600) for line in found.splitlines()]}
+    return {"notes": [events.clean(line, jobnotes.LONGEST) for line in found.splitlines()]}
 
 
 def cancel(told: Mapping[str, Any], root: str) -> dict[str, Any]:

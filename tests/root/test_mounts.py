@@ -390,15 +390,20 @@ def test_a_dead_mount_is_collected(site: Site) -> None:
 # Users
 
 
-def let_users_mount(directory: Path) -> None:
-    """Give this process a ``/dev/fuse`` as machines have it, whatever this one's modes are."""
+def see_no_other_mounts() -> None:
+    """Give this process a mount namespace of its own."""
     CLONE_NEWNS = 0x20000
     if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS) != 0:
         raise OSError(ctypes.get_errno(), "cannot make a mount namespace")
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+
+
+def let_users_mount(directory: Path) -> None:
+    """Give this process a ``/dev/fuse`` as machines have it, whatever this one's modes are."""
+    see_no_other_mounts()
     device = str(directory / "fuse")
     os.mknod(device, stat.S_IFCHR | 0o666, os.makedev(10, 229))
     os.chmod(device, 0o666)
-    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
     subprocess.run(["mount", "--bind", device, "/dev/fuse"], check=True)
 
 
@@ -434,9 +439,7 @@ def test_a_mount_of_another_namespace_is_not_taken_away(site: Site) -> None:
 
     def work() -> None:
         os.setsid()
-        if ctypes.CDLL(None, use_errno=True).unshare(0x20000) != 0:  # CLONE_NEWNS
-            raise OSError(ctypes.get_errno(), "cannot make a mount namespace")
-        subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+        see_no_other_mounts()
         staged = site.stage(holder="slurm-7")
         with open(os.path.join(staged.prefix, "pyvenv.cfg"), "rb") as used:
             orders.send((staged.how, len(site.mounts)))
