@@ -187,8 +187,10 @@ def prologue(event):
         event.reject("stager: the job was deleted while it was staged")
     leave_broken_node(event)
     message = MESSAGES.get(status, message)
-    failed = tell_of_others(job, is_strict(wish) and status == "ready")
-    if is_strict(wish) and (status != "ready" or failed):
+    # Where stager itself is gone, only what the job asked for is known.
+    strict = is_strict(wish) or os.path.exists(in_state(job, "strict"))
+    failed = tell_of_others(job, strict and status == "ready")
+    if strict and (status != "ready" or failed):
         if status != "ready":
             say("not staged, and the job asked for strict: " + message)
         job.delete()

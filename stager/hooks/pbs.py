@@ -23,7 +23,7 @@ from stager import config as configuration
 from stager import envpatch, events, jobstate, schedulers
 from stager.errors import SITE, StagerError
 from stager.hooks import worker
-from stager.hooks.common import as_user, emit, explained, load, release, stores
+from stager.hooks.common import as_user, emit, explained, is_strict, load, release, stores
 from stager.jobstate import CANCELLED, PENDING, Activation, Job, State
 
 JOB_PATH = "STAGER_PATH"
@@ -86,7 +86,7 @@ def begin(
     state = State(root, job.key)
     try:
         config = load(job.uid, root, site_directory)
-        state.begin(job, stores(config))
+        state.begin(job, stores(config), strict=is_strict(job, config))
     except Exception as error:
         state.discard()
         reason, hint = explained(error)

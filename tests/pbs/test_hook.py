@@ -318,6 +318,15 @@ def test_a_strict_job_on_a_node_that_is_not_the_first(site: Site) -> None:
     assert job.rejected() == [("execjob_prologue", "n1", ["delete"])]
 
 
+@pytest.mark.parametrize("node", ["n1", "n2"])
+def test_a_site_that_wants_all_jobs_strict(site: Site, node: str) -> None:
+    with failing(site, node), site.configured("run: {strict: true}"):
+        job = play(site, "rejected by the prologue", "science")
+    assert job.runs == []
+    assert f"stager: {node}: not staged" in job.output and "the line is cut" in job.output
+    assert job.rejected() == [("execjob_prologue", "n1", ["delete"])]
+
+
 @pytest.mark.parametrize("name", ["gone", "damaged"])
 def test_a_strict_job_whose_other_node_cannot_tell(site: Site, name: str) -> None:
     """Nothing of ours is left there that could: silence is no consent."""
