@@ -15,7 +15,7 @@ import stager
 from stager import freshness, lustre, plan, transfer, walk
 from stager.bytecode import Compiler
 from stager.config import Config
-from stager.environments import Environment, Request, describe
+from stager.environments import Environment, Request, Tree, describe
 from stager.errors import JOB, IntegrityError, StagerError, UsageError
 from stager.fsutil import explain
 from stager.manifest import (
@@ -36,7 +36,7 @@ from stager.repository import Published, Repository
 from stager.survey import Survey, look_through, place_of
 from stager.walk import DIRECTORY, LINK
 
-LAYOUT = 3
+LAYOUT = 4
 """Raised when the same environment would be packed into other bytes than before."""
 
 _NOT_CHECKED = {
@@ -129,28 +129,55 @@ def pack(
         )
     try:
         environment = describe(request, config)
-        surveys = [look_through(tree, environment, config) for tree in environment.trees]
     except OSError as error:
         raise explain(error, f"look through {request.paths[0]}", blame=JOB) from error
-    findings = [*environment.findings, *(one for survey in surveys for one in survey.findings)]
-    errors = [one for one in findings if one.severity == "error"]
-    if errors and not check:
-        raise _refusal(errors)
-    layers = _Layers(environment, surveys, config, progress)
+    layers = _Layers(environment, _surveys(environment, config, check=check), config, progress)
     if check:
         outcomes = layers.check()
-        findings += [one for outcome in outcomes for one in outcome.findings]
+        findings = [*layers.findings, *(one for outcome in outcomes for one in outcome.findings)]
         return _packed(None, environment, findings, (), outcomes, started)
     repository = Repository(config["repository"])
     with repository.workspace() as directory:
         written = layers.write(repository, directory)
-        findings += [Finding(**one) for record in written for one in record["findings"]]
-        manifest = _manifest(environment, surveys, written, findings, config, name)
+        told = (Finding(**one) for record in written for one in record["findings"])
+        findings = [*layers.findings, *told]
+        manifest = _manifest(environment, layers.surveys, written, findings, config, name)
         if progress is not None and name is not None:
             _note_replaced(repository, manifest, progress)
         published = repository.publish(manifest, replace=name is not None)
     repository.collect(keep=config["keep_replaced"])
     return _packed(published, environment, findings, layers.reused, layers.outcomes, started)
+
+
+def _surveys(environment: Environment, config: Config, *, check: bool) -> Iterator[Survey]:
+    """Look through one tree after the other, each when it is asked for.
+
+    The next tree is looked through while the compressor is at work on the last one's image.
+
+    Raises:
+        StagerError: something cannot be packed, and this is no check.
+    """
+    errors = _errors(environment.findings)
+    trees = iter(environment.trees)
+    for tree in trees:
+        survey = _survey(tree, environment, config)
+        errors += _errors(survey.findings)
+        if errors and not check:
+            for other in trees:  # all of them are told at once
+                errors += _errors(_survey(other, environment, config).findings)
+            raise _refusal(errors)
+        yield survey
+
+
+def _survey(tree: Tree, environment: Environment, config: Config) -> Survey:
+    try:
+        return look_through(tree, environment, config)
+    except OSError as error:
+        raise explain(error, f"look through {tree.root}", blame=JOB) from error
+
+
+def _errors(findings: Iterable[Finding]) -> list[Finding]:
+    return [one for one in findings if one.severity == "error"]
 
 
 def _note_replaced(repository: Repository, manifest: Manifest, progress: Progress) -> None:
@@ -195,29 +222,43 @@ def _refusal(errors: list[Finding]) -> StagerError:
 
 
 class _Layers:
-    """The layers of one environment, from the bottom up."""
+    """The layers of one environment, from the bottom up.
+
+    Attributes:
+        surveys: what was looked through so far.
+        reused: roles of the layers that had been packed before.
+        outcomes: what came of the others.
+    """
 
     def __init__(
         self,
         environment: Environment,
-        surveys: list[Survey],
+        surveys: Iterator[Survey],
         config: Config,
         progress: Progress | None,
     ) -> None:
         self._environment = environment
-        self._surveys = surveys
+        self._ahead = surveys
         self._config = config
         self._progress = progress
+        self.surveys: list[Survey] = []
         self.reused: list[str] = []
         self.outcomes: list[Outcome] = []
         self._told = False  # that an image could not be spread
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What was found before anything was read."""
+        each = (one for survey in self.surveys for one in survey.findings)
+        return [*self._environment.findings, *each]
 
     def _places(self) -> Iterator[tuple[Survey, str, plan.Place]]:
         """Yield each survey with its layer's id and place."""
         config, environment = self._config, self._environment
         below: dict[str, str] = {}
         lower = environment.interpreter.base_executable
-        for survey in self._surveys:
+        for survey in self._ahead:
+            self.surveys.append(survey)
             layer_id = walk.fingerprint(
                 survey.entries,
                 LAYOUT,
@@ -238,7 +279,7 @@ class _Layers:
         """Write the images that are not there yet; return each layer's record."""
         image_format = self._config["pack.format"]
         records: list[Future[dict[str, Any]]] = []
-        # The end of an image, a wait for the disk, overlaps with the plan of the next.
+        # The end of an image, a wait for compressor and disk, overlaps with the next tree's survey.
         with ThreadPoolExecutor(1) as aside:
             for survey, layer_id, place in self._places():
                 for one in filter(Future.done, records):

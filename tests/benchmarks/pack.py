@@ -6,8 +6,7 @@
 
 1. ``stager pack`` against ``mksquashfs`` with the same options, and against ``tar | zstd`` for
    tar.zst, in turn (A B A B ...), after one run of each that does not count: of the environment
-   alone, and of what is in each layer that the pack makes, unpacked before, one after the other;
-   and that until the images are on disk, as a pack's are.
+   alone, and of what is in each layer that the pack makes, unpacked before, one after the other.
 2. The most memory that all processes of a pack held at one moment: the sum of their PSS (what is
    theirs alone, and their part of what they share), sampled every 20 ms in runs of their own.
    The page cache is no part of it.
@@ -76,7 +75,6 @@ class Bench:
     def __init__(self, env: str, scratch: str) -> None:
         self.env, self.scratch = env, scratch
         self.repository = os.path.join(scratch, "repository")
-        self._plain = os.path.join(scratch, "plain.squashfs")
         self.environ = {
             **{key: value for key, value in os.environ.items() if not key.startswith("STAGER_")},
             "STAGER_STORE": os.path.join(scratch, "store"),
@@ -104,17 +102,6 @@ class Bench:
     def mksquashfs_of_all_layers(self) -> Run:
         return self._compress(self._mksquashfs, self._trees())
 
-    def mksquashfs_of_all_layers_to_disk(self) -> Run:
-        """As a pack does, which ends when its images are on disk."""
-        trees, sync = self._trees(), ["sync", self._plain]
-        return measure(
-            lambda: [
-                command(argv, self.environ)
-                for one in trees
-                for argv in (self._mksquashfs(one), sync)
-            ]
-        )
-
     def tar(self) -> Run:
         return self._compress(self._tar, [self.env])
 
@@ -125,9 +112,10 @@ class Bench:
         return measure(lambda: [command(compressor(one), self.environ) for one in trees])
 
     def _mksquashfs(self, tree: str) -> list[str]:
+        image = os.path.join(self.scratch, "plain.squashfs")
         options = "-noappend -quiet -no-progress -comp zstd -Xcompression-level 3 -b 128K"
         options += " -no-xattrs -all-root -no-exports"
-        return ["mksquashfs", tree, self._plain, *options.split()]
+        return ["mksquashfs", tree, image, *options.split()]
 
     def _tar(self, tree: str) -> list[str]:
         line = 'tar -C "$1" -c . | zstd -q -f -T0 -3 -o "$2"'
@@ -216,12 +204,7 @@ def main() -> None:
         if "1" in arguments.parts:
             bench.unpack_layers()
             for ways in (
-                (
-                    bench.squashfs,
-                    bench.mksquashfs,
-                    bench.mksquashfs_of_all_layers,
-                    bench.mksquashfs_of_all_layers_to_disk,
-                ),
+                (bench.squashfs, bench.mksquashfs, bench.mksquashfs_of_all_layers),
                 (bench.tar_zst, bench.tar, bench.tar_of_all_layers),
             ):
                 runs = [[way() for way in ways] for _ in range(arguments.runs + 1)][1:]
