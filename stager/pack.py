@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import gc
+import itertools
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -131,7 +132,10 @@ def pack(
         environment = describe(request, config)
     except OSError as error:
         raise explain(error, f"look through {request.paths[0]}", blame=JOB) from error
-    layers = _Layers(environment, _surveys(environment, config, check=check), config, progress)
+    surveys = _surveys(environment, config, check=check)
+    # What is wrong with the first tree, mostly the only one, is told before anything is written.
+    surveys = itertools.chain([next(surveys)], surveys)
+    layers = _Layers(environment, surveys, config, progress)
     if check:
         outcomes = layers.check()
         findings = [*layers.findings, *(one for outcome in outcomes for one in outcome.findings)]

@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 
 from stager import pack
+from stager.config import Config
+from stager.errors import StagerError
+from stager.manifest import Finding
 
 
 class _Told:
@@ -79,3 +82,32 @@ def test_a_failure_gives_up_its_own_image_and_no_other(
     assert [one for one in told.said if one.startswith("abort")] == aborted
     if kept is not None:
         assert [one for one in told.said if one.startswith("add")] == kept
+
+
+def _environment(monkeypatch: pytest.MonkeyPatch, wrong: str) -> tuple[Any, list[str]]:
+    """An environment of two trees, ``a`` and ``b``; those in ``wrong`` cannot be packed."""
+    looked: list[str] = []
+
+    def look(tree: str, *_: Any) -> Any:
+        looked.append(tree)
+        severity = "error" if tree in wrong else "note"
+        return SimpleNamespace(findings=[Finding(tree, "code", "is as it is", severity)])
+
+    monkeypatch.setattr(pack, "look_through", look)
+    return SimpleNamespace(findings=(), trees=("a", "b")), looked
+
+
+def test_a_tree_is_looked_through_when_its_turn_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment, looked = _environment(monkeypatch, "b")
+    surveys = pack._surveys(environment, Config(), check=False)
+    next(surveys)
+    assert looked == ["a"]
+    with pytest.raises(StagerError, match="b: is as it is"):
+        next(surveys)
+
+
+def test_all_that_is_wrong_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment, looked = _environment(monkeypatch, "ab")
+    with pytest.raises(StagerError, match=r"(?s)a: is as it is.*b: is as it is"):
+        next(pack._surveys(environment, Config(), check=False))
+    assert [*pack._surveys(environment, Config(), check=True)] and looked == ["a", "b"] * 2
