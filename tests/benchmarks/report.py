@@ -10,6 +10,7 @@ import json
 import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 DATA = DOCS / "performance"
 NODES = (1, 8, 64, 128, 1024, 4096, 9408)
 SHOWN = ("cold-lustre", "flash", "weak-nfs")
+OURS = ("ours", "ours, checked", "ours, site")
 
 Row = dict[str, Any]
 
@@ -85,14 +87,19 @@ def work(found: list[Row]) -> Work:
     )
 
 
+def runs(found: list[Row]) -> Iterator[list[Row]]:
+    """Yield what was recorded, by run: its machine, then its starts."""
+    first = [number for number, row in enumerate(found) if "machine" in row]
+    for start, end in itertools.zip_longest(first, first[1:]):
+        yield found[start:end]
+
+
 def machines(found: list[Row]) -> list[str]:
     """A line for each run: where, what it measured, and what the machine could do right then."""
     lines = []
-    for number, row in enumerate(found):
-        if "machine" not in row:
-            continue
+    for row, *starts in runs(found):
         did: dict[str, set[int]] = defaultdict(set)
-        for one in itertools.takewhile(lambda one: "machine" not in one, found[number + 1 :]):
+        for one in starts:
             did[one["setting"]].add(one["nodes"])
         cells = "; ".join(
             f"{setting} {', '.join(map(str, sorted(did[setting])))}" for setting in did
@@ -161,6 +168,35 @@ def against(all_found: list[list[Row]]) -> list[str]:
     return lines
 
 
+def by_run(all_found: list[list[Row]], nodes: int = 8) -> list[str]:
+    """What each run at the cold setting gave for the aims: nothing is mixed over hours."""
+    lines = [f"| {nodes} nodes, s [dilated] | n | direct | recipe | {' | '.join(OURS)} |"]
+    lines += ["|---" * (len(OURS) + 4) + "|"]
+    for found in all_found:
+        for run in runs(found):
+            starts = {
+                name: those
+                for (setting, count, name), those in grouped(run).items()
+                if (setting, count) == ("cold-lustre", nodes)
+            }
+            if not {"ours", "recipe"} <= {*starts}:
+                continue
+            times = {name: median(those) for name, those in starts.items()}
+            cells = [f"{times[one]:.2f}" if one in times else "-" for one in ("direct", "recipe")]
+            cells += [_ratios(times, one) for one in OURS]
+            count = len(starts["ours"])
+            lines.append(f"| {found[0]['workload']} | {count} | {' | '.join(cells)} |")
+    return lines
+
+
+def _ratios(times: dict[str, float], one: str) -> str:
+    """A time, and how many times as long direct and the recipe took."""
+    if one not in times:
+        return "-"
+    ratios = [f"{times[name] / times[one]:.1f}" for name in ("direct", "recipe") if name in times]
+    return f"{times[one]:.2f} ({', '.join(ratios)} x)"
+
+
 def _spread(those: list[Row]) -> str:
     if not those:
         return "-"
@@ -222,6 +258,7 @@ def main() -> None:
     parts = {}
     recorded = {path: rows(path) for path in sorted(DATA.glob("starts-*.jsonl"))}
     parts["starts-summary"] = against([*recorded.values()])
+    parts["starts-by-run"] = by_run([*recorded.values()])
     for path, found in recorded.items():
         one = work(found)
         table, numbers = simulated(one)
