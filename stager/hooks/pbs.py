@@ -21,6 +21,7 @@ from typing import Any
 
 from stager import config as configuration
 from stager import envpatch, events, jobstate, schedulers
+from stager.config import Config
 from stager.errors import SITE, StagerError
 from stager.hooks import worker
 from stager.hooks.common import as_user, emit, explained, is_strict, load, release, stores
@@ -84,6 +85,7 @@ def begin(
     """
     job = Job.of_pbs(told)
     state = State(root, job.key)
+    config: Config | None = None
     try:
         config = load(job.uid, root, site_directory)
         state.begin(job, stores(config), strict=is_strict(job, config))
@@ -91,7 +93,7 @@ def begin(
         state.discard()
         reason, hint = explained(error)
         with contextlib.suppress(OSError):
-            state.fail(f"{reason}; {hint}" if hint else reason)
+            state.fail(f"{reason}; {hint}" if hint else reason, strict=is_strict(job, config))
         raise
     talk = worker.start(job, state, config, root, _visible)
     deadline = float(config["hook.deadline"])
