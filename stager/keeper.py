@@ -17,6 +17,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import signal
 import stat
 import subprocess
@@ -26,7 +27,7 @@ from typing import Any
 
 from stager import fsutil, lease, schedulers, store
 from stager.config import Config
-from stager.errors import BusyError, StagerError
+from stager.errors import NODE, BusyError, StagerError
 from stager.formats import squashfs
 from stager.processes import KEEPER, has_tasks, own_command, owner_of
 from stager.repository import Published, Repository
@@ -38,6 +39,10 @@ from stager.trees import Progress
 
 _INPUT = ("SLURM_", "SRUN_", "SBATCH_", "SALLOC_", "PMI", "OMPI_", "STAGER_SESSION")
 """Variables that would tell an srun of ours what the user meant for theirs."""
+
+_PREFIX = re.compile(r"\A(srun|slurmstepd\S*): (error: )?")
+_LOST = re.compile(r"srun: error: (?P<node>\S+): tasks? \S+: (?P<how>.+)")
+"""What srun says as soon as a task has ended with another status than 0."""
 
 _MOMENT = 1.0
 """Seconds to wait for who looks into the store, or unmounts; who stages takes longer."""
@@ -202,10 +207,20 @@ def _await(
         reports = _reports(record, answers)
         if len(reports) >= nodes:
             return reports
+        with open(f"{record}.err", encoding="utf-8", errors="replace") as file:
+            said = [line.strip() for line in file if line.strip()]
+        # Who has answered exits 0, or stays.
+        lost = next(filter(None, map(_LOST.match, said)), None)
+        if lost:
+            others = [_PREFIX.sub("", line) for line in said if not _LOST.match(line)]
+            raise StagerError(
+                f"stager ended on {lost['node']} without a word ({lost['how']})"
+                + (f": {others[0]}" if others else ""),
+                hint=f"does `{shlex.join([*own_command(), '--version'])}` work there?",
+                blame=NODE,
+            )
         if ended:
-            with open(f"{record}.err", encoding="utf-8", errors="replace") as file:
-                said = [line.strip() for line in file if line.strip()]
-            reason = re.sub(r"\A(srun|slurmstepd\S*): (error: )?", "", said[-1] if said else "")
+            reason = _PREFIX.sub("", said[-1] if said else "")
             raise StagerError(f"no job step could stage on all nodes: {reason or 'it ended'}")
         if time.monotonic() > deadline:
             raise BusyError(

@@ -192,9 +192,9 @@ def prologue(event):
     failed = tell_of_others(job, strict and status == "ready")
     if strict and (status != "ready" or failed):
         if status != "ready":
-            say("not staged, and the job asked for strict: " + message)
+            say("not staged, and this job is strict: " + message)
         job.delete()
-        event.reject("stager: not staged, and the job asked for strict")
+        event.reject("stager: not staged, and this job is strict")
     if status == "ready":
         if message:
             say(message)
@@ -223,7 +223,7 @@ def tell_of_others(job, strict):
         failed = True
         known = {node.partition(".")[0] for node in told | {pbs.get_local_nodename()}}
         silent = sorted(host for host in hosts(job) if host.partition(".")[0] not in known)
-        say("not known to be staged, and the job asked for strict", ",".join(silent) or "a node")
+        say("not known to be staged, and this job is strict", ",".join(silent) or "a node")
     return failed
 
 

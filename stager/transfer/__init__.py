@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import threading
 import zlib
@@ -15,7 +14,9 @@ from stager import fsutil
 from stager.errors import JOB, NODE, IntegrityError, NotFoundError
 from stager.manifest import Image
 
-_PIECE = 4 << 20
+_PIECE = 1 << 20
+_AHEAD = 4
+"""Pieces that are read while one is written."""
 
 
 def copy(
@@ -72,48 +73,50 @@ def copy(
 def _pump(
     reader: int, writer: int, source: str, target: str, advance: Callable[[int], None] | None
 ) -> int:
-    """Copy everything inside the kernel, summing up in a second thread what arrived.
+    """Copy everything, read ahead by a second thread; returns the sum over what was written.
 
-    The sum is over the copy, which is in the page cache: the source is read once, and what is
-    verified is what will be used.
+    In pieces of 1 MiB, as a Lustre client asks for them, and that stay in a processor's cache.
     """
+    free: SimpleQueue[bytearray | None] = SimpleQueue()
+    filled: SimpleQueue[tuple[bytearray, int] | OSError] = SimpleQueue()
+    for _ in range(_AHEAD):
+        free.put(bytearray(_PIECE))
+
+    def read() -> None:
+        while (buffer := free.get()) is not None:
+            try:
+                filled.put((buffer, os.readv(reader, [buffer])))
+            except OSError as error:
+                filled.put(error)
+
+    reading = threading.Thread(target=read, daemon=True)
+    reading.start()
     total = 0
-    arrived: SimpleQueue[int] = SimpleQueue()
-
-    def sum_up() -> None:
-        nonlocal total
-        buffer = bytearray(_PIECE)
-        view = memoryview(buffer)
-        done = 0
-        while True:
-            end = arrived.get()
-            if end < 0:
-                return
-            while done < end:
-                count = os.preadv(writer, [view[: min(_PIECE, end - done)]], done)
-                total = zlib.crc32(view[:count], total)
-                done += count
-
-    summing = threading.Thread(target=sum_up, daemon=True)
-    summing.start()
-    offset = 0
     try:
         while True:
-            count = os.sendfile(writer, reader, offset, _PIECE)
+            found = filled.get()
+            if isinstance(found, OSError):
+                raise fsutil.explain(found, f"copy {source} to {target}") from found
+            buffer, count = found
             if not count:
-                break
-            offset += count
-            arrived.put(offset)
+                return total
+            piece = memoryview(buffer)[:count]
+            total = zlib.crc32(piece, total)
+            _write(writer, piece, target)
+            free.put(buffer)
             if advance is not None:
                 advance(count)
-    except OSError as error:
-        here = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-        what = f"write {target}" if error.errno in here else f"copy {source} to {target}"
-        raise fsutil.explain(error, what) from error
     finally:
-        arrived.put(-1)
-        summing.join()
-    return total
+        free.put(None)
+        reading.join()
+
+
+def _write(writer: int, piece: memoryview, target: str) -> None:
+    while piece:
+        try:
+            piece = piece[os.write(writer, piece) :]
+        except OSError as error:
+            raise fsutil.explain(error, f"write {target}") from error
 
 
 def identify(path: str, image_format: str) -> Image:

@@ -190,7 +190,7 @@ def test_a_strict_job_is_told_by_the_shim_too(node: Node, comment: str, strict: 
     assert node.run("prolog", {**PYENV, "SLURM_JOB_COMMENT": comment}).returncode == 0
     done = node.run("task_prolog", JOB)
     assert done.returncode == int(strict)
-    assert ("the job asked for strict: stager's Python" in done.stdout) == strict
+    assert ("this job is strict: stager's Python" in done.stdout) == strict
 
 
 def test_the_one_status_that_fails_the_prolog(node: Node) -> None:
@@ -404,7 +404,7 @@ def test_strict(node: Node, status: str, reason: str) -> None:
     done = node.run("task_prolog", JOB)
     assert done.returncode == 1
     first, *more = done.stdout.splitlines()
-    assert first.startswith(f"print stager: n1: not staged, and the job asked for strict: {reason}")
+    assert first.startswith(f"print stager: n1: not staged, and this job is strict: {reason}")
     assert more == ["export STAGER_REPORTED=n1"]
 
 

@@ -307,7 +307,7 @@ def test_a_strict_job_ends_before_its_script(site: Site, name: str) -> None:
     assert job.runs == []
     assert job.rejected() == [("execjob_prologue", "n1", ["delete"])]
     (line,) = job.output.splitlines()
-    assert "asked for strict" in line and CASES[name].reason in line
+    assert "this job is strict" in line and CASES[name].reason in line
 
 
 def test_a_strict_job_on_a_node_that_is_not_the_first(site: Site) -> None:

@@ -209,7 +209,7 @@ def test_what_a_killed_maker_has_started_unpacks_elsewhere(
 # points, spread over all there are.
 
 CHANGING = (
-    "mkdir,rename,unlink,unlinkat,rmdir,chmod,fchmod,utimensat,sendfile,flock,symlink,symlinkat,"
+    "mkdir,rename,unlink,unlinkat,rmdir,chmod,fchmod,utimensat,flock,symlink,symlinkat,"
     "linkat,ftruncate,fsync,write,vfork,clone,clone3,wait4,preadv,pwrite64,execve,mkdirat"
 )
 POINTS = {"mount": 8, "extract": 6, "archive": 6}

@@ -289,7 +289,7 @@ def refused(done: Ended, reason: str) -> None:
     """A job that asked for strict has not run, and says why."""
     assert done.exit == "1:0"
     (line,) = done.told()
-    said = f"stager: n2: not staged, and the job asked for strict: {reason}"
+    said = f"stager: n2: not staged, and this job is strict: {reason}"
     assert re.fullmatch(said, line), line
     assert "ran\n" not in done.output
 
@@ -361,7 +361,7 @@ def test_nothing_else_drains_a_node_even_there(
 @pytest.mark.parametrize("way", ["batch", "srun", "salloc"])
 def test_strict(site: Site, way: str) -> None:
     """The one failure that a job may ask for."""
-    message = "stager: n2: not staged, and the job asked for strict: environment `none` is not"
+    message = "stager: n2: not staged, and this job is strict: environment `none` is not"
     if way == "batch":
         done: Ended = site.batch(
             "echo ran", "-w", "n2", comment="pyenv:none?strict", check="FAILED"

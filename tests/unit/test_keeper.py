@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import tiny
 from stager import keeper, lease
 from stager.cli import running
 from stager.cli.common import Bars
-from stager.errors import NotFoundError, StagerError
+from stager.errors import NODE, NotFoundError, StagerError
 from stager.processes import KEEPER
 from stager.repository import Repository
 from stager.schedulers import Allocation
@@ -151,3 +152,36 @@ def test_who_mounted_serves_and_who_found_mounts_does_not() -> None:
         staged = Staged("/s", how, value, {A: "hit", B: how})
         said = json.loads(keeper.report(staged, mounted=True, stays=stays))
         assert said["serves"] is expected
+
+
+def test_a_node_that_ends_without_a_word_is_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its Python does not start there, say, while the other nodes hold what they have mounted."""
+    srun = tmp_path / "srun"
+    srun.write_text(
+        """#!/bin/sh
+        echo '{"node": "n1", "prefix": "/p", "how": "mounted", "holds": true, "serves": true}'
+        echo 'slurmstepd: error: execve(): /sw/python: No such file or directory' >&2
+        echo 'srun: error: n2: task 1: Exited with exit code 2' >&2
+        exec sleep 600
+        """
+    )
+    srun.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    record = str(tmp_path / "record")
+    command = keeper._srun(Allocation("slurm", "17", (2,), "", "0", "n1"), ["keep"])
+    with open(f"{record}.out", "wb") as out, open(f"{record}.err", "wb") as err:
+        process = subprocess.Popen(command, stdout=out, stderr=err, start_new_session=True)
+    try:
+        with pytest.raises(StagerError) as caught:
+            keeper._await(process, record, "", 2, 600)
+    finally:
+        keeper._end(process)
+    assert caught.value.message == (
+        "stager ended on n2 without a word (Exited with exit code 2):"
+        " execve(): /sw/python: No such file or directory"
+    )
+    assert caught.value.hint is not None
+    assert caught.value.hint.endswith("--version` work there?")
+    assert caught.value.blame == NODE

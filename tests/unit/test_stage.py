@@ -723,7 +723,7 @@ def test_unclaimed_trees_make_room_and_claimed_ones_stay(
 
 
 @pytest.mark.parametrize(
-    ("target", "name"), [(os, "sendfile"), (Store, "workspace"), (Store, "set_ready")]
+    ("target", "name"), [(os, "write"), (Store, "workspace"), (Store, "set_ready")]
 )
 def test_a_disk_that_is_full_in_the_middle_leaves_nothing(
     site: Site, monkeypatch: pytest.MonkeyPatch, target: object, name: str
