@@ -135,7 +135,7 @@ def _keep(
             raise fsutil.explain(error, f"start {command[0]}") from error
         reports: list[dict[str, Any]] = []
         try:
-            reports = _await(process, record, answers, where.nodes, config["stage.timeout"])
+            _await(reports, process, record, answers, where.nodes, config["stage.timeout"])
             failed = [one for one in reports if "error" in one]
             if failed:
                 raise _folded(failed, len(reports))
@@ -199,14 +199,20 @@ def _reports(record: str, answers: str) -> list[dict[str, Any]]:
 
 
 def _await(
-    process: subprocess.Popen[bytes], record: str, answers: str, nodes: int, timeout: float
-) -> list[dict[str, Any]]:
+    reports: list[dict[str, Any]],
+    process: subprocess.Popen[bytes],
+    record: str,
+    answers: str,
+    nodes: int,
+    timeout: float,
+) -> None:
+    """Fill in what the nodes say; also where it fails, for what those have mounted is to stay."""
     deadline = time.monotonic() + timeout + 30.0  # the nodes have the limit itself
     while True:
         ended = process.poll() is not None
-        reports = _reports(record, answers)
+        reports[:] = _reports(record, answers)
         if len(reports) >= nodes:
-            return reports
+            return
         with open(f"{record}.err", encoding="utf-8", errors="replace") as file:
             said = [line.strip() for line in file if line.strip()]
         # Who has answered exits 0, or stays.

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -170,12 +171,13 @@ def test_a_node_that_ends_without_a_word_is_told_at_once(
     srun.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     record = str(tmp_path / "record")
+    reports: list[dict[str, Any]] = []
     command = keeper._srun(Allocation("slurm", "17", (2,), "", "0", "n1"), ["keep"])
     with open(f"{record}.out", "wb") as out, open(f"{record}.err", "wb") as err:
         process = subprocess.Popen(command, stdout=out, stderr=err, start_new_session=True)
     try:
         with pytest.raises(StagerError) as caught:
-            keeper._await(process, record, "", 2, 600)
+            keeper._await(reports, process, record, "", 2, 600)
     finally:
         keeper._end(process)
     assert caught.value.message == (
@@ -185,3 +187,4 @@ def test_a_node_that_ends_without_a_word_is_told_at_once(
     assert caught.value.hint is not None
     assert caught.value.hint.endswith("--version` work there?")
     assert caught.value.blame == NODE
+    assert [one["serves"] for one in reports] == [True]  # so its step is left alone

@@ -307,6 +307,21 @@ def test_a_node_that_cannot_stage_makes_all_fall_back_with_one_line(cold: Login)
         cold.hide_original()
 
 
+def test_a_node_whose_python_does_not_start_is_not_waited_for(cold: Login) -> None:
+    # The limit is ten minutes, a test's two.
+    python = cold.sh("n2", "realpath /usr/bin/python3").strip()
+    cold.hide_original(hidden=False)
+    cold.sh("n2", f"mount --bind /dev/null {python}", root=True)
+    try:
+        output = cold.batch(f"{RUN} sh -c '{PREFIX}; echo $?'", "-N2", "-wn1,n2")
+    finally:
+        cold.sh("n2", f"umount {python}", root=True)
+        cold.hide_original()
+    assert "running the original environment: stager ended on n2 without a word (Exit" in output
+    assert f"execve(): {HOME}/tools/bin/python" in output
+    assert output.splitlines()[-2:] == [ORIGINAL, "0"]
+
+
 def test_what_a_step_that_failed_has_mounted_stays_until_the_job_ends(cold: Login) -> None:
     # Another environment of the job, over the same base, may be using it.
     try:
