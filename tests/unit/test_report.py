@@ -1,0 +1,49 @@
+"""The table of single runs: what is set beside each other was measured in one run."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import report
+from benchmarks.report import Row
+
+pytestmark = pytest.mark.unit
+
+
+def start(strategy: str, *seconds: float, setting: str = "cold-lustre", nodes: int = 8) -> Row:
+    phases = {f"phase {number}": one for number, one in enumerate(seconds)}
+    return {"strategy": strategy, "setting": setting, "nodes": nodes, "seconds": phases}
+
+
+MACHINE: Row = {"workload": "torch", "machine": "x86_64"}
+ROWS = [
+    MACHINE,
+    start("direct", 60.0),
+    start("recipe", 1.5, 10.5),
+    start("ours", 1.0, 2.0),
+    start("ours", 1.0, 4.0),
+    start("ours", 1.0, 3.0),
+    start("ours, site", 2.0),
+    # Another run's direct and recipe are not ours.
+    MACHINE,
+    start("recipe", 8.0),
+    start("ours", 2.0),
+    start("ours", 100.0, setting="flash"),
+    start("direct", 100.0, nodes=1),
+    # Without a recipe there is nothing to compare.
+    MACHINE,
+    start("direct", 50.0),
+    start("ours", 2.0),
+]
+
+
+def test_each_run_is_compared_with_itself() -> None:
+    head, line, *cells = report.by_run([ROWS])
+    assert (
+        head == "| 8 nodes, s [dilated] | n | direct | recipe | ours | ours, checked | ours, site |"
+    )
+    assert line.count("|") == head.count("|")
+    assert cells == [
+        "| torch | 3 | 60.00 | 12.00 | 4.00 (15.0, 3.0 x) | - | 2.00 (30.0, 6.0 x) |",
+        "| torch | 1 | - | 8.00 | 2.00 (4.0 x) | - | - |",
+    ]
