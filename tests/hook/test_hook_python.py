@@ -19,7 +19,7 @@ from environments import REPO
 from stager import config, events, jobnotes, jobstate, lease, privilege
 from stager.cli import doctor
 from stager.errors import StagerError
-from stager.hooks import common
+from stager.hooks import common, pbs
 from stager.hooks import slurm as hook
 from stager.jobstate import Activation, Job, State
 from stager.store import boot_id
@@ -183,6 +183,25 @@ def test_a_wrong_configuration_is_told_to_strict_jobs(
     assert hook.prolog(environ, str(tmp_path), str(tmp_path)) == 0
     assert State(str(tmp_path), "7").read("status") == "failed\n"
     assert (tmp_path / "jobs/7/strict").exists() == (environ is STRICT)
+
+
+@pytest.mark.parametrize("wanted", ["no", "yes"])
+def test_a_pbs_job_whose_state_cannot_be_made_is_as_strict_as_the_site_wants(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: str
+) -> None:
+    def fail(*_: object, **__: object) -> bool:
+        raise OSError(28, "No space left on device")
+
+    loaded = config.load(environ={}, site_directory=str(tmp_path / "none"))
+    loaded.set("run.strict", wanted, "test")
+    monkeypatch.setattr(pbs, "load", lambda *_: loaded)
+    monkeypatch.setattr(State, "begin", fail)
+    told = {"id": "7.server", "user": "root", "pyenv": "x", "node": "n1"}
+    with pytest.raises(OSError, match="No space"):
+        pbs.begin(told, str(tmp_path), str(tmp_path))
+    state = State(str(tmp_path), "7.server")
+    assert state.read("status") == "failed\n"
+    assert os.path.exists(os.path.join(state.path, "strict")) == (wanted == "yes")
 
 
 @pytest.mark.parametrize("begins", [True, False])
