@@ -10,7 +10,7 @@ from stager import allocation, lookup, together
 from stager import stage as staging
 from stager.cli.common import Bars, say
 from stager.config import Config
-from stager.errors import StagerError
+from stager.errors import StagerError, UsageError
 from stager.ref import KEYS, Ref
 from stager.repository import Published
 from stager.schedulers import Allocation
@@ -36,8 +36,14 @@ def prepare(
         via: how it gets there, see :func:`stager.keeper.stage_everywhere`.
 
     Raises:
+        UsageError: the store is the site's.
         StagerError: any of it failed.
     """
+    if config["store"] == config["site_store"]:
+        raise UsageError(
+            f"{config['store']} is the site's own store",
+            hint="the hooks stage into it, for jobs that name the environment; leave out --store",
+        )
     bars = Bars(quiet=quiet)
     try:
         wishes = lookup.wanted(text, os.environ)

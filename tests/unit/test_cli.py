@@ -450,6 +450,17 @@ def test_a_store_that_is_open_to_others(machine: Machine) -> None:
         assert "open to others" in found.error
 
 
+def test_nobody_stages_into_the_sites_store_by_hand(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = machine.root / "all"
+    monkeypatch.setenv("STAGER_SITE_STORE", str(store))
+    done = machine("stage", "tiny", "--store", str(store))
+    assert done.status == 2
+    assert done.error == f"{store} is the site's own store"
+    assert not store.exists()
+
+
 def test_the_doctor_fails_where_staging_cannot_work_at_all(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
