@@ -129,7 +129,7 @@ STAGED = --strategies 'recipe|squashfs in place|ours|ours, checked|ours, warm'
 SITE = --strategies 'direct|recipe|squashfs in place|ours|ours, checked|ours, site|ours, warm'
 EVERY = --settings cold-lustre,flash,weak-nfs
 bench-record: setup
-	rm -f $(DATA)/starts-*.jsonl
+	rm -f $(DATA)/*.jsonl
 	$(START) --nodes 1,2,4,8 --once 'cp -r' --json $(DATA)/starts-numpy.jsonl
 	$(START) --nodes 1,2,4,8 --settings flash,weak-nfs --skip 'cp -r' --json $(DATA)/starts-numpy.jsonl
 	$(START) --workload numpy-conda --nodes 1,2,4,8 $(EVERY) $(FEW) \
@@ -151,6 +151,11 @@ bench-record: setup
 	$(START) --workload all --nodes 2 --settings flash,weak-nfs $(FEW) --json $(DATA)/starts-all.jsonl
 	$(START) --workload all --nodes 8 --settings flash,weak-nfs $(STAGED) \
 		--json $(DATA)/starts-all.jsonl
+	# Two ranks on two processors: nothing is dilated.
+	for workload in numpy torch torch-conda all; do \
+		$(START) --workload $$workload --nodes 1 --ranks 2 $(SITE) --json $(DATA)/two-ranks.jsonl \
+			|| exit; \
+	done
 
 # What another node's `stat` waits for while a job starts; OPTIONS='--setting cold-lustre'.
 bench-bystander: setup

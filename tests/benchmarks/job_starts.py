@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the tests' own p
 
 from benchmarks.measuring import clean_up_when_told_to_end
 from benchmarks.scale.rig import Rig, Start, pip_download, summary
-from benchmarks.scale.strategies import strategies
+from benchmarks.scale.strategies import RANKS, strategies
 from benchmarks.settings import ALL
 from conda import channel
 from slurm.site import BIN
@@ -79,7 +79,7 @@ def calibrated(directory: str) -> dict[str, float]:
     return {"write": write, "read": read, "zstd": zstd, "python": python}
 
 
-def conclusion(workload: str, measured: dict[str, list[Start]]) -> str:
+def conclusion(workload: str, ranks: int, measured: dict[str, list[Start]]) -> str:
     """What came out for ours and the others, in one line."""
     told = []
     ours = statistics.median(one.whole for one in measured["ours"]) if "ours" in measured else 0
@@ -90,7 +90,7 @@ def conclusion(workload: str, measured: dict[str, list[Start]]) -> str:
             told.append(f"{name} {whole:.2f} s{ratio}, {starts[0].operations:,} requests a node")
     first = next(iter(measured.values()))[0]
     return (
-        f"{workload}, {first.nodes} nodes of 8 ranks, {first.setting} [{first.tag}]: "
+        f"{workload}, {first.nodes} nodes of {ranks} ranks, {first.setting} [{first.tag}]: "
         + "; ".join(told)
     )
 
@@ -99,6 +99,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--workload", choices=WORKLOADS, default="numpy")
     parser.add_argument("--nodes", default="2", help="numbers of nodes, as in 1,2,4,8")
+    parser.add_argument("--ranks", type=int, choices=range(1, RANKS + 1), default=RANKS,
+                        help="of each node")  # fmt: skip
     parser.add_argument("--settings", default="cold-lustre", help=", ".join(ALL))
     parser.add_argument("--strategies", default="", help="names, parted by |; default: all")
     parser.add_argument("--skip", default="", help="names, parted by |")
@@ -110,7 +112,8 @@ def main() -> None:
     arguments = parser.parse_args()
     counts = [int(one) for one in arguments.nodes.split(",")]
     workload = WORKLOADS[arguments.workload]
-    known = {one.name: one for one in strategies(workload.modules, BIN, conda=workload.conda)}
+    offered = strategies(workload.modules, BIN, ranks=arguments.ranks, conda=workload.conda)
+    known = {one.name: one for one in offered}
     wanted = arguments.strategies.split("|") if arguments.strategies else [*known]
     skip = set(filter(None, arguments.skip.split("|")))
     once = set(filter(None, arguments.once.split("|")))
@@ -121,7 +124,7 @@ def main() -> None:
         f"{platform.machine()}, {os.cpu_count()} processors, load {os.getloadavg()[0]:.1f},"
         f" Linux {platform.release().partition('-')[0]}, {time.strftime('%Y-%m-%d')}"
     )
-    print(f"{arguments.workload}, 8 ranks a node; {machine}")
+    print(f"{arguments.workload}, {arguments.ranks} ranks a node; {machine}")
 
     ledgers: Path = arguments.ledgers / arguments.workload
     ledgers.mkdir(parents=True, exist_ok=True)
@@ -165,7 +168,7 @@ def main() -> None:
                         print(summary(starts), flush=True)
                     results.append(measured)
     print(f"\nledgers of all starts: {ledgers}")
-    print(conclusion(arguments.workload, results[len(counts) - 1]))
+    print(conclusion(arguments.workload, arguments.ranks, results[len(counts) - 1]))
 
 
 if __name__ == "__main__":

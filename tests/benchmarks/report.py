@@ -168,9 +168,15 @@ def against(all_found: list[list[Row]]) -> list[str]:
     return lines
 
 
-def by_run(all_found: list[list[Row]], nodes: int = 8) -> list[str]:
-    """What each run at the cold setting gave for the aims: nothing is mixed over hours."""
-    lines = [f"| {nodes} nodes, s [dilated] | n | direct | recipe | {' | '.join(OURS)} |"]
+def by_run(all_found: list[list[Row]], nodes: int, what: str) -> list[str]:
+    """What each run at the cold setting gave for the aims: nothing is mixed over hours.
+
+    Args:
+        all_found: what was recorded.
+        nodes: with how many.
+        what: the table's first heading.
+    """
+    lines = [f"| {what} | n | direct | recipe | {' | '.join(OURS)} |"]
     lines += ["|---" * (len(OURS) + 4) + "|"]
     for found in all_found:
         for run in runs(found):
@@ -185,7 +191,7 @@ def by_run(all_found: list[list[Row]], nodes: int = 8) -> list[str]:
             cells = [f"{times[one]:.2f}" if one in times else "-" for one in ("direct", "recipe")]
             cells += [_ratios(times, one) for one in OURS]
             count = len(starts["ours"])
-            lines.append(f"| {found[0]['workload']} | {count} | {' | '.join(cells)} |")
+            lines.append(f"| {run[0]['workload']} | {count} | {' | '.join(cells)} |")
     return lines
 
 
@@ -258,7 +264,9 @@ def main() -> None:
     parts = {}
     recorded = {path: rows(path) for path in sorted(DATA.glob("starts-*.jsonl"))}
     parts["starts-summary"] = against([*recorded.values()])
-    parts["starts-by-run"] = by_run([*recorded.values()])
+    parts["starts-by-run"] = by_run([*recorded.values()], 8, "8 nodes, s [dilated]")
+    real = rows(DATA / "two-ranks.jsonl")
+    parts["two-ranks"] = by_run([real], 1, "a node of two ranks, s [real]")
     for path, found in recorded.items():
         one = work(found)
         table, numbers = simulated(one)

@@ -38,7 +38,7 @@ ROWS = [
 
 
 def test_each_run_is_compared_with_itself() -> None:
-    head, line, *cells = report.by_run([ROWS])
+    head, line, *cells = report.by_run([ROWS], 8, "8 nodes, s [dilated]")
     assert (
         head == "| 8 nodes, s [dilated] | n | direct | recipe | ours | ours, checked | ours, site |"
     )

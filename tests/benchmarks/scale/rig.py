@@ -25,10 +25,18 @@ from cluster.client import Cluster
 from environments import REPO, VENV
 from slurm.site import BIN, HOOKS, PACKAGES, STORE
 
-from .strategies import ARCHIVE_NAME, IMAGE_NAME, LOCAL, PFS, SITE_NAME, Phase, Strategy
+from .strategies import (
+    ARCHIVE_NAME,
+    IMAGE_NAME,
+    LOCAL,
+    PFS,
+    RANKS,
+    SITE_NAME,
+    Phase,
+    Strategy,
+)
 
 USER = "alice"
-RANKS = 8
 SITE_STORE = f"{STORE}/site"
 LONGEST = 7200.0
 """Seconds that one phase may take, dilated."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 PFS = "/home/pfs"
 """What is on the shared file system: the environment, its archives, the repositories."""
 LOCAL = "/tmp/bench"
+RANKS = 8
+"""Of each node, and as many processors."""
 IMAGE_NAME, ARCHIVE_NAME, SITE_NAME = "bench", "bench-tar", "bench-site"
 
 
@@ -50,32 +52,35 @@ class Strategy:
     daemon: bool = False
 
 
-def _import(python: str, modules: str, *, before: str = "") -> Phase:
+def _import(python: str, modules: str, ranks: int, *, before: str = "") -> Phase:
     first = modules.split(",", maxsplit=1)[0]
     code = f"import time, {modules}; print('imported', time.time(), {first}.__file__)"
-    return Phase("import", f'{before}{python} -c "{code}"', ranks=8)
+    return Phase("import", f'{before}{python} -c "{code}"', ranks=ranks)
 
 
-def strategies(modules: str, stager: str, *, conda: bool = False) -> list[Strategy]:
+def strategies(
+    modules: str, stager: str, *, ranks: int = RANKS, conda: bool = False
+) -> list[Strategy]:
     """All of them.
 
     Args:
         modules: what each rank imports, as in ``torch,scipy``.
         stager: the directory of the installed programs.
+        ranks: how many of them a node has.
         conda: conda-pack made the archive, whose script repairs what was unpacked; venv-pack2 has
             none.
     """
     unpack = Phase("unpack", f"PATH={LOCAL}/bin:$PATH conda-unpack")
     repaired = (unpack,) if conda else ()
-    local = _import(f"{LOCAL}/bin/python", modules)
+    local = _import(f"{LOCAL}/bin/python", modules, ranks)
     # The first rank of a node mounts, the others wait for it: mounts end with their step.
     mount = (
         f"mkdir -p {LOCAL}; [ $SLURM_LOCALID != 0 ] || squashfuse {PFS}/env.squashfs {LOCAL}; "
         f"until [ -e {LOCAL}/bin/python ]; do sleep 0.05; done; "
     )
-    ours = _import("python", modules)
+    ours = _import("python", modules, ranks)
     return [
-        Strategy("direct", (_import(f"{PFS}/env/bin/python", modules),)),
+        Strategy("direct", (_import(f"{PFS}/env/bin/python", modules, ranks),)),
         Strategy(  # as sites have it
             "recipe",
             (
@@ -102,7 +107,9 @@ def strategies(modules: str, stager: str, *, conda: bool = False) -> list[Strate
             ),
             daemon=True,
         ),
-        Strategy("squashfs in place", (_import(f"{LOCAL}/bin/python", modules, before=mount),)),
+        Strategy(
+            "squashfs in place", (_import(f"{LOCAL}/bin/python", modules, ranks, before=mount),)
+        ),
         Strategy("ours", (ours,), comment=f"pyenv:{IMAGE_NAME}"),
         # What cli_filter.lua makes of the same directive when the job is submitted.
         Strategy("ours, checked", (ours,), comment=f"pyenv:{IMAGE_NAME}?on_stale=ignore"),
@@ -117,7 +124,7 @@ def strategies(modules: str, stager: str, *, conda: bool = False) -> list[Strate
                     f"{stager}/stager activate --via sbcast {IMAGE_NAME} >~/activation.sh",
                     ranks=0,
                 ),
-                _import("python", modules, before=". ~/activation.sh; "),
+                _import("python", modules, ranks, before=". ~/activation.sh; "),
             ),
         ),
         Strategy("ours, warm", (ours,), comment=f"pyenv:{IMAGE_NAME}", warm=True),
