@@ -85,9 +85,13 @@ def _pump(
     def read() -> None:
         while (buffer := free.get()) is not None:
             try:
-                filled.put((buffer, os.readv(reader, [buffer])))
+                count = os.readv(reader, [buffer])
             except OSError as error:
                 filled.put(error)
+                return
+            filled.put((buffer, count))
+            if not count:
+                return
 
     reading = threading.Thread(target=read, daemon=True)
     reading.start()
