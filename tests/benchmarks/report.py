@@ -266,7 +266,9 @@ def main() -> None:
     parts["starts-summary"] = against([*recorded.values()])
     parts["starts-by-run"] = by_run([*recorded.values()], 8, "8 nodes, s [dilated]")
     real = rows(DATA / "two-ranks.jsonl")
-    parts["two-ranks"] = by_run([real], 1, "a node of two ranks, s [real]")
+    parts["two-ranks"] = [
+        *machines(real), "", *by_run([real], 1, "a node of two ranks, s [real]"),
+    ]  # fmt: skip
     for path, found in recorded.items():
         one = work(found)
         table, numbers = simulated(one)

@@ -740,6 +740,22 @@ def test_a_disk_that_is_full_in_the_middle_leaves_nothing(
     assert works(site.stage())
 
 
+def test_storage_that_fails_in_the_middle_leaves_nothing(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    before = threading.active_count()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "readv", fail)
+        with pytest.raises(StagerError, match=r"cannot copy .*: Input/output error"):
+            site.stage()
+    assert threading.active_count() == before
+    assert untouched(site.node)
+    assert works(site.stage())
+
+
 def test_nothing_is_extracted_where_programs_cannot_be_run(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
