@@ -17,6 +17,8 @@ from stager.manifest import Image
 _PIECE = 1 << 20
 _AHEAD = 4
 """Pieces that are read while one is written."""
+_PATIENCE = 1.0
+"""Seconds to wait for a read whose bytes nobody wants any more: shared storage may hang."""
 
 
 def copy(
@@ -78,15 +80,16 @@ def _pump(
     In pieces of 1 MiB, as a Lustre client asks for them, and that stay in a processor's cache.
     """
     free: SimpleQueue[bytearray | None] = SimpleQueue()
-    filled: SimpleQueue[tuple[bytearray, int] | OSError] = SimpleQueue()
+    filled: SimpleQueue[tuple[bytearray, int] | BaseException] = SimpleQueue()
     for _ in range(_AHEAD):
         free.put(bytearray(_PIECE))
+    over = False
 
     def read() -> None:
-        while (buffer := free.get()) is not None:
+        while (buffer := free.get()) is not None and not over:
             try:
                 count = os.readv(reader, [buffer])
-            except OSError as error:
+            except BaseException as error:  # whatever it is: the copy waits for a word of us
                 filled.put(error)
                 return
             filled.put((buffer, count))
@@ -101,6 +104,8 @@ def _pump(
             found = filled.get()
             if isinstance(found, OSError):
                 raise fsutil.explain(found, f"copy {source} to {target}") from found
+            if isinstance(found, BaseException):
+                raise found
             buffer, count = found
             if not count:
                 return total
@@ -111,8 +116,9 @@ def _pump(
             if advance is not None:
                 advance(count)
     finally:
+        over = True  # the file is closed after this: nothing more may be read from its number
         free.put(None)
-        reading.join()
+        reading.join(_PATIENCE)
 
 
 def _write(writer: int, piece: memoryview, target: str) -> None:

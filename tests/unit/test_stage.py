@@ -36,7 +36,7 @@ from stager.errors import (
 )
 from stager.formats import squashfs, tarzst
 from stager.formats.tarzst import extracting
-from stager.manifest import Layer, Manifest
+from stager.manifest import Image, Layer, Manifest
 from stager.repository import Published, Repository
 from stager.stage import EXTRACTED, HIT, Staged
 from stager.store import Store
@@ -754,6 +754,53 @@ def test_storage_that_fails_in_the_middle_leaves_nothing(
     assert threading.active_count() == before
     assert untouched(site.node)
     assert works(site.stage())
+
+
+def test_a_reader_that_fails_in_another_way_is_not_waited_for_for_ever(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> int:
+        raise MemoryError("none left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "readv", fail)
+        with pytest.raises(MemoryError, match="none left"):
+            site.stage()
+    assert untouched(site.node)
+    assert works(site.stage())
+
+
+def test_a_full_disk_is_told_while_shared_storage_hangs(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 9 << 20
+    source, copied = tmp_path / "image", tmp_path / "copied"
+    source.write_bytes(bytes(size))
+    read, hanging, again = os.readv, threading.Event(), threading.Event()
+    readers: list[threading.Thread] = []
+
+    def hang(fd: int, buffers: list[bytearray]) -> int:
+        readers.append(threading.current_thread())
+        if len(readers) > 1:
+            hanging.set()
+            assert again.wait(60.0)
+        return read(fd, buffers)
+
+    def fail(*_: object) -> int:
+        assert hanging.wait(60.0)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "readv", hang)
+        patch.setattr(os, "write", fail)
+        started = time.monotonic()
+        with pytest.raises(NoSpaceError):
+            transfer.copy(str(source), Image("squashfs", size, 0), str(copied))
+        assert time.monotonic() - started < 30.0
+        again.set()
+        readers[0].join()
+    assert len(readers) == 2  # the file is closed, its number may be another one's
+    assert not copied.exists()
 
 
 def test_nothing_is_extracted_where_programs_cannot_be_run(
