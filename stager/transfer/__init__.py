@@ -59,7 +59,7 @@ def copy(
         except OSError as error:
             raise fsutil.explain(error, f"write {target}", blame=NODE) from error
         try:
-            found = _pump(reader, writer, source, target, advance)
+            found = _pump(reader, writer, source, target, image.size, advance)
         finally:
             os.close(writer)
         if found != image.crc32:
@@ -73,7 +73,12 @@ def copy(
 
 
 def _pump(
-    reader: int, writer: int, source: str, target: str, advance: Callable[[int], None] | None
+    reader: int,
+    writer: int,
+    source: str,
+    target: str,
+    size: int,
+    advance: Callable[[int], None] | None,
 ) -> int:
     """Copy everything, read ahead by a second thread; returns the sum over what was written.
 
@@ -98,7 +103,7 @@ def _pump(
 
     reading = threading.Thread(target=read, daemon=True)
     reading.start()
-    total = 0
+    total, left = 0, size
     try:
         while True:
             found = filled.get()
@@ -109,6 +114,12 @@ def _pump(
             buffer, count = found
             if not count:
                 return total
+            left -= count
+            if left < 0:  # before it fills the disk
+                raise IntegrityError(
+                    f"the image {source} has more than its {size} bytes",
+                    hint="it was written to while it was read; pack the environment again",
+                )
             piece = memoryview(buffer)[:count]
             total = zlib.crc32(piece, total)
             _write(writer, piece, target)

@@ -803,6 +803,24 @@ def test_a_full_disk_is_told_while_shared_storage_hangs(
     assert not copied.exists()
 
 
+def test_an_image_that_grows_while_it_is_read_does_not_fill_the_disk(tmp_path: Path) -> None:
+    size = 9 << 20  # more than is read ahead
+    source, copied = tmp_path / "image", tmp_path / "copied"
+    source.write_bytes(bytes(size))
+    seen = 0
+
+    def advance(count: int) -> None:
+        nonlocal seen
+        seen += count
+        with open(source, "ab") as file:
+            file.write(bytes(count))
+        assert seen <= size
+
+    with pytest.raises(IntegrityError, match=f"more than its {size} bytes"):
+        transfer.copy(str(source), Image("squashfs", size, 0), str(copied), advance=advance)
+    assert not copied.exists()
+
+
 def test_nothing_is_extracted_where_programs_cannot_be_run(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
