@@ -210,11 +210,12 @@ def _await(
     deadline = time.monotonic() + timeout + 30.0  # the nodes have the limit itself
     while True:
         ended = process.poll() is not None
+        # Before the reports: who has said before such news that it serves is known to us then.
+        with open(f"{record}.err", encoding="utf-8", errors="replace") as file:
+            said = [line.strip() for line in file if line.strip()]
         reports[:] = _reports(record, answers)
         if len(reports) >= nodes:
             return
-        with open(f"{record}.err", encoding="utf-8", errors="replace") as file:
-            said = [line.strip() for line in file if line.strip()]
         # Who has answered exits 0, or stays.
         lost = next(filter(None, map(_LOST.match, said)), None)
         if lost:

@@ -155,6 +155,29 @@ def test_who_mounted_serves_and_who_found_mounts_does_not() -> None:
         assert said["serves"] is expected
 
 
+def test_a_report_that_comes_between_the_looks_is_known_where_a_node_was_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = str(tmp_path / "record")
+    for name in ("out", "err"):
+        Path(f"{record}.{name}").write_text("")
+    real = keeper._reports
+
+    def reports(record: str, answers: str) -> list[dict[str, Any]]:
+        found = real(record, answers)
+        Path(f"{record}.out").write_text('{"node": "n1", "serves": true}\n')
+        Path(f"{record}.err").write_text("srun: error: n2: task 1: Killed\n")
+        return found
+
+    monkeypatch.setattr(keeper, "_reports", reports)
+    known: list[dict[str, Any]] = []
+    with subprocess.Popen(["sleep", "60"]) as process:
+        with pytest.raises(StagerError, match="ended on n2"):
+            keeper._await(known, process, record, "", 2, 600)
+        process.kill()
+    assert [one["serves"] for one in known] == [True]
+
+
 def test_a_node_that_ends_without_a_word_is_told_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
