@@ -189,7 +189,7 @@ KEYS: dict[str, Key] = {
     "stage.how": Key(
         _choice("auto", "mount", "extract"), "auto", "how a tree is made usable on a node"
     ),
-    "stage.timeout": Key(parse_duration, 600.0, "longest staging, waiting for others included"),
+    "stage.timeout": Key(parse_duration, 600.0, "longest wait for whoever else stages it"),
     "stage.on_stale": Key(
         _choice("repack", "warn", "fallback", "ignore"),
         "repack",

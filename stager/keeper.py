@@ -27,7 +27,7 @@ from typing import Any
 
 from stager import fsutil, lease, schedulers, store
 from stager.config import Config
-from stager.errors import NODE, BusyError, StagerError
+from stager.errors import BusyError, StagerError
 from stager.formats import squashfs
 from stager.processes import KEEPER, has_tasks, own_command, owner_of
 from stager.repository import Published, Repository
@@ -219,12 +219,13 @@ def _await(
         # Who has answered exits 0, or stays.
         lost = next(filter(None, map(_LOST.match, said)), None)
         if lost:
-            others = [_PREFIX.sub("", line) for line in said if not _LOST.match(line)]
+            others = [line for line in said if not _LOST.match(line)]
+            # What led to it: a traceback begins with another line, and any node may warn.
+            reasons = [line for line in others if "rror: " in line] or others
             raise StagerError(
-                f"stager ended on {lost['node']} without a word ({lost['how']})"
-                + (f": {others[0]}" if others else ""),
+                f"stager ended on {lost['node']} ({lost['how']})"
+                + (f": {_PREFIX.sub('', reasons[0])}" if reasons else ""),
                 hint=f"does `{shlex.join([*own_command(), '--version'])}` work there?",
-                blame=NODE,
             )
         if ended:
             reason = _PREFIX.sub("", said[-1] if said else "")

@@ -145,7 +145,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--how", choices=("auto", "mount", "extract"), help="how the tree is made usable"
         )
-        command.add_argument("--timeout", metavar="DURATION", help="longest staging, such as 5m")
+        command.add_argument(
+            "--timeout",
+            metavar="DURATION",
+            help="longest wait for whoever else stages it, such as 5m",
+        )
         command.add_argument("--on-stale", choices=_ON_STALE)
     as_json(stage)
     activate.add_argument("--strict", action="store_true", help="fail where staging fails")

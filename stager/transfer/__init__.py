@@ -11,7 +11,7 @@ from queue import SimpleQueue
 from typing import Callable
 
 from stager import fsutil
-from stager.errors import JOB, NODE, IntegrityError, NotFoundError
+from stager.errors import JOB, NODE, IntegrityError, NotFoundError, StagerError
 from stager.manifest import Image
 
 _PIECE = 1 << 20
@@ -36,6 +36,7 @@ def copy(
         IntegrityError: the bytes are not the image's.
         NoSpaceError: the target's disk is full.
         NotFoundError: the image is gone.
+        StagerError: it cannot be read or written, or no thread may be started.
     """
     try:
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
@@ -102,7 +103,14 @@ def _pump(
                 return
 
     reading = threading.Thread(target=read, daemon=True)
-    reading.start()
+    try:
+        reading.start()
+    except RuntimeError as error:
+        raise StagerError(
+            f"cannot copy {source}: {error}",
+            hint="too many processes? `ulimit -u` tells how many there may be",
+            blame=JOB,
+        ) from error
     total, left = 0, size
     try:
         while True:
