@@ -55,7 +55,7 @@ def copy(
                 hint="it is truncated or damaged; pack the environment again",
             )
         try:
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
             writer = os.open(target, flags, 0o600)
         except OSError as error:
             raise fsutil.explain(error, f"write {target}", blame=NODE) from error
