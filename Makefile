@@ -144,14 +144,14 @@ bench-record: setup
 	$(START) --workload torch-conda --nodes 4,8 $(SITE) --json $(DATA)/starts-torch-conda.jsonl
 	$(START) --workload torch-conda --nodes 4,8 --settings flash $(FEW) \
 		--json $(DATA)/starts-torch-conda.jsonl
-	$(START) --workload torch-conda --nodes 8 --settings weak-nfs $(STAGED) \
+	$(START) --workload torch-conda --nodes 8 --settings weak-nfs $(FEW) \
 		--json $(DATA)/starts-torch-conda.jsonl
 	$(START) --workload torch-large --nodes 1,8 $(SITE) --json $(DATA)/starts-torch-large.jsonl
 	$(START) --workload all --nodes 1 $(EVERY) $(FEW) --json $(DATA)/starts-all.jsonl
 	$(START) --workload all --nodes 2,4,8 $(SITE) --json $(DATA)/starts-all.jsonl
 	$(START) --workload all --nodes 2 --settings flash,weak-nfs $(FEW) --json $(DATA)/starts-all.jsonl
-	$(START) --workload all --nodes 8 --settings flash,weak-nfs $(STAGED) \
-		--json $(DATA)/starts-all.jsonl
+	$(START) --workload all --nodes 8 --settings flash $(FEW) --json $(DATA)/starts-all.jsonl
+	$(START) --workload all --nodes 8 --settings weak-nfs $(STAGED) --json $(DATA)/starts-all.jsonl
 	# Two ranks on two processors: nothing is dilated.
 	for workload in numpy torch torch-conda torch-large all; do \
 		$(START) --workload $$workload --nodes 1 --ranks 2 $(SITE) --json $(DATA)/two-ranks.jsonl \
