@@ -122,7 +122,7 @@ bench: setup
 	$(START) --workload torch --nodes 1 --settings cold-lustre,flash --skip 'cp -r|rsync'
 	$(START) --workload numpy-conda --nodes 8 $(FEW)
 
-# What docs/performance shows, measured anew: some eight hours on a machine that does nothing else.
+# What docs/performance shows, measured anew: some nine hours on a machine that does nothing else.
 DATA = docs/performance
 MOST = --skip 'cp -r|rsync|ours, tar.zst'
 STAGED = --strategies 'recipe|squashfs in place|ours|ours, checked|ours, warm'
