@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -740,46 +741,34 @@ def test_a_disk_that_is_full_in_the_middle_leaves_nothing(
     assert works(site.stage())
 
 
-def test_storage_that_fails_in_the_middle_leaves_nothing(
-    site: Site, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("place", "function", "error", "expected", "told"),
+    [
+        (os, "readv", OSError(5, "Input/output error"), StagerError, "Input/output error"),
+        (os, "readv", MemoryError("none left"), MemoryError, "none left"),
+        (threading.Thread, "start", RuntimeError("no new thread"), StagerError, "no new thread"),
+    ],
+)
+def test_a_reader_that_fails_leaves_nothing(
+    site: Site,
+    monkeypatch: pytest.MonkeyPatch,
+    place: Any,
+    function: str,
+    error: Exception,
+    expected: type[Exception],
+    told: str,
 ) -> None:
-    def fail(*_: object) -> int:
-        raise OSError(5, "Input/output error")
+    """Storage that fails in the middle, what nobody thought of, and a user without more threads."""
+
+    def fail(*_: object) -> None:
+        raise error
 
     before = threading.active_count()
     with monkeypatch.context() as patch:
-        patch.setattr(os, "readv", fail)
-        with pytest.raises(StagerError, match=r"cannot copy .*: Input/output error"):
+        patch.setattr(place, function, fail)
+        with pytest.raises(expected, match=told):
             site.stage()
     assert threading.active_count() == before
-    assert untouched(site.node)
-    assert works(site.stage())
-
-
-def test_a_reader_that_fails_in_another_way_is_not_waited_for_for_ever(
-    site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object) -> int:
-        raise MemoryError("none left")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "readv", fail)
-        with pytest.raises(MemoryError, match="none left"):
-            site.stage()
-    assert untouched(site.node)
-    assert works(site.stage())
-
-
-def test_a_user_who_may_start_no_thread_is_told(
-    site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object) -> None:
-        raise RuntimeError("can't start new thread")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", fail)
-        with pytest.raises(StagerError, match=r"cannot copy .*: can't start new thread"):
-            site.stage()
     assert untouched(site.node)
     assert works(site.stage())
 
