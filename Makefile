@@ -30,7 +30,8 @@ help:
 	@echo 'make test          lint and every tier of tests'
 	@echo 'make lint          ruff, mypy, shellcheck'
 	@echo 'make test-unit     Python and a temporary directory; test-{hook,root,environments,push,slurm,pbs}'
-	@echo 'make bench         starts of jobs by every strategy, 20 to 30 minutes; bench-quick: two'
+	@echo 'make bench         starts of jobs by every strategy, 20 minutes; bench-quick: two; bench-record: all of'
+	@echo '                   what docs/performance shows, eleven hours; then make performance'
 	@echo 'make bench-bystander  what somebody else waits for while a job starts'
 	@echo 'make performance   docs/performance.md and its plots, from the recorded runs'
 	@echo 'make bench-pack    pack against its compressor, its memory, and a slow file system'
@@ -98,13 +99,14 @@ test-slurm-24.11: setup
 	tests/cluster/cluster setup
 	ROOTFS="$$(tests/cluster/rootfs trixie)" && export ROOTFS && $(PYTEST) -m slurm
 
-# ENV=/path/to/venv measures one of yours; the part with a slow file system needs root.
+# ENV=/path/to/venv measures one of yours; OPTIONS='--parts 1 --runs 7'; a slow file system needs root.
 bench-pack: setup
-	$(VENV)/bin/python tests/benchmarks/pack.py $(ENV)
+	$(VENV)/bin/python tests/benchmarks/pack.py $(OPTIONS) $(ENV)
 
-# What a start costs, and staging against reading and writing; MIB is the size of the images.
+# What a start costs, and staging against reading and writing; MIB is the size of the images,
+# OPTIONS='--runs 9'.
 bench-starts: setup
-	$(VENV)/bin/python tests/benchmarks/starts.py --mib $(or $(MIB),512)
+	$(VENV)/bin/python tests/benchmarks/starts.py --mib $(or $(MIB),512) $(OPTIONS)
 
 # Flat and by way of the nodes, over links that are limited: nodes, MiB, rate.
 bench-push: setup
@@ -122,10 +124,9 @@ bench: setup
 	$(START) --workload torch --nodes 1 --settings cold-lustre,flash --skip 'cp -r|rsync'
 	$(START) --workload numpy-conda --nodes 8 $(FEW)
 
-# What docs/performance shows, measured anew: some nine hours on a machine that does nothing else.
+# What docs/performance shows, measured anew: some eleven hours on a machine that does nothing else.
 DATA = docs/performance
 MOST = --skip 'cp -r|rsync|ours, tar.zst'
-STAGED = --strategies 'recipe|squashfs in place|ours|ours, checked|ours, warm'
 SITE = --strategies 'direct|recipe|squashfs in place|ours|ours, checked|ours, site|ours, warm'
 EVERY = --settings cold-lustre,flash,weak-nfs
 bench-record: setup
@@ -137,9 +138,7 @@ bench-record: setup
 	$(START) --workload torch --nodes 1 $(EVERY) --skip 'cp -r|rsync' --json $(DATA)/starts-torch.jsonl
 	$(START) --workload torch --nodes 2,4,8 $(MOST) --json $(DATA)/starts-torch.jsonl
 	$(START) --workload torch --nodes 2,4,8 --settings flash $(FEW) --json $(DATA)/starts-torch.jsonl
-	$(START) --workload torch --nodes 2,4 --settings weak-nfs $(FEW) --json $(DATA)/starts-torch.jsonl
-	$(START) --workload torch --nodes 8 --settings weak-nfs $(STAGED) \
-		--json $(DATA)/starts-torch.jsonl
+	$(START) --workload torch --nodes 2,4,8 --settings weak-nfs $(FEW) --json $(DATA)/starts-torch.jsonl
 	$(START) --workload torch-conda --nodes 1,2 $(EVERY) $(FEW) --json $(DATA)/starts-torch-conda.jsonl
 	$(START) --workload torch-conda --nodes 4,8 $(SITE) --json $(DATA)/starts-torch-conda.jsonl
 	$(START) --workload torch-conda --nodes 4,8 --settings flash $(FEW) \
@@ -149,9 +148,7 @@ bench-record: setup
 	$(START) --workload torch-large --nodes 1,8 $(SITE) --json $(DATA)/starts-torch-large.jsonl
 	$(START) --workload all --nodes 1 $(EVERY) $(FEW) --json $(DATA)/starts-all.jsonl
 	$(START) --workload all --nodes 2,4,8 $(SITE) --json $(DATA)/starts-all.jsonl
-	$(START) --workload all --nodes 2 --settings flash,weak-nfs $(FEW) --json $(DATA)/starts-all.jsonl
-	$(START) --workload all --nodes 8 --settings flash $(FEW) --json $(DATA)/starts-all.jsonl
-	$(START) --workload all --nodes 8 --settings weak-nfs $(STAGED) --json $(DATA)/starts-all.jsonl
+	$(START) --workload all --nodes 2,4,8 --settings flash,weak-nfs $(FEW) --json $(DATA)/starts-all.jsonl
 	# Two ranks on two processors: nothing is dilated.
 	for workload in numpy torch torch-conda torch-large all; do \
 		$(START) --workload $$workload --nodes 1 --ranks 2 $(SITE) --json $(DATA)/two-ranks.jsonl \

@@ -163,8 +163,8 @@ def main() -> None:
                             one, ledger = rig.start(strategy, ALL[setting], count)
                             measured[strategy.name].append(one)
                             keep({"tag": one.tag, **asdict(one)})
-                            name = f"{setting} {count} {strategy.name} {run}.jsonl.gz"
-                            ledger.write(ledgers / name)
+                            name = f"{setting} {count}x{arguments.ranks} {strategy.name} {run}"
+                            ledger.write(ledgers / f"{name}.jsonl.gz")
                     for starts in filter(None, measured.values()):
                         print(summary(starts), flush=True)
                     results.append(measured)

@@ -134,19 +134,20 @@ def measured(found: list[Row]) -> list[str]:
         ]
         lines += ["|---" * (len(counts) + 3) + "|"]
         for name in names:
-            cells, last = [], None
-            for count in counts:
-                those = starts.get((setting, count, name), [])
-                cells.append(_spread(those))
-                last = those[0] if those else last
-            assert last is not None
-            read = last["read"] / last["nodes"] / 1e6
-            lines.append(f"| {name} | {' | '.join(cells)} | {last['operations']:,} | {read:,.0f} |")
+            by_count = {count: starts.get((setting, count, name), []) for count in counts}
+            most = max(count for count, those in by_count.items() if those)
+            operations = statistics.median(row["operations"] for row in by_count[most])
+            read = statistics.median(row["read"] / most / 1e6 for row in by_count[most])
+            cells = [_spread(those) for those in by_count.values()]
+            lines.append(f"| {name} | {' | '.join(cells)} | {operations:,.0f} | {read:,.0f} |")
     return lines
 
 
 def against(all_found: list[list[Row]]) -> list[str]:
-    """How many times as long as ours the others took, at the cold setting: medians."""
+    """How many times as long as ours the others took, at the cold setting.
+
+    The median of the runs that had both: hours differ.
+    """
     names = (
         "direct", "recipe", "squashfs in place", "ours, checked", "ours, site", "ours, warm",
     )  # fmt: skip
@@ -159,13 +160,23 @@ def against(all_found: list[list[Row]]) -> list[str]:
             ours = starts.get(("cold-lustre", count, "ours"))
             if not ours:
                 continue
+            times = [_cold(run, count) for run in runs(found)]
             cells = []
             for name in names:
-                those = starts.get(("cold-lustre", count, name))
-                cells.append(f"{median(those) / median(ours):.1f}" if those else "-")
+                ratios = [one[name] / one["ours"] for one in times if {name, "ours"} <= {*one}]
+                cells.append(f"{statistics.median(ratios):.1f}" if ratios else "-")
             nodes = f"{count} node{'s' if count > 1 else ''}"
             lines.append(f"| {workload}, {nodes} | {median(ours):.2f} | {' | '.join(cells)} |")
     return lines
+
+
+def _cold(run: list[Row], nodes: int) -> dict[str, float]:
+    """What each strategy took in one run at the cold setting: medians."""
+    return {
+        name: median(those)
+        for (setting, count, name), those in grouped(run).items()
+        if (setting, count) == ("cold-lustre", nodes)
+    }
 
 
 def by_run(all_found: list[list[Row]], nodes: int, what: str) -> list[str]:
@@ -176,21 +187,17 @@ def by_run(all_found: list[list[Row]], nodes: int, what: str) -> list[str]:
         nodes: with how many.
         what: the table's first heading.
     """
-    lines = [f"| {what} | n | direct | recipe | {' | '.join(OURS)} |"]
-    lines += ["|---" * (len(OURS) + 4) + "|"]
+    plain = ("direct", "recipe", "squashfs in place")
+    lines = [f"| {what} | n | {' | '.join((*plain, *OURS))} |"]
+    lines += ["|---" * (len(plain) + len(OURS) + 2) + "|"]
     for found in all_found:
         for run in runs(found):
-            starts = {
-                name: those
-                for (setting, count, name), those in grouped(run).items()
-                if (setting, count) == ("cold-lustre", nodes)
-            }
-            if not {"ours", "recipe"} <= {*starts}:
+            times = _cold(run, nodes)
+            if not {"ours", "recipe"} <= {*times}:
                 continue
-            times = {name: median(those) for name, those in starts.items()}
-            cells = [f"{times[one]:.2f}" if one in times else "-" for one in ("direct", "recipe")]
+            cells = [f"{times[one]:.2f}" if one in times else "-" for one in plain]
             cells += [_ratios(times, one) for one in OURS]
-            count = len(starts["ours"])
+            count = len(grouped(run)["cold-lustre", nodes, "ours"])
             lines.append(f"| {run[0]['workload']} | {count} | {' | '.join(cells)} |")
     return lines
 
@@ -231,6 +238,26 @@ def simulated(one: Work) -> tuple[list[str], dict[str, dict[str, list[float]]]]:
     return lines, numbers
 
 
+def foretold(workload: str, found: list[Row], numbers: dict[str, list[float]]) -> str:
+    """How far the simulation is from what eight nodes were measured to take.
+
+    Args:
+        workload: its name.
+        found: what was recorded.
+        numbers: simulated seconds by strategy, for each of :data:`NODES`, at the cold setting.
+    """
+    starts = grouped(found)
+    cells = []
+    for name in simulate.STRATEGIES:
+        those = starts.get(("cold-lustre", 8, name))
+        simulated = numbers.get(name)
+        if not those or not simulated:
+            cells.append("-")
+            continue
+        cells.append(f"{simulated[NODES.index(8)] / median(those) - 1:+.0%}")
+    return f"| {workload} | {' | '.join(cells)} |"
+
+
 def draw(found: list[Row], numbers: dict[str, dict[str, list[float]]], path: Path) -> None:
     """Seconds by nodes at the cold setting: measured as dots, simulated as lines."""
     import matplotlib
@@ -269,10 +296,15 @@ def main() -> None:
     parts["two-ranks"] = [
         *machines(real), "", *by_run([real], 1, "a node of two ranks, s [real]"),
     ]  # fmt: skip
+    parts["starts-foretold"] = [
+        f"| simulated by measured, 8 nodes | {' | '.join(simulate.STRATEGIES)} |",
+        "|---" * (len(simulate.STRATEGIES) + 1) + "|",
+    ]
     for path, found in recorded.items():
         one = work(found)
         table, numbers = simulated(one)
         draw(found, numbers, DATA / f"{path.stem}.svg")
+        parts["starts-foretold"].append(foretold(one.name, found, numbers["cold-lustre"]))
         parts[path.stem] = [
             *machines(found),
             *measured(found),

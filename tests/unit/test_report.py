@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import report
 from benchmarks.report import Row
+from benchmarks.scale.strategies import strategies
 
 pytestmark = pytest.mark.unit
 
@@ -40,10 +41,30 @@ ROWS = [
 def test_each_run_is_compared_with_itself() -> None:
     head, line, *cells = report.by_run([ROWS], 8, "8 nodes, s [dilated]")
     assert (
-        head == "| 8 nodes, s [dilated] | n | direct | recipe | ours | ours, checked | ours, site |"
+        head == "| 8 nodes, s [dilated] | n | direct | recipe | squashfs in place"
+        " | ours | ours, checked | ours, site |"
     )
     assert line.count("|") == head.count("|")
     assert cells == [
-        "| torch | 3 | 60.00 | 12.00 | 4.00 (15.0, 3.0 x) | - | 2.00 (30.0, 6.0 x) |",
-        "| torch | 1 | - | 8.00 | 2.00 (4.0 x) | - | - |",
+        "| torch | 3 | 60.00 | 12.00 | - | 4.00 (15.0, 3.0 x) | - | 2.00 (30.0, 6.0 x) |",
+        "| torch | 1 | - | 8.00 | - | 2.00 (4.0 x) | - | - |",
     ]
+
+
+def test_a_summary_mixes_no_runs() -> None:
+    _, _, *lines = report.against([ROWS])
+    # Of direct the first run's 15 and the third's 25, of the recipe 3 and 4 of the first two.
+    assert lines == ["| torch, 8 nodes | 3.00 | 20.0 | 3.5 | - | - | 0.5 | - |"]
+
+
+def test_a_simulation_is_set_beside_what_was_measured() -> None:
+    line = report.foretold("torch", ROWS, {"direct": [1.0, 66.0], "recipe": [1.0, 5.0]})
+    # direct took 60 and 50 s, the recipe 12 and 8.
+    assert line == "| torch | +20% | - | - | -50% | - | - | - |"
+
+
+def test_both_programs_of_a_pipe_have_a_processor() -> None:
+    """The peers' tar would else be as slow as if a node had one processor."""
+    (recipe,) = (one for one in strategies("numpy", "/opt") if one.name == "recipe")
+    processes = {phase.name: phase.processes(8) for phase in recipe.phases}
+    assert processes == {"sbcast": 8, "mkdir": 8, "untar": 16, "import": 64}

@@ -231,7 +231,7 @@ class Rig:
                     where = {"first": nodes[:1], "others": nodes[1:]}.get(phase.nodes, nodes)
                     if not where:
                         continue
-                    factor = dilated(phase.name, max(1, phase.ranks) * len(where))
+                    factor = dilated(phase.name, phase.processes(len(where)))
                     with self._served(nodes[0], strategy.daemon and phase.nodes == "others"):
                         started = time.time()
                         ended = self._step(job, where, phase, first=nodes[0])

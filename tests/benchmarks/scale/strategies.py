@@ -25,12 +25,18 @@ class Phase:
         command: a line of sh.
         ranks: processes on each node; 0 runs it once, as a batch script does.
         nodes: ``all``, ``first`` or ``others`` of the allocation.
+        programs: that work at the same time in each process of the phase, as those of a pipe do.
     """
 
     name: str
     command: str
     ranks: int = 1
     nodes: str = "all"
+    programs: int = 1
+
+    def processes(self, nodes: int) -> int:
+        """How many work at the same time on so many nodes: each has a processor of its own."""
+        return max(1, self.ranks) * self.programs * nodes
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,11 @@ def strategies(
             (
                 Phase("sbcast", f"sbcast --force {PFS}/env.tar.gz /tmp/bench.tar.gz", ranks=0),
                 Phase("mkdir", f"mkdir {LOCAL}"),
-                Phase("untar", f"tar --use-compress-program=pigz -xf /tmp/bench.tar.gz -C {LOCAL}"),
+                Phase(
+                    "untar",
+                    f"tar --use-compress-program=pigz -xf /tmp/bench.tar.gz -C {LOCAL}",
+                    programs=2,
+                ),
                 *repaired,
                 local,
             ),
@@ -100,8 +110,14 @@ def strategies(
                     f"cp {PFS}/env.tar.gz /tmp/bench.tar.gz; mkdir {LOCAL}; "
                     f"tar -xzf /tmp/bench.tar.gz -C {LOCAL}",
                     nodes="first",
+                    programs=2,
                 ),
-                Phase("rsync", f"rsync -rlpt rsync://$FIRST:8730/bench/ {LOCAL}/", nodes="others"),
+                Phase(  # one that sends, one that receives
+                    "rsync",
+                    f"rsync -rlpt rsync://$FIRST:8730/bench/ {LOCAL}/",
+                    nodes="others",
+                    programs=2,
+                ),
                 *repaired,
                 local,
             ),
