@@ -360,12 +360,13 @@ def _send(published: Published, config: Config, progress: Progress) -> list[str]
             capture_output=True,
             check=False,
         )
+        # Also where it failed: some nodes may have all of it, others a part for them to remove.
+        arguments += ["--received", f"{layer.id}={target}"]
         if done.returncode != 0:
             said = done.stderr.decode(errors="replace").strip().splitlines()
             reason = said[-1] if said else f"status {done.returncode}"
             progress.note(f"reading the shared image, for sbcast failed: {reason}")
-            return arguments
-        arguments += ["--received", f"{layer.id}={target}"]
+            break
     return arguments
 
 

@@ -9,7 +9,8 @@ import os
 import signal
 import subprocess
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -96,6 +97,27 @@ def test_an_image_whose_tree_somebody_makes_is_not_needed(tmp_path: Path, sent: 
     assert not Path(node.image(A)).exists()
     assert Path(node.image(B)).read_text() == B
     assert not (tmp_path / A).exists()
+
+
+def test_nodes_are_told_of_what_a_failed_sbcast_has_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sbcast = tmp_path / "sbcast"
+    sbcast.write_text('#!/bin/sh\necho part >"$2"\necho "sbcast: error: no space" >&2\nexit 1\n')
+    sbcast.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    layers = [SimpleNamespace(id=name, image=SimpleNamespace(format="squashfs")) for name in (A, B)]
+    published = SimpleNamespace(
+        manifest=SimpleNamespace(layers=layers), repository=SimpleNamespace(image=str)
+    )
+    bars = Bars(quiet=True)
+    config = {"store": str(tmp_path / "store")}
+    option, sent = keeper._send(cast(Any, published), cast(Any, config), bars)
+    assert option == "--received"
+    node = Store(config["store"])
+    keeper.receive([sent], node)
+    assert not Path(sent.partition("=")[2]).exists()
+    assert Path(node.image(A)).read_text() == "part\n"  # which staging verifies
 
 
 def test_images_that_cannot_be_taken_in_are_dropped(tmp_path: Path, sent: list[str]) -> None:
