@@ -56,9 +56,22 @@ def start_time(pid: int) -> str:
         return "0"
 
 
+def namespace() -> int:
+    """The PID namespace in which we see the processes that we see; 0 where that is not told."""
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return 0
+
+
 def holder_of(pid: int, boot: str) -> str:
-    """The holder that a process is; its start time tells it from a later one with its number."""
-    return f"pid-{pid}-{start_time(pid)}-{boot[:8]}"
+    """The holder that a process is; its start time tells it from a later one with its number.
+
+    A parent outside of our PID namespace has no number here (0), as where a container's engine
+    started us: then it is the first process of the namespace, whose end is that of all in it.
+    """
+    pid = pid or 1
+    return f"pid-{pid}-{start_time(pid)}-{boot[:8]}-{namespace()}"
 
 
 def is_job(holder: str) -> bool:

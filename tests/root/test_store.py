@@ -305,3 +305,41 @@ def test_user_without_fuse(bench: Bench, packed: Environment, fuse: str) -> None
     assert done.returncode in (1, 15)
     assert "stager: error: " in done.stderr
     assert bench.unfinished() == [] and list(bench.store.glob("ready/*")) == []
+
+
+@pytest.mark.parametrize("way", ["extract"], indirect=True)
+def test_what_another_pid_namespace_uses_stays(bench: Bench, packed: Environment) -> None:
+    """As a container's that has the same store: its processes have other numbers here."""
+    stager = VENV / "bin" / "stager"
+    script = '"$@" stage it; echo staged; read -r line'
+    inside = ["unshare", "--pid", "--fork", "--mount-proc", "sh", "-euc", script, "sh", stager]
+    with subprocess.Popen(
+        inside, env=bench.environ(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as container:
+        assert container.stdin is not None and container.stdout is not None
+        tree = Path(container.stdout.readline().strip())
+        assert container.stdout.readline() == "staged\n"
+        bench.stager("collect", "--all")
+        assert tree.is_dir()
+        # From another one nobody can tell whether the first still runs.
+        apart = ["unshare", "--pid", "--fork", "--mount-proc"]
+        bench.stager("collect", "--all", prefix=apart)
+        assert tree.is_dir()
+        container.stdin.write("\n")
+    bench.stager("collect", "--all", prefix=apart)
+    assert tree.is_dir()
+    bench.stager("collect", "--all")
+    assert not tree.exists()
+
+
+@pytest.mark.parametrize("way", ["extract"], indirect=True)
+def test_a_parent_that_cannot_be_looked_at_has_a_claim(bench: Bench, packed: Environment) -> None:
+    """`sudo -u somebody stager stage` where /proc hides what is not one's own."""
+    run(["chown", "-R", f"{NOBODY}:{NOBODY}", bench.root])
+    drop = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+    script = 'mount -o remount,hidepid=2 /proc; "$@" stage it; "$@" collect --all; "$@" status'
+    hidden = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", "sh", "-euc", script, "sh"]
+    environ = bench.environ(HOME=str(bench.root), TMPDIR=str(bench.root))
+    done = run([*hidden, *drop, VENV / "bin" / "stager"], env=environ)
+    tree = Path(done.stdout.splitlines()[0])
+    assert tree.is_dir(), done.stdout + done.stderr

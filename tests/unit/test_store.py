@@ -447,9 +447,24 @@ def test_a_process_is_alive_until_it_ends() -> None:
 
 
 def test_a_later_process_with_the_same_number_is_another() -> None:
-    kind, pid, start, boot = lease.of_process(os.getpid()).split("-")
-    assert not lease.is_alive(f"{kind}-{pid}-{int(start) - 1}-{boot}")
-    assert not lease.is_alive(f"{kind}-{pid}-{start}-{'0' * 8}")
+    kind, pid, start, boot, namespace = lease.of_process(os.getpid()).split("-")
+    assert not lease.is_alive(f"{kind}-{pid}-{int(start) - 1}-{boot}-{namespace}")
+    assert not lease.is_alive(f"{kind}-{pid}-{start}-{'0' * 8}-{namespace}")
+    assert lease.is_alive(f"{kind}-{pid}-{start}-{boot}")  # as an older stager wrote it
+
+
+def test_a_process_that_nobody_may_look_at_is_alive_while_its_number_is_taken() -> None:
+    """A parent that is root's, where /proc hides others' processes: its start is not to be had."""
+    boot = boot_id()[:8]
+    assert lease.is_alive(f"pid-1-0-{boot}")
+    with subprocess.Popen(["true"]) as process:
+        pass
+    assert not lease.is_alive(f"pid-{process.pid}-0-{boot}")
+    assert not lease.is_alive(f"pid-{'9' * 40}-0-{boot}")
+
+
+def test_a_parent_of_another_namespace_is_its_first_process() -> None:
+    assert lease.of_process(0) == lease.of_process(1)
 
 
 def test_a_program_with_a_strange_name(tmp_path: Path) -> None:
