@@ -149,7 +149,7 @@ def stage_with_room(
         node = Store(config["store"])
         limits = {"max_size": config["collect.max_size"], "min_free": config["collect.min_free"]}
         freed = collect.collect(node, **limits, exists=schedulers.job_exists)
-        if not freed.leases:
+        if not (freed.leases or freed.trees):
             raise
         return stage_here(published, config, holder=holder, progress=progress)
 

@@ -74,10 +74,12 @@ def _evict(node: Store, held: Held) -> bool:
                 return False
             try:
                 node.forget(held.id)
-            except (StagerError, OSError):
+            except StagerError:
                 if stamp is not None:
                     node.set_ready(held.id, stamp)  # still in use, by somebody without a lease
                 return False
+            except OSError:
+                return False  # what is left is no tree any more
     except BusyError:
         return False
     return True

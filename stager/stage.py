@@ -25,6 +25,8 @@ from stager.store import EXTRACTED, MOUNTED, Stamp, Store
 from stager.trees import Progress
 
 HIT = "hit"
+_TRIES = 3
+"""A claim that another stage of the same holder gives up when it fails is made again."""
 
 
 class Staged(NamedTuple):
@@ -70,10 +72,12 @@ def stage(
     made = {layer.id: HIT for layer in manifest.layers}
     claimed: list[str] = []
     try:
-        for layer_id in made:
-            if node.lease(layer_id, holder):
-                claimed.append(layer_id)
-        if any(node.ready(layer_id) is None for layer_id in made):
+        for _ in range(_TRIES):
+            for layer_id in made:
+                if node.lease(layer_id, holder):
+                    claimed.append(layer_id)
+            if all(node.ready(layer_id) is not None for layer_id in made):
+                break
             made |= _make(published, node, config, progress)
     except BaseException:
         for layer_id in claimed if not warm.is_job(holder) else ():

@@ -293,6 +293,23 @@ def test_where_space_is_short_the_claims_of_ended_jobs_go(
     assert len(tries) == 3
 
 
+def test_a_tree_that_was_evicted_is_worth_a_second_attempt(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings = config.load(overrides={"store": str(tmp_path / "s")}, environ={})
+    node = Store(settings["store"])
+    os.mkdir(node.tree("0123456789abcdef"))  # as a stage that was killed leaves it
+
+    def stage_here(*_: object, **__: object) -> str:
+        if node.held():
+            raise NoSpaceError("full")
+        return "staged"
+
+    monkeypatch.setattr(allocation, "stage_here", stage_here)
+    published: Any = None
+    assert allocation.stage_with_room(published, settings, holder="me") == "staged"
+
+
 # -- PBS
 
 

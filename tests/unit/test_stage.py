@@ -156,6 +156,21 @@ def test_an_image_that_a_prolog_has_fetched_is_not_read_again(
         assert works(site.stage())
 
 
+def test_a_claim_that_another_stage_of_the_same_shell_gave_up_is_made_again(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had claimed first, waited for us, and its time was over."""
+    real, node, tree = fitness.try_out, site.node, site.layer.id
+
+    def try_out(*arguments: Any) -> None:
+        real(*arguments)
+        node.release(ME, tree)
+
+    monkeypatch.setattr(fitness, "try_out", try_out)
+    site.stage()
+    assert node.leases(tree) == (ME,)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_cold_stage_and_a_warm_one(site: Site, format: str) -> None:
     cold = site.stage(format)

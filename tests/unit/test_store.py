@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from stager import collect, lease, schedulers
+from stager import collect, fsutil, lease, schedulers
 from stager import store as storing
 from stager.collect import Collected
 from stager.errors import BusyError, DeniedError, StagerError, UsageError
@@ -362,6 +363,21 @@ def test_jobs_that_the_scheduler_does_not_know_any_more_are_dead(node: Store) ->
         node, max_size=0, min_free=0, exists=lambda _, job: {"7": False, "8": None}[job]
     )
     assert (found.trees, found.leases) == ((A,), 1)
+
+
+def test_a_tree_that_is_half_removed_is_no_tree_any_more(
+    node: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(node, A)
+
+    def fail(path: str) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy", f"{path}/something-mounted")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fsutil, "remove_tree", fail)
+        assert collecting(node, everything=True).trees == ()
+    assert not is_ready(node, A)
+    assert collecting(node).trees == (A,)
 
 
 def test_a_claim_made_while_a_tree_is_evicted_keeps_it(
