@@ -28,6 +28,7 @@ from stager.manifest import (
     Manifest,
     Platform,
     Python,
+    Watch,
     plain,
     read_layer,
 )
@@ -132,6 +133,8 @@ def pack(
         environment = describe(request, config)
     except OSError as error:
         raise explain(error, f"look through {request.paths[0]}", blame=JOB) from error
+    # Before anything is looked through: what changes from here on may not be in the image.
+    watches = [freshness.watch(path) for path in environment.watched if not check]
     surveys = _surveys(environment, config, check=check)
     # What is wrong with the first tree, mostly the only one, is told before anything is written.
     surveys = itertools.chain([next(surveys)], surveys)
@@ -145,7 +148,8 @@ def pack(
         written = layers.write(repository, directory)
         told = (Finding(**one) for record in written for one in record["findings"])
         findings = [*layers.findings, *told]
-        manifest = _manifest(environment, layers.surveys, written, findings, config, name)
+        watches += (one for survey in layers.surveys for one in survey.watches)
+        manifest = _manifest(environment, layers.surveys, written, findings, watches, config, name)
         if progress is not None and name is not None:
             _note_replaced(repository, manifest, progress)
         published = repository.publish(manifest, replace=name is not None)
@@ -461,12 +465,12 @@ def _manifest(
     surveys: list[Survey],
     records: list[dict[str, Any]],
     findings: list[Finding],
+    watches: list[Watch],
     config: Config,
     name: str | None,
 ) -> Manifest:
     interpreter = environment.interpreter
     glibc = max((tuple(record["glibc"]) for record in records), default=())
-    trees = [path for survey in surveys for path in survey.watched]
     return Manifest(
         name=name or environment.name,
         kind=environment.kind,
@@ -483,10 +487,7 @@ def _manifest(
         ),
         platform=Platform(os.uname().machine, ".".join(map(str, glibc))),
         activation=environment.activation.to_json(),
-        watches=(
-            *(freshness.watch(path) for path in environment.watched),
-            *(freshness.watch(path, tree=True) for path in trees),
-        ),
+        watches=tuple(watches),
         modules=_modules(surveys),
         options={key: config[key] for key in config.values if key.startswith("pack.")},
         packed=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),

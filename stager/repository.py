@@ -338,7 +338,7 @@ class Repository:
         unnamed: list[str] = []
         try:
             for room in ("refs", "origins", "manifests"):
-                for name in self._listdir(room):
+                for name in self._whole(room):
                     path = self._path(room, name)
                     if room == "manifests" and name not in kept and _age(path) >= keep:
                         unnamed.append(path)
@@ -349,7 +349,7 @@ class Repository:
         for path in unnamed:
             os.unlink(path)
         images = {layer.filename for one in kept.values() for layer in one.layers}
-        for name in self._listdir("layers"):
+        for name in self._whole("layers"):
             path = self._path("layers", name)
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 with open(path, "rb") as file:
@@ -363,6 +363,17 @@ class Repository:
                     os.unlink(self._path("images", name))
                     removed.append(name)
         return removed
+
+    def _whole(self, room: str) -> Iterator[str]:
+        """Yield a room's files but for halves, which a write leaves that is killed; old ones go."""
+        for name in self._listdir(room):
+            if not name.startswith("."):
+                yield name
+                continue
+            with contextlib.suppress(OSError):
+                # Without working locks (some shared file systems) somebody may be writing it.
+                if _age(self._path(room, name)) > _ABANDONED:
+                    os.unlink(self._path(room, name))
 
     @contextlib.contextmanager
     def _lock(self, name: str, *, shared: bool = False, timeout: float = 60) -> Iterator[None]:

@@ -14,11 +14,11 @@ import os
 import re
 from collections.abc import Iterator
 
-from stager import condameta, plan, walk
+from stager import condameta, freshness, plan, walk
 from stager.condameta import Recorded
 from stager.config import Config
 from stager.environments import Environment, Tree, editables
-from stager.manifest import TREE, USER, Finding
+from stager.manifest import TREE, USER, Finding, Watch
 from stager.relocate import Move, Relocation
 from stager.walk import DIRECTORY, FILE, LINK, Entry, Excluder
 
@@ -36,7 +36,7 @@ class Survey:
         moves: paths outside the tree whose copies lie in it, relative to the destination.
         copies: directories outside the tree, and where in it a link was replaced by their copy.
         slow: the files lie on a network file system.
-        watched: source trees whose changes make the environment stale.
+        watches: source trees whose changes make the environment stale.
         recorded: what conda recorded of its files.
     """
 
@@ -46,7 +46,7 @@ class Survey:
         self.slow = slow
         self.moves: list[tuple[str, str]] = []
         self.copies: list[tuple[str, str]] = []
-        self.watched: list[str] = []
+        self.watches: list[Watch] = []
         self.findings: list[Finding] = []
         self.recorded: dict[str, Recorded] = {}
 
@@ -242,9 +242,10 @@ def _take_in_editables(survey: Survey, environment: Environment, config: Config)
             continue
         # A directory of its own: beside one another, two modules could have one name.
         at = f"{SNAPSHOTS}/{number}/{os.path.basename(source.path)}"
+        # Before it is looked through: what changes from here on may not be in the image.
+        survey.watches += (freshness.watch(path, tree=True) for path in _watchable(source))
         survey.entries += _snapshot(source, at)
         survey.moves.append((source.path, at))
-        survey.watched += _watchable(source)
         reason = f"an editable install: a copy of {source.path} is included"
         survey.findings.append(Finding(named_by, "editable", reason, "note"))
     if any(at.startswith(SNAPSHOTS) for _, at in survey.moves):

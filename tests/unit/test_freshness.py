@@ -7,11 +7,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
-from stager import freshness
+import tiny
+from stager import freshness, pack
 from stager.manifest import Manifest, Watch
 
 pytestmark = pytest.mark.unit
@@ -207,3 +208,23 @@ def test_what_somebody_has_just_asked_is_not_asked_again(
         patched.setattr(os, "stat", lambda path: asked.append(path) or stat(path))
         found = freshness.changed(manifest, seen)
     assert (found, asked) == ([other], [other])  # only what is another one now is looked into
+
+
+@pytest.mark.parametrize("before", ["nothing packed before", "the layer packed before"])
+def test_what_is_installed_while_an_image_is_written_is_a_change(
+    public_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    config = tiny.configured(public_path)
+    prefix = tiny.environment(public_path / "environment")
+    if before.startswith("the"):
+        tiny.packed(prefix, config)
+    write = pack._Layers.write
+
+    def meanwhile(*arguments: Any) -> list[dict[str, Any]]:
+        done = write(*arguments)
+        (prefix / tiny.SITE / "later.py").touch()
+        return done
+
+    monkeypatch.setattr(pack._Layers, "write", meanwhile)
+    published = tiny.packed(prefix, config)
+    assert freshness.changed(published.manifest) == [str(prefix / tiny.SITE)]

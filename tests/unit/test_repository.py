@@ -351,6 +351,19 @@ def test_nothing_is_collected_while_a_manifest_cannot_be_read(repository: Reposi
     assert len(images(repository)) == 2 and path.exists()
 
 
+def test_half_a_file_of_a_killed_publish_keeps_nothing(repository: Repository) -> None:
+    tiny.publish(repository, named("one", 1))
+    old = []
+    for room in ("refs", "origins", "manifests", "layers"):
+        for age in (0.0, 100_000.0):
+            half = Path(repository.root, room, f".one.{age}.new")
+            half.write_bytes(named("one", 1).encode() if room == "refs" else b"")
+            os.utime(half, (time.time() - age,) * 2)
+            old += [half] if age else []
+    assert repository.remove(Ref(name="one")) == [named("one", 1).top.filename]
+    assert not any(half.exists() for half in old)
+
+
 def test_a_name_alone_keeps_its_images(repository: Repository) -> None:
     """Where somebody has removed the file in ``manifests``."""
     published = tiny.publish(repository, named("one", 1))
