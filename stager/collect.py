@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import time
 from typing import Callable, NamedTuple
 
 from stager import lease
 from stager.errors import BusyError, StagerError
 from stager.store import Held, Store
+
+_ABANDONED = 86400.0
+"""Seconds after which nobody writes half of a stamp any more."""
 
 
 class Collected(NamedTuple):
@@ -34,6 +40,7 @@ def collect(
         everything: evict every unclaimed tree.
         exists: asks the scheduler about jobs, see :func:`stager.lease.is_alive`.
     """
+    _drop_halves(node)
     dropped = _drop_dead(node, exists)
     before = node.free()
     evicted = []
@@ -47,6 +54,15 @@ def collect(
             evicted.append(held.id)
             used = node.size()
     return Collected(tuple(evicted), max(0, node.free() - before), dropped)
+
+
+def _drop_halves(node: Store) -> None:
+    """Remove what is left of stamps whose writers were killed; nothing else looks at them."""
+    with os.scandir(os.path.join(node.root, "ready")) as items:
+        for item in items:
+            with contextlib.suppress(OSError):
+                if item.name.startswith(".") and time.time() - item.stat().st_mtime > _ABANDONED:
+                    os.unlink(item.path)
 
 
 def _drop_dead(node: Store, exists: Callable[[str, str], bool | None] | None) -> int:

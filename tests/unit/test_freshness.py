@@ -215,16 +215,21 @@ def test_what_is_installed_while_an_image_is_written_is_a_change(
     public_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
 ) -> None:
     config = tiny.configured(public_path)
-    prefix = tiny.environment(public_path / "environment")
+    source = public_path / "source" / "mine"
+    source.mkdir(parents=True)
+    (source / "__init__.py").touch()
+    files = {f"{tiny.SITE}/mine.pth": str(source.parent)}
+    prefix = tiny.environment(public_path / "environment", files)
     if before.startswith("the"):
         tiny.packed(prefix, config)
     write = pack._Layers.write
 
     def meanwhile(*arguments: Any) -> list[dict[str, Any]]:
         done = write(*arguments)
-        (prefix / tiny.SITE / "later.py").touch()
+        for directory in (prefix / tiny.SITE, source):
+            (directory / "later.py").touch()
         return done
 
     monkeypatch.setattr(pack._Layers, "write", meanwhile)
     published = tiny.packed(prefix, config)
-    assert freshness.changed(published.manifest) == [str(prefix / tiny.SITE)]
+    assert freshness.changed(published.manifest) == [str(prefix / tiny.SITE), str(source)]

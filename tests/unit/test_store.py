@@ -335,6 +335,17 @@ def test_what_a_killed_stage_has_left_goes_at_once(node: Store) -> None:
     assert node.held() == []
 
 
+def test_half_a_stamp_of_a_killed_stage_goes_when_it_is_old(node: Store) -> None:
+    made(node, A)
+    old, new = (Path(node.root, "ready", f".{A}.{name}.new") for name in ("old", "new"))
+    for half, age in ((old, 100_000.0), (new, 0.0)):
+        half.touch()
+        os.utime(half, (time.time() - age,) * 2)
+    os.utime(Path(node.root, "ready", A), (1, 1))
+    assert collecting(node).trees == ()
+    assert (old.exists(), new.exists(), is_ready(node, A)) == (False, True, True)
+
+
 def test_what_is_being_made_is_left(node: Store) -> None:
     with node.lock(A, timeout=0):
         Path(node.workspace(A), "half").touch()
