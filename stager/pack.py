@@ -18,6 +18,8 @@ from stager.bytecode import Compiler
 from stager.config import Config
 from stager.environments import Environment, Request, Tree, describe
 from stager.errors import JOB, IntegrityError, StagerError, UsageError
+from stager.formats import tarstream
+from stager.formats.tarstream import Member
 from stager.fsutil import explain
 from stager.manifest import (
     TREE,
@@ -32,7 +34,7 @@ from stager.manifest import (
     plain,
     read_layer,
 )
-from stager.produce import Outcome, Producer, Sink
+from stager.produce import Data, Outcome, Producer, Sink
 from stager.ref import Ref, is_name
 from stager.repository import Published, Repository
 from stager.survey import Survey, look_through, place_of
@@ -424,9 +426,10 @@ class _Layers:
 
 
 class _Nowhere:
-    """A sink for checks: reads large files to their end, keeps nothing."""
+    """A sink for checks: refuses what images refuse, reads large files to their end."""
 
-    def write_member(self, member: object, data: Any = b"") -> None:
+    def write_member(self, member: Member, data: Data = b"") -> None:
+        tarstream.header(member)
         if not isinstance(data, bytes):
             for _ in data:
                 pass

@@ -131,6 +131,7 @@ class Writer:
         if self._process.poll() is None:
             self._process.kill()
             self._process.wait()
+        self._pipe.close()
         self._messages.close()
 
     def _put(self, *pieces: bytes) -> None:

@@ -427,6 +427,15 @@ def test_an_environment_that_may_not_be_read(
     assert "site-packages" in found.error
 
 
+def test_a_check_refuses_what_a_pack_refuses(bare: Machine) -> None:
+    deep = bare.prefix / "share" / "/".join("d" * 128)
+    deep.mkdir(parents=True)
+    for options in ([], ["--check"]):
+        found = bare("pack", "environments/tiny", *options)
+        assert found.status == 2
+        assert "it is deeper than 128 directories" in found.err
+
+
 def test_a_damaged_manifest(machine: Machine) -> None:
     path = machine.root / "repository" / "refs" / "tiny"
     good = path.read_bytes()
