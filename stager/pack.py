@@ -146,7 +146,7 @@ def pack(
         findings = [*layers.findings, *(one for outcome in outcomes for one in outcome.findings)]
         return _packed(None, environment, findings, (), outcomes, started)
     repository = Repository(config["repository"])
-    with repository.workspace() as directory:
+    with _told(repository), repository.workspace() as directory:
         written = layers.write(repository, directory)
         told = (Finding(**one) for record in written for one in record["findings"])
         findings = [*layers.findings, *told]
@@ -157,6 +157,17 @@ def pack(
         published = repository.publish(manifest, replace=name is not None)
     repository.collect(keep=config["keep_replaced"])
     return _packed(published, environment, findings, layers.reused, layers.outcomes, started)
+
+
+@contextlib.contextmanager
+def _told(repository: Repository) -> Iterator[None]:
+    """Name the repository where a disk, mostly the one that it is on, fails."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # nobody reads what is told of the progress
+    except OSError as error:
+        raise explain(error, f"pack into the repository {repository.root}") from error
 
 
 def _surveys(environment: Environment, config: Config, *, check: bool) -> Iterator[Survey]:

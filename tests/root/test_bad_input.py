@@ -343,7 +343,8 @@ def test_full_disk_under_the_repository(
     (environment.prefix / "random").write_bytes(os.urandom(4 << 20))
     place = small_disk(bench, "2m")
     bench.settings["STAGER_REPOSITORY"] = str(place / "repository")
-    bench.expect(13, "pack", environment.prefix, "--format", format_)
+    said = bench.expect(13, "pack", environment.prefix, "--format", format_)
+    assert f"{place}/repository" in said
     files = [path for path in place.rglob("*") if path.is_file() and path.name != "lock"]
     assert [path for path in files if path.stat().st_size] == []
     assert list(place.glob("repository/tmp/*")) == []

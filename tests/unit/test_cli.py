@@ -491,14 +491,21 @@ def test_a_repository_that_cannot_be_made(bare: Machine, monkeypatch: pytest.Mon
     assert bare("list").status == 0
 
 
-def test_a_repository_on_a_full_disk(bare: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("writes", "path"),
+    [("fsutil.write_atomic", "/repository/manifests/x"), ("transfer.identify", None)],
+)
+def test_a_repository_on_a_full_disk(
+    bare: Machine, monkeypatch: pytest.MonkeyPatch, writes: str, path: str | None
+) -> None:
     def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device", "/repository/manifests/x")
+        raise OSError(28, "No space left on device", path)
 
-    monkeypatch.setattr("stager.fsutil.write_atomic", full)
+    monkeypatch.setattr(f"stager.{writes}", full)
     found = bare("pack", "environments/tiny")
     assert found.status == 13
-    assert "/repository/manifests/x" in found.error
+    assert f"{bare.root}/repository: No space left" in found.error
+    assert (path or "") in found.error
     assert os.listdir(bare.root / "repository" / "tmp") == []
 
 

@@ -156,7 +156,7 @@ class Writer:
         try:
             self._fileobj.write(data)
         except OSError as error:
-            raise fsutil.explain(error, "write the image") from error
+            raise fsutil.explain(error, f"write the image {self._fileobj.name}") from error
 
 
 def _changed(member: Member) -> IntegrityError:
