@@ -15,6 +15,8 @@ from typing import BinaryIO, Callable
 from stager import warm
 from stager.errors import BusyError, DeniedError, NoSpaceError, StagerError
 
+TOO_LARGE = "a limit on the size of a file is in force: see `ulimit -f`, or the file system's own"
+"""What to do where a file may not be as large as it should."""
 _CREATED_SUFFIX = ".new"
 _STILL_WRITTEN = 5.0
 """Seconds for which a directory that fills up again is emptied again."""
@@ -31,7 +33,9 @@ def explain(error: OSError, doing: str, *, blame: str | None = None) -> StagerEr
     known = not isinstance(error.filename, str) or error.filename in doing
     where = "" if known else f" ({error.filename})"
     message = f"cannot {doing}: {error.strerror or error}{where}"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno == errno.EFBIG:
+        return NoSpaceError(message, hint=TOO_LARGE, blame=blame)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return NoSpaceError(
             message,
             hint="free some space there (`stager collect` for the store, `stager remove` for the"

@@ -64,13 +64,12 @@ class Writer:
 
     def __init__(self, path: str, *, level: int, threads: int, newest: int) -> None:
         import subprocess
-        import tempfile
 
         from stager.formats import tarstream
 
         self._tar = tarstream  # looking it up for each member takes as long as its padding
         self._path = path
-        self._messages = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the image
+        self._messages = fsutil.nameless()  # closed with the image
         self._waiting: list[bytes | memoryview] = []
         self._size = 0
         # Its own choice of memory, a quarter of the machine's, is no faster than 128 MB.
@@ -160,6 +159,8 @@ class Writer:
             raise self._failure() from error
 
     def _failure(self) -> StagerError:
+        import signal
+
         self._messages.seek(0)
         said = self._messages.read().decode(errors="replace").strip()
         if "No space left" in said or "Disk quota" in said:
@@ -167,9 +168,15 @@ class Writer:
                 f"no space left while writing {os.path.dirname(self._path)}",
                 hint="`stager remove` old environments, or set the key `repository`",
             )
-        line = said.splitlines()[-1] if said else f"status {self._process.returncode}"
-        if "File too large" in said:
-            return NoSpaceError(f"mksquashfs failed: {line}", hint="a file size limit is in force")
+        status = self._process.returncode
+        line = said.splitlines()[-1] if said else f"status {status}"
+        if status < 0:
+            line = f"ended by {signal.Signals(-status).name}"
+        if status == -signal.SIGXFSZ or "File too large" in said:
+            where = os.path.dirname(self._path)
+            return NoSpaceError(
+                f"mksquashfs failed while writing {where}: {line}", hint=fsutil.TOO_LARGE
+            )
         old = "nvalid option" in said  # -tar is one since 4.5
         hint = "squashfs-tools 4.5 or newer is needed" if old else "`--format tar.zst` does without"
         return StagerError(f"mksquashfs failed: {line}", hint=hint)

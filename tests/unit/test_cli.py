@@ -509,6 +509,19 @@ def test_a_repository_on_a_full_disk(
     assert os.listdir(bare.root / "repository" / "tmp") == []
 
 
+@pytest.mark.parametrize("format", ["squashfs", "tar.zst"])
+def test_a_limit_on_the_size_of_files(bare: Machine, format: str) -> None:
+    (bare.prefix / "random").write_bytes(os.urandom(1 << 20))
+    done = subprocess.run(
+        ["prlimit", f"--fsize={1 << 18}", STAGER, "pack", "environments/tiny", "--format", format],
+        env=bare.environ, cwd=bare.root, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 13
+    assert f"{bare.root}/repository" in done.stderr
+    assert "hint: a limit on the size of a file is in force: see `ulimit -f`" in done.stderr
+    assert list((bare.root / "repository" / "tmp").iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "text", ["pack: {fromat: x}", "[", "a", "store: relative", "pack: 7", "run: {strict: maybe}"]
 )
