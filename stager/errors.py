@@ -14,6 +14,9 @@ SITE = "site"
 NODE = "node"
 """This node's own disk: the only blame that may ever drain a node, and only if a site opts in."""
 
+LIMITS = "is there a limit? `ulimit -u` tells that of processes and threads, `ulimit -v` of memory"
+"""What to do where a process, a thread or memory cannot be had."""
+
 
 class StagerError(Exception):
     """An error with a place in the interface.
@@ -82,3 +85,15 @@ class IncompatibleError(StagerError):
 
     exit_code = 15
     blame = JOB
+
+
+def unforeseen(error: Exception) -> StagerError:
+    """What a user reads of an error that none of ours stands for."""
+    if isinstance(error, MemoryError):
+        return StagerError("there is not enough memory", hint=LIMITS)
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return StagerError("no thread can be started", hint=LIMITS)
+    return StagerError(
+        f"this is a bug in stager: {type(error).__name__}: {error}",
+        hint="run it again with STAGER_DEBUG=1 and report what it prints",
+    )

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO, Callable
 
 from stager import warm
-from stager.errors import BusyError, DeniedError, NoSpaceError, StagerError
+from stager.errors import LIMITS, BusyError, DeniedError, NoSpaceError, StagerError
 
 TOO_LARGE = "a limit on the size of a file is in force: see `ulimit -f`, or the file system's own"
 """What to do where a file may not be as large as it should."""
@@ -48,6 +48,8 @@ def explain(error: OSError, doing: str, *, blame: str | None = None) -> StagerEr
             hint="check the owner and modes of that path, or choose another place",
             blame=blame,
         )
+    if error.errno in (errno.EAGAIN, errno.ENOMEM):  # as fork(2) says it
+        return StagerError(message, hint=LIMITS, blame=blame)
     return StagerError(message, hint="check that path and the disk it is on", blame=blame)
 
 

@@ -128,10 +128,12 @@ class Repository:
             # One open: nothing else is asked before it is known what the name stands for.
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             try:
-                if not stat.S_ISREG(os.fstat(fd).st_mode):
+                info = os.fstat(fd)
+                if not stat.S_ISREG(info.st_mode):
                     raise IntegrityError(f"{path} is not a file", hint="pack the environment again")
                 with open(fd, "rb", closefd=False) as file:
-                    return file.read(_MAX_MANIFEST)
+                    # Memory for as much as is asked for is taken at once.
+                    return file.read(min(info.st_size, _MAX_MANIFEST))
             finally:
                 fsutil.close_aside(fd)
         except (FileNotFoundError, NotADirectoryError):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import stager
-from stager.errors import StagerError
+from stager.errors import StagerError, unforeseen
 
 _EPILOG = """\
 examples:
@@ -321,11 +321,9 @@ def main(argv: Sequence[str]) -> int:
     except Exception as error:
         if os.environ.get("STAGER_DEBUG"):
             raise
-        print(
-            f"stager: error: this is a bug in stager: {type(error).__name__}: {error}",
-            file=sys.stderr,
-        )
-        print("hint: run it again with STAGER_DEBUG=1 and report what it prints", file=sys.stderr)
+        told = unforeseen(error)
+        # With nothing that is still to be imported: there may be no memory for it.
+        print(f"stager: error: {told.message}\nhint: {told.hint}", file=sys.stderr)
         return 1
 
 

@@ -15,7 +15,7 @@ from stager import allocation, containers, fsutil, lease, lookup, schedulers, se
 from stager.cli import report
 from stager.cli.common import Bars, load_config, say
 from stager.cli.preparing import ask_job, prepare
-from stager.errors import StagerError, UsageError
+from stager.errors import StagerError, UsageError, unforeseen
 from stager.processes import KEEPER
 from stager.stage import Staged
 
@@ -102,10 +102,7 @@ def _explained(problem: Exception) -> StagerError:
         return problem
     if isinstance(problem, OSError):
         return fsutil.explain(problem, "stage")
-    return StagerError(
-        f"this is a bug in stager: {type(problem).__name__}: {problem}",
-        hint="run it again with STAGER_DEBUG=1 and report what it prints",
-    )
+    return unforeseen(problem)
 
 
 def _without(

@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING
 
 from stager import fsutil, warm
 from stager.errors import (
+    LIMITS,
     IncompatibleError,
     IntegrityError,
     NoSpaceError,
@@ -179,6 +180,8 @@ class Writer:
             )
         old = "nvalid option" in said  # -tar is one since 4.5
         hint = "squashfs-tools 4.5 or newer is needed" if old else "`--format tar.zst` does without"
+        if "create thread" in said or "Out of memory" in said:
+            hint = LIMITS
         return StagerError(f"mksquashfs failed: {line}", hint=hint)
 
 

@@ -556,6 +556,32 @@ def test_a_bug_of_ours_is_said_to_be_one(machine: Machine, monkeypatch: pytest.M
         machine("inspect", "tiny")
 
 
+@pytest.mark.parametrize("problem", [MemoryError(), RuntimeError("can't start new thread")])
+def test_what_the_machine_lacks_is_no_bug(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, problem: Exception
+) -> None:
+    def fail(*_: object) -> None:
+        raise problem
+
+    monkeypatch.setattr(lookup, "find", fail)
+    found = machine("inspect", "tiny")
+    assert found.status == 1
+    assert "memory" in found.error or "thread" in found.error
+    assert "`ulimit -u`" in found.err and "`ulimit -v`" in found.err
+
+
+def test_a_compressor_without_threads_is_not_helped_by_another_format(
+    bare: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = bare.root / "mksquashfs"
+    program.write_text("#!/bin/sh\necho 'FATAL ERROR: Failed to create thread'\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{bare.root}:{os.environ['PATH']}")
+    found = bare("pack", "environments/tiny")
+    assert "Failed to create thread" in found.error
+    assert "`ulimit -u`" in found.err and "tar.zst" not in found.err
+
+
 def test_an_interrupt(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

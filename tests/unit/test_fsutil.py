@@ -53,6 +53,19 @@ def test_what_the_system_said_becomes_what_a_user_reads(
     assert error.blame == "node"
 
 
+@pytest.mark.parametrize(
+    ("number", "hint"),
+    [
+        (errno.ENOSPC, "free some space"),
+        (errno.EFBIG, "`ulimit -f`"),
+        (errno.EAGAIN, "`ulimit -u`"),
+        (errno.ENOMEM, "`ulimit -v`"),
+    ],
+)
+def test_what_to_do_is_told(number: int, hint: str) -> None:
+    assert hint in (fsutil.explain(OSError(number, os.strerror(number)), "do it").hint or "")
+
+
 def test_an_error_without_a_path_or_a_number() -> None:
     assert fsutil.explain(OSError("odd"), "do it").message == "cannot do it: odd"
 

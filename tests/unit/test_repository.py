@@ -10,6 +10,7 @@ import signal
 import stat
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -102,6 +103,17 @@ def test_nothing_is_found_where_there_is_no_repository(tmp_path: Path) -> None:
         assert empty.find(Ref(name="torch", digest="0" * 12)) is None
         assert empty.names() == []
     assert os.listdir(tmp_path) == ["file"]  # reading makes nothing
+
+
+def test_a_manifest_is_read_into_as_much_memory_as_it_takes(repository: Repository) -> None:
+    """A user may have a limit."""
+    tiny.publish(repository, named("torch"))
+    tracemalloc.start()
+    try:
+        assert repository.find(Ref(name="torch")) is not None
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_an_origin_is_found_by_every_path_to_it(repository: Repository, tmp_path: Path) -> None:
