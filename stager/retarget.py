@@ -72,6 +72,7 @@ class _InPlace:
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
+        self._new = f"{directory}.new"  # beside the tree: in it there may be a file of any name
 
     def write_member(
         self, member: Member, data: bytes | Iterable[bytes | memoryview] = b""
@@ -96,13 +97,13 @@ class _InPlace:
 
     def _write_pieces(self, path: str, pieces: Iterable[bytes | memoryview]) -> bool:
         """Replace a large file, which is read while it is written; tells whether it changed."""
-        new, done = f"{path}.new", 0
+        done = 0
         with contextlib.ExitStack() as stack:
             old = stack.enter_context(open(path, "rb"))
             file = None
             for piece in pieces:
                 if file is None and old.read(len(piece)) != piece:
-                    file = stack.enter_context(open(new, "xb"))
+                    file = stack.enter_context(open(self._new, "xb"))
                     old.seek(0)
                     while done and (chunk := old.read(min(done, 1 << 20))):
                         file.write(chunk)
@@ -112,5 +113,5 @@ class _InPlace:
                 else:
                     done += len(piece)
         if file is not None:
-            os.replace(new, path)
+            os.replace(self._new, path)
         return file is not None
