@@ -200,7 +200,12 @@ class Repository:
         for name in self._listdir("tmp"):
             directory = self._path("tmp", name)
             with contextlib.suppress(OSError):
-                fd = os.open(os.path.join(directory, "lock"), os.O_RDWR | os.O_CLOEXEC)
+                try:
+                    fd = os.open(os.path.join(directory, "lock"), os.O_RDWR | os.O_CLOEXEC)
+                except FileNotFoundError:  # its pack was killed before it had made one
+                    if _age(directory) > _ABANDONED:
+                        _removed(directory)
+                    continue
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     _removed(directory)

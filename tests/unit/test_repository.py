@@ -421,6 +421,16 @@ def test_the_workspace_of_a_killed_pack_is_swept_by_the_next(repository: Reposit
         assert workspaces(repository) == [os.path.basename(directory)] != [left]
 
 
+def test_a_workspace_without_a_lock_is_swept_when_it_is_old(repository: Repository) -> None:
+    repository.create()
+    for name, age in (("old", 100_000.0), ("new", 0.0)):
+        path = Path(repository.root, "tmp", name)
+        path.mkdir()
+        os.utime(path, (time.time() - age,) * 2)
+    with repository.workspace() as directory:
+        assert sorted(workspaces(repository)) == sorted([os.path.basename(directory), "new"])
+
+
 def test_the_workspace_of_a_pack_at_work_is_left(repository: Repository) -> None:
     with repository.workspace() as first, repository.workspace() as second:
         assert first != second
