@@ -287,6 +287,7 @@ class _Layers:
                 survey.moves,
                 config["store"],
                 config["pack.bytecode"],
+                config["local_prefixes"],  # where links may go on leading to
                 environment.interpreter.version,
                 lower,
             )

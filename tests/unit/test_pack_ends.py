@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import tiny
 from stager import pack
 from stager.config import Config
+from stager.environments import Request
 from stager.errors import StagerError
 from stager.manifest import Finding
 
@@ -111,3 +114,19 @@ def test_all_that_is_wrong_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(StagerError, match=r"(?s)a: is as it is.*b: is as it is"):
         next(pack._surveys(environment, Config(), check=False))
     assert [*pack._surveys(environment, Config(), check=True)] and looked == ["a", "b"] * 2
+
+
+def test_a_link_to_what_is_on_the_nodes_now_is_packed_again(public_path: Path) -> None:
+    """Which paths are on the nodes decides where a link leads."""
+    (public_path / "disk").mkdir()
+    (public_path / "disk" / "data").touch()
+    (public_path / "alias").symlink_to("disk")
+    prefix = tiny.environment(public_path / "environment")
+    (prefix / "data").symlink_to(public_path / "alias" / "data")
+    for local in ([], [str(public_path / "disk")]):
+        prefixes = (tiny.BASE_PREFIX, "/usr", *local)
+        config = tiny.configured(public_path, local_prefixes=prefixes)
+        found = pack.pack(Request((str(prefix),)), config).findings
+        assert [one.path for one in found if "not on the node" in one.reason] == (
+            [] if local else ["data"]
+        )
