@@ -14,8 +14,8 @@ SITE = "site"
 NODE = "node"
 """This node's own disk: the only blame that may ever drain a node, and only if a site opts in."""
 
-LIMITS = "is there a limit? `ulimit -u` tells that of processes and threads, `ulimit -v` of memory"
-"""What to do where a process, a thread or memory cannot be had."""
+LIMITS = "is there a limit on processes, memory or open files? `ulimit -a` tells"
+"""What to do where a process, a thread, memory or a file cannot be had."""
 
 
 class StagerError(Exception):

@@ -13,13 +13,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO, Callable
 
 from stager import warm
-from stager.errors import LIMITS, BusyError, DeniedError, NoSpaceError, StagerError
+from stager.errors import LIMITS, NODE, BusyError, DeniedError, NoSpaceError, StagerError
 
 TOO_LARGE = "a limit on the size of a file is in force: see `ulimit -f`, or the file system's own"
 """What to do where a file may not be as large as it should."""
 _CREATED_SUFFIX = ".new"
 _STILL_WRITTEN = 5.0
 """Seconds for which a directory that fills up again is emptied again."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LIMITS = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 
 def explain(error: OSError, doing: str, *, blame: str | None = None) -> StagerError:
@@ -28,14 +30,17 @@ def explain(error: OSError, doing: str, *, blame: str | None = None) -> StagerEr
     Args:
         error: what the system said.
         doing: what we were doing, as in "cannot <doing>".
-        blame: whose fault it is, where the caller knows better than the default.
+        blame: whose fault it is, where the caller knows better than the default. A node's it is not
+            where a disk is full or a process met a limit: that any user can bring about.
     """
+    if blame == NODE and error.errno in (*_FULL, *_LIMITS):
+        blame = None
     known = not isinstance(error.filename, str) or error.filename in doing
     where = "" if known else f" ({error.filename})"
     message = f"cannot {doing}: {error.strerror or error}{where}"
     if error.errno == errno.EFBIG:
         return NoSpaceError(message, hint=TOO_LARGE, blame=blame)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in _FULL:
         return NoSpaceError(
             message,
             hint="free some space there (`stager collect` for the store, `stager remove` for the"
@@ -48,7 +53,7 @@ def explain(error: OSError, doing: str, *, blame: str | None = None) -> StagerEr
             hint="check the owner and modes of that path, or choose another place",
             blame=blame,
         )
-    if error.errno in (errno.EAGAIN, errno.ENOMEM):  # as fork(2) says it
+    if error.errno in _LIMITS:
         return StagerError(message, hint=LIMITS, blame=blame)
     return StagerError(message, hint="check that path and the disk it is on", blame=blame)
 

@@ -342,7 +342,7 @@ def _listdir(path: str) -> list[str]:
 
 @contextlib.contextmanager
 def blame_node(doing: str) -> Iterator[None]:
-    """Turn system errors of the store's own disk into ours, with the blame on the node."""
+    """Turn system errors of the store into ours, the node's fault where its disk failed."""
     try:
         yield
     except OSError as error:

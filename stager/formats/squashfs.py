@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING
 from stager import fsutil, warm
 from stager.errors import (
     LIMITS,
+    NODE,
     IncompatibleError,
     IntegrityError,
     NoSpaceError,
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 
 MOUNT_TIMEOUT = 30.0
 """Seconds a mount may take to appear; measured: 4 to 14 ms."""
+
+_DAMAGE = ("superblock", "corruption", "uncompress failed")
+_DISK_FAULTS = ("Input/output error", "Read-only file system")
+"""What unsquashfs says of a damaged image, and of a disk; else it lacked something."""
 
 _BUFFER = 1 << 20
 _PIECES = 512  # IOV_MAX is 1024
@@ -331,6 +336,7 @@ def extract(image: str, directory: str) -> None:
         IncompatibleError: ``unsquashfs`` is not installed.
         NoSpaceError: the disk is full.
         IntegrityError: the image is damaged.
+        StagerError: anything else; the node's fault where its disk failed.
     """
     import signal
     import subprocess
@@ -357,7 +363,9 @@ def extract(image: str, directory: str) -> None:
     if done.returncode < 0:
         raise StagerError(f"unsquashfs was ended by {signal.Signals(-done.returncode).name}")
     lines = [line for line in said.splitlines() if line.strip()]
-    raise IntegrityError(
-        f"unsquashfs cannot unpack the image: {lines[-1] if lines else done.returncode}",
-        hint="pack the environment again",
-    )
+    message = f"unsquashfs cannot unpack the image: {lines[-1] if lines else done.returncode}"
+    if any(word in said for word in _DISK_FAULTS):
+        raise StagerError(message, hint="check the store's disk", blame=NODE)
+    if any(word in said for word in _DAMAGE):
+        raise IntegrityError(message, hint="pack the environment again")
+    raise StagerError(message, hint=LIMITS)

@@ -116,7 +116,7 @@ def _pump(
         while True:
             found = filled.get()
             if isinstance(found, OSError):
-                raise fsutil.explain(found, f"copy {source} to {target}") from found
+                raise fsutil.explain(found, f"read the image {source}", blame=JOB) from found
             if isinstance(found, BaseException):
                 raise found
             buffer, count = found
@@ -145,7 +145,7 @@ def _write(writer: int, piece: memoryview, target: str) -> None:
         try:
             piece = piece[os.write(writer, piece) :]
         except OSError as error:
-            raise fsutil.explain(error, f"write {target}") from error
+            raise fsutil.explain(error, f"write {target}", blame=NODE) from error
 
 
 def identify(path: str, image_format: str) -> Image:

@@ -29,28 +29,35 @@ NOBODY = 65534
 
 
 @pytest.mark.parametrize(
-    ("number", "kind", "code"),
+    ("number", "kind", "code", "blame"),
     [
-        (errno.ENOSPC, NoSpaceError, 13),
-        (errno.EDQUOT, NoSpaceError, 13),
-        (errno.EFBIG, NoSpaceError, 13),
-        (errno.EACCES, DeniedError, 14),
-        (errno.EPERM, DeniedError, 14),
-        (errno.EROFS, DeniedError, 14),
-        (errno.EIO, StagerError, 1),
-        (errno.ENOENT, StagerError, 1),
+        (errno.ENOSPC, NoSpaceError, 13, "site"),
+        (errno.EDQUOT, NoSpaceError, 13, "site"),
+        (errno.EFBIG, NoSpaceError, 13, "site"),
+        (errno.EAGAIN, StagerError, 1, "site"),
+        (errno.ENOMEM, StagerError, 1, "site"),
+        (errno.EMFILE, StagerError, 1, "site"),
+        (errno.ENFILE, StagerError, 1, "site"),
+        (errno.EACCES, DeniedError, 14, "node"),
+        (errno.EPERM, DeniedError, 14, "node"),
+        (errno.EROFS, DeniedError, 14, "node"),
+        (errno.EIO, StagerError, 1, "node"),
+        (errno.ENOENT, StagerError, 1, "node"),
     ],
 )
 def test_what_the_system_said_becomes_what_a_user_reads(
-    number: int, kind: type[StagerError], code: int
+    number: int, kind: type[StagerError], code: int, blame: str
 ) -> None:
+    """What any user can bring about is never the node's fault."""
     error = fsutil.explain(
         OSError(number, os.strerror(number), "/some/path"), "do it", blame="node"
     )
     assert type(error) is kind
     assert error.exit_code == code
     assert error.message == f"cannot do it: {os.strerror(number)} (/some/path)"
-    assert error.blame == "node"
+    assert error.blame == blame
+    limit = number in (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+    assert limit == ("ulimit" in (error.hint or ""))
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ from stager.errors import (
     StagerError,
 )
 from stager.formats import squashfs, tarzst
-from stager.formats.tarzst import extracting
+from stager.formats.tarzst import extracting, index
 from stager.manifest import Image, Layer, Manifest
 from stager.repository import Published, Repository
 from stager.stage import EXTRACTED, HIT, Staged
@@ -759,7 +759,7 @@ def test_a_disk_that_is_full_in_the_middle_leaves_nothing(
 @pytest.mark.parametrize(
     ("place", "function", "error", "expected", "told"),
     [
-        (os, "readv", OSError(5, "Input/output error"), StagerError, "Input/output error"),
+        (os, "readv", OSError(5, "Input/output error"), StagerError, "read the image"),
         (os, "readv", MemoryError("none left"), MemoryError, "none left"),
         (threading.Thread, "start", RuntimeError("no new thread"), StagerError, "no new thread"),
     ],
@@ -786,6 +786,55 @@ def test_a_reader_that_fails_leaves_nothing(
     assert threading.active_count() == before
     assert untouched(site.node)
     assert works(site.stage())
+
+
+@pytest.mark.parametrize(
+    ("format", "module", "function", "blame"),
+    [
+        ("squashfs", transfer, "readv", "job"),
+        ("tar.zst", index, "preadv", "job"),
+        ("squashfs", transfer, "write", "node"),
+        ("tar.zst", extracting, "utime", "node"),
+    ],
+)
+def test_a_disk_that_fails_is_the_nodes_fault_and_shared_storage_is_not(
+    site: Site,
+    monkeypatch: pytest.MonkeyPatch,
+    format: str,
+    module: Any,
+    function: str,
+    blame: str,
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(module, "os", SimpleNamespace(**{**vars(os), function: fail}))
+    with pytest.raises(StagerError, match="Input/output error") as error:
+        site.stage(format)
+    assert error.value.blame == blame
+    assert untouched(site.node)
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "blame"),
+    [
+        ("Write on output file failed because Input/output error", 1, "node"),
+        ("Write on output file failed because No space left on device", 13, "site"),
+        ("FATAL ERROR: Out of memory (cache_init)", 1, "site"),
+        ("FATAL ERROR: Failed to create thread", 1, "site"),
+        ("FATAL ERROR: File system corruption detected", 12, "job"),
+    ],
+)
+def test_whose_fault_it_is_that_unsquashfs_fails(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, code: int, blame: str
+) -> None:
+    stand_in = tmp_path / "unsquashfs"
+    stand_in.write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(StagerError) as error:
+        site.stage()
+    assert (error.value.exit_code, error.value.blame) == (code, blame)
 
 
 def test_a_full_disk_is_told_while_shared_storage_hangs(

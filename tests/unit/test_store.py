@@ -194,16 +194,14 @@ def test_a_claim_is_made_though_a_collector_removes_the_directory(
     assert node.leases(A) == ("x",)
 
 
-def test_a_claim_on_a_full_disk_is_the_nodes_fault(
-    node: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_claim_on_a_full_disk(node: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(path: str, *_: int, **__: int) -> int:
         raise OSError(28, "No space left on device", path)
 
     monkeypatch.setattr(os, "open", fail)
     with pytest.raises(StagerError, match="No space left") as error:
         node.lease(A, "x")
-    assert (error.value.exit_code, error.value.blame) == (13, "node")
+    assert (error.value.exit_code, error.value.blame) == (13, "site")
 
 
 def test_a_claim_is_a_use(node: Store) -> None:

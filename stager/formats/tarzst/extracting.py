@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Callable, NamedTuple, NoReturn, Union
 import zstandard
 
 from stager import errors, fsutil
-from stager.errors import JOB, IntegrityError, NotFoundError, StagerError, UsageError
+from stager.errors import JOB, NODE, IntegrityError, NotFoundError, StagerError, UsageError
 from stager.formats import tarstream
 from stager.formats.tarstream import DIR, FILE, HARDLINK, TRAILER, Member
 from stager.formats.tarzst.index import (
@@ -114,7 +114,7 @@ def extract(
                 f"{destination} exists", hint="extraction needs a directory of its own; remove it"
             ) from error
         except OSError as error:
-            raise fsutil.explain(error, f"extract to {destination}") from error
+            raise fsutil.explain(error, f"extract to {destination}", blame=NODE) from error
         try:
             with contextlib.ExitStack() as stack:
                 root = os.open(destination, _DIRECTORY)
@@ -135,7 +135,7 @@ def extract(
             with contextlib.suppress(OSError):
                 fsutil.remove_tree(destination)
             if isinstance(error, OSError):
-                raise fsutil.explain(error, f"extract to {destination}") from error
+                raise fsutil.explain(error, f"extract to {destination}", blame=NODE) from error
             raise
 
 
@@ -373,7 +373,8 @@ class _Unpacker:
                 return self._continue(piece, data)
             return self._members(data, last=number == len(self.index.frames) - 1)
         except OSError as error:
-            raise fsutil.explain(error, f"extract to {self._destination}") from error
+            doing = f"extract to {self._destination}"
+            raise fsutil.explain(error, doing, blame=NODE) from error
 
     def _decompress(self, number: int, frame: memoryview) -> bytes:
         size = self.index.frames[number][1]

@@ -8,7 +8,7 @@ import zlib
 from typing import NamedTuple, Union
 
 from stager import fsutil
-from stager.errors import IntegrityError
+from stager.errors import JOB, IntegrityError
 from stager.formats import tarstream
 from stager.formats.tarstream import FILE, TRAILER
 
@@ -172,7 +172,7 @@ def read_into(fd: int, offset: int, view: memoryview) -> None:
         try:
             count = os.preadv(fd, [view], offset)
         except OSError as error:
-            raise fsutil.explain(error, "read the image") from error
+            raise fsutil.explain(error, "read the image", blame=JOB) from error
         if not count:
             raise IntegrityError("the image became shorter while it was read")
         offset += count
