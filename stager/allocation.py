@@ -182,7 +182,8 @@ def _extract_in_place(layer: Layer, node: Store, config: Config) -> None:
         squashfs.extract(image, extracted)
         node.withdraw(layer.id)
         _swap(extracted, tree)
-        node.set_ready(layer.id, Stamp(layer.filename, EXTRACTED, store.boot_id(), layer.size))
+        size = trees.extracted_size(layer)
+        node.set_ready(layer.id, Stamp(layer.filename, EXTRACTED, store.boot_id(), size))
         os.unlink(image)
     finally:
         fsutil.remove_tree(workspace)

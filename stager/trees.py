@@ -23,6 +23,9 @@ from stager.store import EXTRACTED, MOUNTED, Stamp, Store
 
 _MARGIN, _MARGIN_INODES = 16 << 20, 1000
 """Bytes and inodes to leave free beside a tree: jobs have use for the disk too."""
+_BLOCK = 4096
+"""What a file takes beyond its bytes, at most: disks give whole blocks, commonly of this size. Most
+files of an environment are smaller: by their bytes, thousands would take next to nothing."""
 
 
 class Progress(Protocol):
@@ -78,7 +81,7 @@ def make(
 
                 retarget.rewrite(unpacked, published.manifest, layer, node)
             node.put(unpacked, layer.id)
-        size = layer.image.size if how == MOUNTED else layer.size
+        size = layer.image.size if how == MOUNTED else extracted_size(layer)
         owner = owner_of(os.environ) if how == MOUNTED else None  # squashfuse has our variables
         text = owner.text if owner is not None else ""
         return Stamp(layer.filename, how, store.boot_id(), size, owner=text)
@@ -87,6 +90,11 @@ def make(
         raise
     finally:
         fsutil.remove_tree(workspace)
+
+
+def extracted_size(layer: Layer) -> int:
+    """Bytes of disk that an extracted layer takes, at most."""
+    return layer.size + layer.files * _BLOCK
 
 
 def is_moved(layer: Layer, node: Store) -> bool:
@@ -236,29 +244,45 @@ def make_room(layer: Layer, how: str, node: Store, config: Config, *, present: i
     """
     size = layer.image.size - present
     if how == EXTRACTED:
-        size += layer.size
+        if layer.image.format != "squashfs":  # extracted from where it is
+            size = 0
+        size += extracted_size(layer)
     files = 0 if how == MOUNTED else layer.files
     if how == EXTRACTED and os.statvfs(node.root).f_flag & os.ST_NOEXEC:
         raise IncompatibleError(
             f"the store {node.root} is on a file system mounted noexec",
             hint="choose another store (--store, STAGER_STORE), or install squashfuse",
         )
-    if _fits(node, size, files):
+    if not _lacking(node, size, files):
         return
     from stager import collect
 
     collect.collect(node, max_size=config["collect.max_size"], min_free=size + _MARGIN)
-    if not _fits(node, size, files):
-        info = os.statvfs(node.root)
-        lacking = "inodes" if info.f_files and info.f_favail < files + _MARGIN_INODES else "space"
+    lacking = _lacking(node, size, files)
+    if lacking:
         raise NoSpaceError(
-            f"not enough {lacking} in the store {node.root}: {size >> 20} MiB in {files} files are"
-            f" needed, {node.free() >> 20} MiB are free",
+            f"not enough {lacking}",
             hint="`stager collect` frees what no job uses; or choose another store (--store)",
         )
 
 
-def _fits(node: Store, size: int, files: int) -> bool:
+def _lacking(node: Store, size: int, files: int) -> str:
+    """What a tree lacks on the store's disk, in the numbers that were compared; empty: nothing."""
     info = os.statvfs(node.root)
-    enough = info.f_bavail * info.f_frsize >= size + _MARGIN
-    return enough and (not info.f_files or not files or info.f_favail >= files + _MARGIN_INODES)
+    free = info.f_bavail * info.f_frsize
+    if free < size + _MARGIN:
+        return (
+            f"space in the store {node.root}: {_mib(size)} MiB are needed and {_mib(_MARGIN)} MiB"
+            f" left to others, {free >> 20} MiB are free"
+        )
+    if info.f_files and files and info.f_favail < files + _MARGIN_INODES:
+        return (
+            f"inodes in the store {node.root}: {files} are needed and {_MARGIN_INODES} left to"
+            f" others, {info.f_favail} are free"
+        )
+    return ""
+
+
+def _mib(size: int) -> int:
+    """Rounded up: what is free is rounded down, so that a sum that does not fit looks like it."""
+    return -(-size >> 20)

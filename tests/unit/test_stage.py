@@ -132,7 +132,7 @@ def test_what_is_there_already_needs_no_room(site: Site, monkeypatch: pytest.Mon
     stamp = site.node.stamp(site.layer.id)
     assert stamp is not None
     site.node.set_ready(site.layer.id, stamp._replace(boot="another"))
-    monkeypatch.setattr(trees, "_fits", lambda node, size, files: size == 0)
+    monkeypatch.setattr(trees, "_lacking", lambda node, size, files: "space" if size else "")
     monkeypatch.setattr(trees, "fetch", lambda *_: pytest.fail("copied again"))
     forjob._fetch(*arguments)
     assert site.node.stamp(site.layer.id) == stamp
@@ -669,9 +669,34 @@ def test_no_room_is_asked_for_an_image_that_is_there(
 ) -> None:
     """It takes its space already: the tree has to fit beside it, not a second copy."""
     published, node = sent_ahead(site, "squashfs"), site.node
-    assert site.layer.size < 4096 <= site.layer.image.size
-    monkeypatch.setattr(os, "statvfs", Disk(site, room=(16 << 20) + 4096))
+    room = (16 << 20) + whole_blocks(site.layer)
+    assert site.layer.image.size >= 4096
+    monkeypatch.setattr(os, "statvfs", Disk(site, room=room))
     assert works(stage.stage(published, node, site.config, holder=ME))
+
+
+def test_no_room_is_asked_for_an_archive_that_is_extracted_from_where_it_is(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file takes whole blocks, however few bytes it has; the stamp tells collections so, too."""
+    room = (16 << 20) + whole_blocks(site.layer)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "statvfs", Disk(site, room=room - 4096))
+        with pytest.raises(NoSpaceError):
+            site.stage("tar.zst")
+        patch.setattr(os, "statvfs", Disk(site, room=room))
+        assert works(site.stage("tar.zst"))
+    stamp = site.node.stamp(site.layer.id)
+    assert stamp is not None
+    assert stamp.size == site.layer.size + 4096 * site.layer.files
+    assert stamp.size >= sum(
+        os.lstat(path).st_blocks * 512 for path in Path(site.node.tree(site.layer.id)).rglob("*")
+    )
+
+
+def whole_blocks(layer: Layer) -> int:
+    """Room for an extracted layer, as statvfs counts it."""
+    return -(-(layer.size + 4096 * layer.files) // 4096) * 4096
 
 
 # Space
@@ -700,9 +725,12 @@ class Disk:
 @pytest.mark.parametrize(
     ("disk", "message"),
     [
-        ({"room": 10 << 20}, "space"),
-        ({"room": 10**10, "inodes": 900}, "inodes"),
-        ({"room": 0}, "space"),
+        (
+            {"room": 10 << 20},
+            "space in the store .*: 1 MiB are needed and 16 MiB .*, 10 MiB are free",
+        ),
+        ({"room": 10**10, "inodes": 900}, "inodes in .* are needed and 1000 .*, 900 are free"),
+        ({"room": 0, "inodes": 900}, "space"),
     ],
 )
 def test_a_full_disk_is_told_before_anything_is_copied(
