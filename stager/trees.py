@@ -146,7 +146,7 @@ def _mounted(node: Store, layer: Layer, wanted: str, progress: Progress | None) 
     try:
         node.mount(layer.id)
     except StagerError as error:
-        os.rmdir(tree)
+        node.clear(layer.id)  # it may be there all the same, from a helper that did not end
         if wanted == "mount":
             raise
         if progress is not None:

@@ -22,6 +22,7 @@ import tiny
 from environments import run
 from stager import allocation, cli, collect, fsutil, lease, stage, store, transfer, warm
 from stager.config import Config
+from stager.errors import StagerError
 from stager.formats import squashfs
 from stager.processes import Owner
 from stager.repository import Published
@@ -146,6 +147,27 @@ def test_nothing_of_the_shared_storage_is_needed_any_more(site: Site) -> None:
     shutil.rmtree(site.published.repository.root)
     staged = site.stage()
     assert staged.how == HIT
+    assert works(staged)
+
+
+def test_a_mount_that_comes_too_late_is_taken_away_and_the_tree_extracted(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from a helper that has mounted and does not return."""
+    mount = squashfs.mount
+
+    def late(image: str, directory: str) -> None:
+        mount(image, directory)
+        raise StagerError("squashfuse did not mount it in time")
+
+    monkeypatch.setattr(squashfs, "mount", late)
+    with pytest.raises(StagerError, match="in time"):
+        site.stage()
+    assert site.mounts == []
+    site.config.set("stage.how", "auto", "test")
+    staged = site.stage()
+    assert staged.how == EXTRACTED
+    assert site.mounts == []
     assert works(staged)
 
 
