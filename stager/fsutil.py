@@ -174,7 +174,9 @@ def locked(
     waiting: Callable[[float], None] | None = None,
     shared: bool = False,
 ) -> Iterator[None]:
-    """Hold an flock on ``path``, which is created and never removed.
+    """Hold an flock on ``path``, which is created and never removed by us.
+
+    What clears a /tmp by age may: two that hold a file of that name would hold different ones.
 
     The kernel drops the lock when the holder dies, however it dies, so a waiter takes over from a
     killed producer without any clean-up protocol.
@@ -188,17 +190,24 @@ def locked(
     Raises:
         BusyError: somebody else still held it when the time was over.
     """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(path, flags, 0o600)
     try:
         started = time.monotonic()
         kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         while True:
             try:
                 fcntl.flock(fd, kind | fcntl.LOCK_NB)
-                break
             except OSError as error:
                 if error.errno not in (errno.EAGAIN, errno.EACCES):
                     raise
+            else:
+                if _is_at(fd, path):
+                    break
+                again = os.open(path, flags, 0o600)
+                os.dup2(again, fd, inheritable=False)
+                os.close(again)
+                continue
             waited = time.monotonic() - started
             if waited >= timeout:
                 raise BusyError(
@@ -213,6 +222,13 @@ def locked(
     finally:
         fcntl.flock(fd, fcntl.LOCK_UN)  # a child that was forked meanwhile has it open still
         os.close(fd)
+
+
+def _is_at(fd: int, path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), os.lstat(path))
+    except FileNotFoundError:
+        return False
 
 
 def close_aside(fd: int) -> None:

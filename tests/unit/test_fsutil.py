@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import contextlib
 import errno
 import os
 import stat
@@ -337,6 +338,28 @@ def test_the_lock_is_free_after_an_error(tmp_path: Path) -> None:
     path = str(tmp_path / "lock")
     with pytest.raises(ValueError, match="inside"), fsutil.locked(path, timeout=0):
         raise ValueError("inside")
+    with fsutil.locked(path, timeout=0):
+        pass
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_lock_file_that_was_removed_while_somebody_waited_locks_nothing(
+    tmp_path: Path, replaced: bool
+) -> None:
+    """As by what clears a /tmp by age."""
+    path, held = str(tmp_path / "lock"), contextlib.ExitStack()
+    held.enter_context(fsutil.locked(path, timeout=0))
+
+    def waiting(_: float) -> None:
+        os.unlink(path)
+        if replaced:
+            Path(path).touch()
+        held.close()
+
+    with fsutil.locked(path, timeout=60, waiting=waiting):
+        assert os.path.exists(path)
+        with pytest.raises(BusyError):
+            fsutil.locked(path, timeout=0).__enter__()
     with fsutil.locked(path, timeout=0):
         pass
 
