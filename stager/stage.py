@@ -124,10 +124,3 @@ def _make(
 def slowest(made: Iterable[str]) -> str:
     """Which of these ways to come to a tree takes longest."""
     return min(made, key=(EXTRACTED, MOUNTED, HIT).index)
-
-
-def release(node: Store, holder: str, layers: Iterable[str] | None = None) -> int:
-    """Drop a holder's claims; returns how many trees it had."""
-    if layers is None:
-        return node.release(holder)
-    return sum(node.release(holder, layer) for layer in layers)

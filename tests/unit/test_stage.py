@@ -482,15 +482,6 @@ def test_a_failed_stage_leaves_a_job_its_claims(site: Site) -> None:
     assert "slurm-7-01234567" in site.node.leases(site.layer.id)
 
 
-def test_release_is_for_the_named_trees_or_all(site: Site) -> None:
-    site.stage()
-    assert stage.release(site.node, ME, ["0" * 16]) == 0
-    assert stage.release(site.node, ME, [site.layer.id]) == 1
-    site.stage()
-    assert stage.release(site.node, "somebody") == 0
-    assert stage.release(site.node, ME) == 1
-
-
 # What cannot be staged, and leaves nothing
 
 
