@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable
 from typing import Callable, Protocol
@@ -87,6 +88,9 @@ def make(
         return Stamp(layer.filename, how, store.boot_id(), size, owner=text)
     except BaseException:
         node.clear(layer.id)
+        if not here:
+            with contextlib.suppress(OSError):
+                os.unlink(image)
         raise
     finally:
         fsutil.remove_tree(workspace)

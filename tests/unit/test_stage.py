@@ -854,6 +854,7 @@ def test_whose_fault_it_is_that_unsquashfs_fails(
     with pytest.raises(StagerError) as error:
         site.stage()
     assert (error.value.exit_code, error.value.blame) == (code, blame)
+    assert os.listdir(os.path.join(site.node.root, "images")) == []  # which may fill the disk
 
 
 def test_a_full_disk_is_told_while_shared_storage_hangs(
