@@ -360,6 +360,8 @@ def extract(image: str, directory: str) -> None:
             f"no space left while unpacking into {os.path.dirname(directory)}",
             hint="free some, `stager collect`, or choose another store (--store, STAGER_STORE)",
         )
+    if done.returncode == -signal.SIGXFSZ:
+        raise NoSpaceError(f"unsquashfs cannot unpack {image}", hint=fsutil.TOO_LARGE)
     if done.returncode < 0:
         raise StagerError(f"unsquashfs was ended by {signal.Signals(-done.returncode).name}")
     lines = [line for line in said.splitlines() if line.strip()]

@@ -11,7 +11,7 @@ from queue import SimpleQueue
 from typing import Callable
 
 from stager import fsutil
-from stager.errors import JOB, NODE, IntegrityError, NotFoundError, StagerError
+from stager.errors import JOB, LIMITS, NODE, IntegrityError, NotFoundError, StagerError
 from stager.manifest import Image
 
 _PIECE = 1 << 20
@@ -108,7 +108,7 @@ def _pump(
     except RuntimeError as error:
         raise StagerError(
             f"cannot copy {source}: {error}",
-            hint="too many processes? `ulimit -u` tells how many there may be",
+            hint=LIMITS,
             blame=JOB,
         ) from error
     total, left = 0, size
