@@ -18,7 +18,7 @@ STORE = "/local/stager"
 
 # On the cluster, what a package manager or an administrator changes is each host's own.
 _OWN = """
-for place in /usr/bin /usr/lib/systemd/system; do
+for place in /usr/bin /usr/lib/systemd/system /usr/lib/tmpfiles.d; do
     mkdir -p "/run/own$place/upper" "/run/own$place/work"
     mount -t overlay own -o "lowerdir=$place,upperdir=/run/own$place/upper" \\
         -o "workdir=/run/own$place/work" "$place"
