@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import os
 import platform
 import re
@@ -31,6 +32,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     checks = [_python(), _packing(), _mounting(), _extracting()]
     checks += _stores(config) if os.geteuid() == 0 else _store(config["store"])
     checks += _site_store(config) if os.geteuid() == 0 else []
+    checks += _cleared(config["store"])
     checks += _repository(config["repository"], config["stripe_count"])
     checks += _slurm(config)
     bad = any(verdict == BAD for verdict, _, _ in checks)
@@ -108,6 +110,27 @@ def _store(path: str) -> list[Check]:
             (WORSE, f"{path} is in memory", "extracted trees there count against the job's memory")
         )
     return checks
+
+
+def _cleared(path: str) -> list[Check]:
+    """Whether systemd-tmpfiles takes files out of a store that were not read for some time."""
+    program = shutil.which("systemd-tmpfiles")
+    if program is None:
+        return []
+    done = subprocess.run([program, "--cat-config"], capture_output=True, text=True, check=False)
+    rules = [words for line in done.stdout.splitlines() if len(words := line.split()) > 1]
+    place = path
+    while place != "/":  # the nearest rule decides, see tmpfiles.d(5)
+        for kind, name, *rest in rules:
+            if kind[0] not in "dDevqQx" or not fnmatch.fnmatchcase(place, name):
+                continue
+            age = rest[3] if len(rest) > 3 and kind[0] != "x" else "-"
+            if age == "-":
+                return []
+            what = f"systemd-tmpfiles takes files out of {path} that were not read for {age}"
+            return [(WORSE, what, f"add `x {path}` to /etc/tmpfiles.d/stager-store.conf")]
+        place = os.path.dirname(place)
+    return []
 
 
 def _repository(path: str, count: int) -> list[Check]:

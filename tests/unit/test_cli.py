@@ -482,6 +482,30 @@ def test_the_doctor_fails_where_staging_cannot_work_at_all(
     assert "bad" in {one["verdict"] for one in bad.json["checks"]}  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(
+    ("rule", "cleared"),
+    [
+        ("", True),
+        ("x {store}*", False),
+        ("x {store}-of-another", True),
+        ("d {parent} 0755 root root", False),
+        ("d {parent} 0755 root root 5d", True),
+    ],
+)
+def test_the_doctor_tells_what_clears_a_store_by_age(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str, cleared: bool
+) -> None:
+    store = str(tmp_path / "store")
+    rule = rule.format(store=store, parent=tmp_path)
+    rule += f"\nq /{tmp_path.parts[1]} 1777 root root 10d"
+    stand_in = tmp_path / "systemd-tmpfiles"
+    stand_in.write_text(f"#!/bin/sh\ncat <<END\n# /x\n{rule}\nEND\n")
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("STAGER_STORE", store)
+    assert (f"systemd-tmpfiles takes files out of {store}" in machine("doctor").out) == cleared
+
+
 def test_a_repository_that_cannot_be_made(bare: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     (bare.root / "file").touch()
     monkeypatch.setenv("STAGER_REPOSITORY", f"{bare.root}/file/repository")
