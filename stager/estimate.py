@@ -19,6 +19,9 @@ from typing import NamedTuple
 LATENCY = 0.001
 """Seconds of one metadata operation where none could be timed: between a busy Lustre's 10 ms and
 an idle flash file system's 0.5 ms."""
+WRITE = 1e9
+"""Bytes a second to a node's own disk where none could be timed: between SATA's 0.5 GB and the 2 GB
+of NVMe."""
 
 _START_FILES = 400
 """Metadata operations of a Python that imports one package."""

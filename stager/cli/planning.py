@@ -5,14 +5,28 @@ from __future__ import annotations
 import argparse
 import os
 
-from stager import estimate, lookup, manifest, ref, sitestore, timings, trees
+from stager import estimate, lookup, manifest, ref, sitestore, timings, transfer, trees
 from stager.cli.common import count, load_config, print_json, say, size
 from stager.config import Config
-from stager.errors import JOB, NODE, NotFoundError, StagerError, UsageError
+from stager.errors import JOB, NotFoundError, StagerError, UsageError
 from stager.estimate import Layer, Site, Way
 from stager.fsutil import explain
 from stager.repository import Published
-from stager.store import EXTRACTED, Store
+from stager.store import EXTRACTED, Stamp, Store
+
+_MOST_NODES = 1_000_000
+"""More than any cluster has, and a number to calculate with."""
+
+
+class _Elsewhere(Store):
+    """A store that this node cannot have; others have one there."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+
+    def ready(self, layer_id: str) -> Stamp | None:
+        """Nothing is: what is in a store that is not ours is not for us."""
+        return None
 
 
 def plan(arguments: argparse.Namespace) -> int:
@@ -20,12 +34,16 @@ def plan(arguments: argparse.Namespace) -> int:
     config = load_config(arguments)
     if arguments.nodes < 1:
         raise UsageError(f"-N cannot be {arguments.nodes}", hint="a number of nodes, such as 8")
+    if arguments.nodes > _MOST_NODES:
+        raise UsageError(
+            f"-N cannot be more than {_MOST_NODES:,}", hint="a number of nodes, such as 8"
+        )
     published = lookup.find(ref.parse(arguments.ref), config)
-    node = Store(config["store"])
+    node, write, why = _node(config)
     here = arguments.nodes == 1  # what this node has, others may not have
     place = sitestore.of(published, config) or node
     layers = [_layer(one, place, config, here=here) for one in published.manifest.layers]
-    site, samples = _site(published, node, config)
+    site, samples = _site(published, write or estimate.WRITE, config)
     direct = estimate.direct(layers, site, arguments.nodes)
     staged = estimate.staged(layers, site, arguments.nodes)
     advice = estimate.verdict(direct, staged)
@@ -37,7 +55,7 @@ def plan(arguments: argparse.Namespace) -> int:
                 "advice": advice,
                 "direct": direct._asdict(),
                 "staged": staged._asdict(),
-                "site": {**site._asdict(), "samples": samples},
+                "site": {**site._asdict(), "samples": samples, "write_timed": not why},
                 "layers": [layer._asdict() for layer in layers],
             }
         )
@@ -47,8 +65,23 @@ def plan(arguments: argparse.Namespace) -> int:
     print(_line("direct", direct))
     print(_line("staged", staged))
     print(_advice(advice, direct, staged, layers))
-    say(_basis(site, samples))
+    say(_basis(site, samples, why))
     return 0
+
+
+def _node(config: Config) -> tuple[Store, float, str]:
+    """This node's store, the bytes a second that it takes, and why they could not be timed.
+
+    Plans are made on login nodes, too, which may have no place for a store.
+    """
+    try:
+        node = Store(config["store"])
+    except StagerError as error:
+        return _Elsewhere(config["store"]), 0.0, error.message
+    try:
+        return node, max(timings.writing(os.path.join(node.root, "tmp")), 1.0), ""
+    except OSError as error:
+        return node, 0.0, explain(error, "write into the store").message
 
 
 def _layer(layer: manifest.Layer, node: Store, config: Config, *, here: bool) -> Layer:
@@ -60,27 +93,25 @@ def _layer(layer: manifest.Layer, node: Store, config: Config, *, here: bool) ->
     return Layer(layer.files, layer.size, layer.image.size, extracted, here)
 
 
-def _site(published: Published, node: Store, config: Config) -> tuple[Site, int]:
+def _site(published: Published, write: float, config: Config) -> tuple[Site, int]:
     latency, samples = timings.latency(published.manifest.origin)
-    images = [published.repository.image(layer) for layer in published.manifest.layers]
+    images = {published.repository.image(one): one.image for one in published.manifest.layers}
     try:
-        read = timings.reading(images)
+        for path, image in images.items():
+            transfer.require_size(path, os.stat(path).st_size, image)
+        read = timings.reading([*images])
     except FileNotFoundError as error:
         raise NotFoundError(
             f"the image {error.filename} is missing", hint="pack the environment again"
         ) from error
     except OSError as error:
         raise explain(error, "read the images", blame=JOB) from error
-    try:
-        write = timings.writing(os.path.join(node.root, "tmp"))
-    except OSError as error:
-        raise explain(error, "write into the store", blame=NODE) from error
     site = Site(
         latency=latency if samples else estimate.LATENCY,
         rate=float(config["plan.metadata_rate"]),
         bandwidth=float(config["plan.bandwidth"]),
         read=max(read, 1.0),
-        write=max(write, 1.0),
+        write=write,
     )
     return site, samples
 
@@ -105,11 +136,12 @@ def _advice(advice: str, direct: Way, staged: Way, layers: list[Layer]) -> str:
     return "either: the difference is less than a second; staged, it asks less of the file system"
 
 
-def _basis(site: Site, samples: int) -> str:
+def _basis(site: Site, samples: int, why: str) -> str:
     timed = f"{site.latency * 1000:.3g} ms an operation ({count(samples, 'name')} looked for here)"
     if not samples:
         timed = f"{site.latency * 1000:.0f} ms an operation (assumed: the original is not here)"
+    wrote = f"assumed: {why}" if why else "to memory first, as staging does"
     return (
-        f"stager: {timed}; reads {size(site.read)}/s, writes {size(site.write)}/s here;"
+        f"stager: {timed}; reads {size(site.read)}/s here; writes {size(site.write)}/s ({wrote});"
         f" `plan.metadata_rate` {site.rate:,.0f}/s, `plan.bandwidth` {size(site.bandwidth)}/s"
     )

@@ -48,12 +48,7 @@ def copy(
     except OSError as error:
         raise fsutil.explain(error, f"read the image {source}", blame=JOB) from error
     try:
-        size = os.fstat(reader).st_size
-        if size != image.size:
-            raise IntegrityError(
-                f"the image {source} has {size} bytes instead of {image.size}",
-                hint="it is truncated or damaged; pack the environment again",
-            )
+        require_size(source, os.fstat(reader).st_size, image)
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
             writer = os.open(target, flags, 0o600)
@@ -71,6 +66,24 @@ def copy(
         raise
     finally:
         fsutil.close_aside(reader)
+
+
+def require_size(source: str, size: int, image: Image) -> None:
+    """Refuse a file that cannot be the image.
+
+    Args:
+        source: its path.
+        size: the bytes it has.
+        image: what it should be.
+
+    Raises:
+        IntegrityError: it has another size.
+    """
+    if size != image.size:
+        raise IntegrityError(
+            f"the image {source} has {size} bytes instead of {image.size}",
+            hint="it is truncated or damaged; pack the environment again",
+        )
 
 
 def _pump(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ import pytest
 
 import tiny
 from environments import VENV, clean_environ, strace_files
-from stager import cli, lookup
+from stager import cli, estimate, lookup, timings
 from stager.store import Stamp, Store, boot_id
 
 pytestmark = pytest.mark.unit
@@ -320,6 +321,56 @@ def test_plan(bare: Machine) -> None:
 def test_plan_for_no_nodes(machine: Machine, nodes: str) -> None:
     found = machine("plan", "tiny", "-N", nodes)
     assert (found.status, found.error) == (2, f"-N cannot be {nodes}")
+
+
+def test_plan_for_more_nodes_than_there_are(machine: Machine) -> None:
+    assert machine("plan", "tiny", "-N", "1000000").status == 0
+    found = machine("plan", "tiny", "-N", "9" * 400)
+    assert (found.status, found.error) == (2, "-N cannot be more than 1,000,000")
+
+
+def test_plan_where_there_is_no_place_for_the_store(machine: Machine) -> None:
+    """A login node has no local disk, and it is where one plans."""
+    store = machine.root / "environments" / "tiny" / "pyvenv.cfg" / "store"
+    found = machine("plan", "tiny", "--store", str(store))
+    assert found.status == 0
+    assert f"writes 953.7 MiB/s (assumed: cannot make the store {store}: " in found.err
+    site = machine("plan", "tiny", "--store", str(store), "--json").json["site"]
+    assert (site["write"], site["write_timed"]) == (estimate.WRITE, False)  # type: ignore[index]
+    timed = machine("plan", "tiny", "--json").json["site"]
+    assert timed["write_timed"] is True  # type: ignore[index]
+
+
+def test_plan_where_the_store_cannot_be_written(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(directory: str) -> float:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), directory)
+
+    machine("stage", "tiny")
+    monkeypatch.setattr(timings, "writing", refuse)
+    found = machine("plan", "tiny")
+    assert found.status == 0
+    assert "(assumed: cannot write into the store: Read-only file system" in found.err
+    assert "staged on this node already" in found.out
+
+
+@pytest.mark.parametrize("kind", ["truncated", "empty", "pipe"])
+def test_plan_of_an_image_that_is_none(bare: Machine, kind: str) -> None:
+    bare("pack", "environments/tiny")
+    image = max((bare.root / "repository" / "images").iterdir(), key=lambda one: one.stat().st_size)
+    size = image.stat().st_size
+    if kind == "pipe":
+        image.unlink()
+        os.mkfifo(image)
+    else:
+        os.chmod(image, 0o600)
+        os.truncate(image, size - 1 if kind == "truncated" else 0)
+    found = bare("plan", "tiny")
+    left = size - 1 if kind == "truncated" else 0
+    assert found.status == 12
+    assert found.error == f"the image {image} has {left} bytes instead of {size}"
+    assert "hint: it is truncated or damaged" in found.err
 
 
 def test_plan_of_a_repository_that_lost_an_image(bare: Machine) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -86,3 +89,31 @@ def test_reading_and_writing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["image"]
     with pytest.raises(OSError, match="gone"):
         timings.reading([str(tmp_path / "gone")])
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="not a regular file"):
+        timings.reading([str(tmp_path / "pipe")])
+
+
+def test_no_disk_is_filled_to_time_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 0
+
+    def free(descriptor: int) -> SimpleNamespace:
+        return SimpleNamespace(f_bavail=left // 512, f_frsize=512)
+
+    class Counted(io.RawIOBase):
+        def fileno(self) -> int:
+            return -1
+
+        def write(self, piece: bytes) -> int:
+            nonlocal size
+            size += len(piece)
+            return len(piece)
+
+    monkeypatch.setattr(os, "statvfs", free)
+    monkeypatch.setattr(timings.tempfile, "TemporaryFile", lambda **_: Counted())
+    left = 10 << 20
+    assert timings.writing(str(tmp_path)) > 0
+    assert size == left // 2
+    left = 0
+    with pytest.raises(OSError, match="No space"):
+        timings.writing(str(tmp_path))
