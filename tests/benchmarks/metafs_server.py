@@ -85,12 +85,12 @@ class Service:
         """Queue a read of one piece of a file; returns when it is there."""
         settings, dilation = self.settings, self._free[-1]
         done = arrived
-        if settings.node_bandwidth:
-            taken = dilation * size / settings.node_bandwidth
-            done = self._link = max(arrived, self._link) + taken
         stripe = offset // settings.stripe_size if wide else 0
         server = 2 + (file + stripe) % settings.osts
         with self._lock:
+            if settings.node_bandwidth:  # of many threads
+                taken = dilation * size / settings.node_bandwidth
+                done = self._link = max(arrived, self._link) + taken
             for index, rate in ((1, settings.bandwidth), (server, settings.ost_bandwidth)):
                 if rate:
                     self._free[index] = max(arrived, self._free[index]) + dilation * size / rate
