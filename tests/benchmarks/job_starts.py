@@ -83,9 +83,13 @@ def calibrated(directory: str) -> dict[str, float]:
 def conclusion(workload: str, ranks: int, measured: dict[str, list[Start]]) -> str:
     """What came out for ours and the others, in one line."""
     told = []
+    measured = {name: starts for name, starts in measured.items() if starts}  # not those of --once
+    if not measured:
+        return f"{workload}: nothing was started with the last number of nodes"
     ours = statistics.median(one.whole for one in measured["ours"]) if "ours" in measured else 0
     for name in ("ours", "direct", "recipe", "squashfs in place"):
-        if starts := measured.get(name):
+        if name in measured:
+            starts = measured[name]
             whole = statistics.median(one.whole for one in starts)
             ratio = f" ({whole / ours:.1f} x)" if ours else ""
             told.append(f"{name} {whole:.2f} s{ratio}, {starts[0].operations:,} requests a node")

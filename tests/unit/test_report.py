@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import report
+from benchmarks import job_starts, report
 from benchmarks.report import Row
+from benchmarks.scale.rig import Start
 from benchmarks.scale.strategies import strategies
 
 pytestmark = pytest.mark.unit
@@ -68,3 +69,15 @@ def test_both_programs_of_a_pipe_have_a_processor() -> None:
     (recipe,) = (one for one in strategies("numpy", "/opt") if one.name == "recipe")
     processes = {phase.name: phase.processes(8) for phase in recipe.phases}
     assert processes == {"sbcast": 8, "mkdir": 8, "untar": 16, "import": 64}
+
+
+def test_a_conclusion_of_what_was_started() -> None:
+    """Those of ``--once`` were not, with the last number of nodes."""
+    ours = Start("ours", "flash", 8, {"job": 2.0}, {"job": 1.0}, 13, 104, {}, 1, 1)
+    told = job_starts.conclusion("numpy", 8, {"direct": [], "ours": [ours], "recipe": []})
+    line = "numpy, 8 nodes of 8 ranks, flash [real]: ours 2.00 s (1.0 x), 13 requests a node"
+    assert told == line
+    other = Start("direct", "flash", 8, {"job": 2.0}, {"job": 1.0}, 13, 104, {}, 1, 1)
+    told = job_starts.conclusion("numpy", 8, {"ours": [], "direct": [other]})
+    assert told.endswith("direct 2.00 s, 13 requests a node")
+    assert job_starts.conclusion("numpy", 8, {"ours": []}).startswith("numpy: nothing was started")
