@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from unittest.mock import MagicMock
+
 import pytest
 
 from benchmarks import job_starts, report
 from benchmarks.report import Row
+from benchmarks.scale import simulate
 from benchmarks.scale.rig import Start
 from benchmarks.scale.strategies import strategies
+from benchmarks.settings import COLD_LUSTRE
 
 pytestmark = pytest.mark.unit
 
@@ -69,6 +75,74 @@ def test_both_programs_of_a_pipe_have_a_processor() -> None:
     (recipe,) = (one for one in strategies("numpy", "/opt") if one.name == "recipe")
     processes = {phase.name: phase.processes(8) for phase in recipe.phases}
     assert processes == {"sbcast": 8, "mkdir": 8, "untar": 16, "import": 64}
+
+
+def recorded(
+    strategy: str,
+    operations: int,
+    *,
+    setting: str = "cold-lustre",
+    nodes: int = 1,
+    total: int = 0,
+    **seconds: float,
+) -> Row:
+    row = start(strategy, setting=setting, nodes=nodes)
+    total = total or operations * nodes
+    return {**row, "seconds": seconds, "operations": operations, "total": total, "read": 40_000_000}
+
+
+# What one node of eight ranks takes, as in the records.
+RECORD = [
+    {**MACHINE, "environment": {"files": 3000, "size": 93e6, "image": 28e6, "archive": 29e6}},
+    # Fewer nodes, of another setting: not what is looked for.
+    recorded("direct", 1800, setting="flash", **{"job": 0.05, "import": 0.4}),
+    recorded("direct", 1800, nodes=2, **{"job": 0.05, "import": 3.74}),
+    recorded("recipe", 2, nodes=2, total=2, **{"job": 0.05, "untar": 0.7, "import": 0.19}),
+    recorded("ours", 13, nodes=2, **{"job": 0.32, "import": 0.24}),
+    recorded("ours, sbcast", 18, nodes=8, total=67, **{"job": 0.05, "import": 0.2}),
+    recorded("ours, warm", 10, nodes=2, **{"job": 0.19, "import": 0.20}),
+]
+
+
+@pytest.mark.parametrize("strategy", ["direct", "ours", "ours, warm"])
+def test_one_node_is_simulated_as_it_was_measured(strategy: str) -> None:
+    (measured,) = (one for one in RECORD if one.get("strategy") == strategy and one["nodes"] == 2)
+    simulated = simulate.start(strategy, report.work(RECORD), COLD_LUSTRE, 1)
+    assert simulated == pytest.approx(report.whole(measured))
+
+
+def test_what_each_node_asks_is_what_was_measured() -> None:
+    work = report.work(RECORD)
+    assert (work.asked, work.asked_hit, work.asked_recipe) == (13, 10, 2)
+    assert (work.asked_sending, work.asked_receiving) == (18, 7)
+    other = report.work([one for one in RECORD if one.get("strategy") != "ours, sbcast"])
+    assert (other.asked_sending, other.asked_receiving) == (18, 7)
+    one_node = recorded("ours, sbcast", 19, **{"job": 0.05, "import": 0.2})
+    alone = report.work([*RECORD[:5], one_node, RECORD[6]])
+    assert (alone.asked_sending, alone.asked_receiving) == (19, 7)
+
+
+def test_no_part_of_a_start_is_less_than_nothing() -> None:
+    fast = [
+        {**one, "seconds": {**one["seconds"], "job": 0.01}} if "seconds" in one else one
+        for one in RECORD
+    ]
+    work = report.work(fast)
+    assert (work.staged, work.hit) == (0.0, 0.0)
+
+
+def test_what_was_not_measured_has_no_dots(monkeypatch: pytest.MonkeyPatch) -> None:
+    pyplot, axes = MagicMock(), MagicMock()
+    pyplot.subplots.return_value = (MagicMock(), axes)
+    monkeypatch.setitem(sys.modules, "matplotlib", MagicMock(pyplot=pyplot))
+    lines = {"direct": [1.0] * len(report.NODES), "rsync": [2.0] * len(report.NODES)}
+    report.draw(ROWS, {"cold-lustre": lines}, Path("starts.svg"))
+    drawn = [call.args for call in axes.plot.call_args_list]
+    assert drawn == [
+        (report.NODES, lines["direct"]),
+        ((1, 8), (100.0, 55.0), "o"),
+        (report.NODES, lines["rsync"]),
+    ]
 
 
 def test_a_conclusion_of_what_was_started() -> None:

@@ -23,20 +23,28 @@ DISK = 2.0e9
 
 def direct(work: Work, setting: Settings, nodes: int) -> float:
     """Every node imports from the shared file system."""
-    return work.imported + max(
-        work.serial * setting.latency,
-        nodes * work.operations / setting.rate,
-        work.touched / setting.node_bandwidth,
-        nodes * work.touched / setting.bandwidth,
+    return (
+        work.empty
+        + work.imported
+        + max(
+            work.serial * setting.latency,
+            nodes * work.operations / setting.rate,
+            work.touched / setting.node_bandwidth,
+            nodes * work.touched / setting.bandwidth,
+        )
     )
 
 
 def copied(work: Work, setting: Settings, nodes: int) -> float:
     """Every node copies the environment, file by file."""
-    return work.imported + max(
-        work.everything * setting.latency + work.files * setting.data_latency,
-        nodes * work.everything / setting.rate,
-        nodes * work.size / setting.bandwidth,
+    return (
+        work.empty
+        + work.imported
+        + max(
+            work.everything * setting.latency + work.files * setting.data_latency,
+            nodes * work.everything / setting.rate,
+            nodes * work.size / setting.bandwidth,
+        )
     )
 
 
@@ -56,35 +64,42 @@ def fanned(work: Work, setting: Settings, nodes: int) -> float:
     while have < nodes:
         have += min(PER_SOURCE * have, COPIES)
         waves += 1
-    return work.unpacked + waves * work.rsynced + work.imported
+    return work.empty + work.unpacked + waves * work.rsynced + work.imported
 
 
 def recipe(work: Work, setting: Settings, nodes: int) -> float:
     """A tar.gz by sbcast, unpacked and repaired on every node."""
-    asked = _asked(4, setting, nodes)
-    return asked + sbcast(work.archive, nodes) + work.untarred + work.imported
+    asked = _asked(work.asked_recipe, setting, 1)  # by who sends
+    return work.empty + asked + sbcast(work.archive, nodes) + work.untarred + work.imported
 
 
 def shared(work: Work, setting: Settings, nodes: int) -> float:
     """Ours: every node reads the image."""
-    one = work.image / min(setting.node_bandwidth, DISK)
-    read = max(one, nodes * work.image / setting.bandwidth)
-    return _ours(work, setting, nodes) + read
+    read = max(transfer(work.image, setting), nodes * work.image / setting.bandwidth)
+    return _asked(work.asked, setting, nodes) + read + _mounted(work)
 
 
 def broadcast(work: Work, setting: Settings, nodes: int) -> float:
     """Ours: the image by sbcast."""
-    return _ours(work, setting, nodes) + sbcast(work.image, nodes)
+    asked = _asked(work.asked, setting, 1)
+    last = _asked(work.asked_sending - work.asked, setting, nodes)
+    if nodes > 1:
+        last = _asked(work.asked_receiving, setting, nodes)
+    return asked + sbcast(work.image, nodes) + last + _mounted(work)
 
 
 def warm(work: Work, setting: Settings, nodes: int) -> float:
     """Ours: staged already."""
-    return _asked(work.asked, setting, nodes) + work.imported
+    return _asked(work.asked_hit, setting, nodes) + work.hit + work.imported
 
 
-def _ours(work: Work, setting: Settings, nodes: int) -> float:
-    asked = _asked(work.asked, setting, nodes)
-    return asked + work.staged + work.through_mount + work.imported
+def transfer(size: float, setting: Settings) -> float:
+    """Seconds in which one node, alone, has read an image onto its own disk."""
+    return size / min(setting.node_bandwidth, DISK)
+
+
+def _mounted(work: Work) -> float:
+    return work.staged + work.through_mount + work.imported
 
 
 def _asked(operations: int, setting: Settings, nodes: int) -> float:

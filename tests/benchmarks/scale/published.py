@@ -16,7 +16,8 @@ from .work import Work
 
 _NOTHING = Work(
     name="", operations=1, serial=1, touched=0, files=0, everything=0, size=0, image=0, archive=0,
-    imported=0.0, untarred=0.0, staged=0.0, through_mount=0.0, asked=0,
+    imported=0.0, untarred=0.0, staged=0.0, hit=0.0, through_mount=0.0, asked=0, asked_hit=0,
+    asked_sending=0, asked_receiving=0, asked_recipe=2,
 )  # fmt: skip
 
 

@@ -33,6 +33,7 @@ class Shared:
         self.metadata = simpy.Resource(world)
         self.data = simpy.Resource(world)
         self.nobody_has_it = True
+        self.sender: simpy.Process | None = None
         self.sources = simpy.Container(world)
         self.copies = simpy.Resource(world, closed.COPIES)
 
@@ -43,6 +44,8 @@ class Shared:
             serial: how many the node waits for, one after the other.
             operations: how many it asks in all, others at the same time as these.
         """
+        if not serial:
+            return
         burst = max(1, self.nodes * serial * 2 // _EVENTS)
         busy = max(serial, operations) / serial / self.setting.rate
         while serial > 0:
@@ -53,6 +56,18 @@ class Shared:
             # The service worked on this node's requests while they were on their way.
             yield self.world.timeout(count * max(0.0, self.setting.latency - busy))
             serial -= count
+
+    def send(self, operations: int, size: float) -> Generator[Any, Any, bool]:
+        """A broadcast: one node asks and sends, all wait for it; tells whether this one sent."""
+        sends = self.sender is None
+        if self.sender is None:
+            self.sender = self.world.process(self._sent(operations, size))
+        yield self.sender
+        return sends
+
+    def _sent(self, operations: int, size: float) -> Steps:
+        yield from self.ask(operations)
+        yield self.world.timeout(closed.sbcast(size, self.nodes))
 
     def read(self, size: float, *, kept: bool = False) -> Steps:
         """One node's bytes, at its link's speed where the file system is faster.
@@ -78,7 +93,7 @@ def direct(shared: Shared, work: Work) -> Steps:
     reading = shared.world.process(shared.read(work.touched))
     yield from shared.ask(work.serial, work.operations)
     yield reading
-    yield shared.world.timeout(work.imported)
+    yield shared.world.timeout(work.empty + work.imported)
 
 
 def copied(shared: Shared, work: Work) -> Steps:
@@ -87,7 +102,7 @@ def copied(shared: Shared, work: Work) -> Steps:
     yield from shared.ask(work.everything)
     yield shared.world.timeout(work.files * shared.setting.data_latency)
     yield reading
-    yield shared.world.timeout(work.imported)
+    yield shared.world.timeout(work.empty + work.imported)
 
 
 def fanned(shared: Shared, work: Work) -> Steps:
@@ -102,14 +117,13 @@ def fanned(shared: Shared, work: Work) -> Steps:
             yield shared.world.timeout(work.rsynced)
         yield shared.sources.put(1)
     yield shared.sources.put(closed.PER_SOURCE)
-    yield shared.world.timeout(work.imported)
+    yield shared.world.timeout(work.empty + work.imported)
 
 
 def recipe(shared: Shared, work: Work) -> Steps:
     """A tar.gz by sbcast, unpacked and repaired."""
-    yield from shared.ask(4)
-    yield shared.world.timeout(closed.sbcast(work.archive, shared.nodes))
-    yield shared.world.timeout(work.untarred + work.imported)
+    yield from shared.send(work.asked_recipe, work.archive)
+    yield shared.world.timeout(work.empty + work.untarred + work.imported)
 
 
 def ours(shared: Shared, work: Work) -> Steps:
@@ -120,16 +134,16 @@ def ours(shared: Shared, work: Work) -> Steps:
 
 
 def broadcast(shared: Shared, work: Work) -> Steps:
-    """The image by sbcast."""
-    yield from shared.ask(work.asked)
-    yield shared.world.timeout(closed.sbcast(work.image, shared.nodes))
+    """The image by sbcast; then every node looks at what there is of it, the sender knows most."""
+    sent = yield from shared.send(work.asked, work.image)
+    yield from shared.ask(work.asked_sending - work.asked if sent else work.asked_receiving)
     yield shared.world.timeout(work.staged + work.through_mount + work.imported)
 
 
 def warm(shared: Shared, work: Work) -> Steps:
     """Staged already."""
-    yield from shared.ask(work.asked)
-    yield shared.world.timeout(work.imported)
+    yield from shared.ask(work.asked_hit)
+    yield shared.world.timeout(work.hit + work.imported)
 
 
 STRATEGIES: dict[str, Callable[[Shared, Work], Steps]] = {
