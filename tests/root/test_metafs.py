@@ -159,23 +159,6 @@ def test_bandwidth_is_for_all() -> None:
     assert service.data(0.0, 50, 0, 2, wide=False) == 5.0  # behind 400 bytes of both
 
 
-def test_the_threads_of_a_node_share_its_card() -> None:
-    """What one reads of the queue before another has added to it would be carried for nothing."""
-    held = []
-
-    class Watched(Service):
-        def __setattr__(self, name: str, value: object) -> None:
-            if name == "_link" and value:
-                free = self._lock.acquire(block=False)
-                held.append(not free)
-                if free:
-                    self._lock.release()
-            super().__setattr__(name, value)
-
-    Watched(Settings("test", node_bandwidth=50.0)).data(0.0, 100, 0, 0, wide=False)
-    assert held == [True]
-
-
 def test_dilated_ten_times() -> None:
     settings = Settings("test", rate=100, latency=1.0, bandwidth=100.0, data_latency=0.5)
     service = Service(settings)
