@@ -12,7 +12,7 @@ from stager.errors import BusyError, StagerError
 from stager.store import Held, Store
 
 _ABANDONED = 86400.0
-"""Seconds after which nobody writes half of a stamp any more."""
+"""Seconds after which nobody writes half of a stamp any more, nor takes in what was sent."""
 
 
 class Collected(NamedTuple):
@@ -57,12 +57,18 @@ def collect(
 
 
 def _drop_halves(node: Store) -> None:
-    """Remove what is left of stamps whose writers were killed; nothing else looks at them."""
-    with os.scandir(os.path.join(node.root, "ready")) as items:
-        for item in items:
-            with contextlib.suppress(OSError):
-                if item.name.startswith(".") and time.time() - item.stat().st_mtime > _ABANDONED:
-                    os.unlink(item.path)
+    """Remove what is left of stamps whose writers were killed, and images sent that nobody took in.
+
+    Nothing else looks at them.
+    """
+    for room in ("", "ready"):
+        with os.scandir(os.path.join(node.root, room)) as items:
+            for item in items:
+                if not item.name.startswith("."):
+                    continue
+                with contextlib.suppress(OSError):
+                    if time.time() - item.stat(follow_symlinks=False).st_mtime > _ABANDONED:
+                        os.unlink(item.path)
 
 
 def _drop_dead(node: Store, exists: Callable[[str, str], bool | None] | None) -> int:

@@ -344,16 +344,19 @@ def _is_sent(via: str, config: Config, where: Allocation) -> bool:
 def _send(published: Published, config: Config, progress: Progress) -> list[str]:
     """Send the images with sbcast; returns the arguments that tell the nodes where they are.
 
-    sbcast makes no directories, and without --force it never writes to a file that is there.
+    sbcast makes no directories, and without --force it never writes to a file that is there. Where
+    only root may make stores, the Prolog has made ours on every node of the job.
     """
-    parent = os.path.dirname(config["store"])
-    if not os.path.isdir(parent):
-        parent = "/tmp"  # noqa: S108 - under a name that nobody can guess
+    place, parent = config["store"], os.path.dirname(config["store"])
+    if os.access(parent, os.W_OK):
+        place = parent
+    elif not os.path.isdir(place):
+        place = "/tmp"  # noqa: S108 - under a name that nobody can guess
     arguments: list[str] = []
     for layer in published.manifest.layers:
         if layer.image.format != "squashfs":
             continue  # archives are unpacked as they are read
-        target = os.path.join(parent, f"stager-{os.getuid()}-{secrets.token_hex(8)}")
+        target = os.path.join(place, f".stager-{os.getuid()}-{secrets.token_hex(8)}")
         done = subprocess.run(
             ["sbcast", published.repository.image(layer), target],
             stdin=subprocess.DEVNULL,
@@ -400,7 +403,21 @@ def receive(received: Iterable[str], node: Store) -> None:
                 except OSError as error:
                     if error.errno != errno.EXDEV:
                         raise
+                    _copy(path, layer, node)
         drop([one])
+
+
+def _copy(path: str, layer_id: str, node: Store) -> None:
+    """Take in an image from another disk. Needs the layer's lock."""
+    import shutil
+
+    workspace = node.workspace(layer_id)
+    try:
+        copied = os.path.join(workspace, "image")
+        shutil.copyfile(path, copied)
+        os.rename(copied, node.image(layer_id))
+    finally:
+        fsutil.remove_tree(workspace)
 
 
 def drop(received: Iterable[str]) -> None:

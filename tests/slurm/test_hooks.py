@@ -86,6 +86,23 @@ def test_nothing_is_left_of_a_job_but_the_tree(site: Site, prefix: str) -> None:
         assert mounts(site, node) == [prefix]
 
 
+def test_sbcast_into_stores_that_only_root_makes(site: Site, prefix: str) -> None:
+    """The other nodes cannot read the images, so they can have them only from sbcast."""
+    site.clear_stores()
+    images = "/home/alice/.local/share/stager/images"
+    for node in NODES[1:]:
+        site.root(node, "mount", "-t", "tmpfs", "-o", "ro,size=4k", "hidden", images)
+    try:
+        run = f"{BIN}/stage-run --env demo --strict --via sbcast"
+        done = site.batch(f"{run} srun {SHOW}", "-N4", "--ntasks-per-node=1")
+    finally:
+        for node in NODES[1:]:
+            site.root(node, "umount", images)
+    assert done.prefixes() == {node: {prefix} for node in NODES}, done.output
+    for node in NODES:
+        assert list(site.place(node, f"{STORE}/{UID['alice']}").glob(".*")) == []
+
+
 def test_srun_and_salloc(site: Site, prefix: str) -> None:
     done = site.run("srun", "-N4", "--comment=pyenv:demo", "sh", "-c", SHOW)
     assert sorted(done.stdout.split("\n")) == ["", *(f"{node} {prefix}" for node in NODES)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -118,6 +119,24 @@ def test_nodes_are_told_of_what_a_failed_sbcast_has_left(
     keeper.receive([sent], node)
     assert not Path(sent.partition("=")[2]).exists()
     assert Path(node.image(A)).read_text() == "part\n"  # which staging verifies
+
+
+def test_an_image_that_came_to_another_disk_is_copied(
+    tmp_path: Path, sent: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.rename
+
+    def rename(source: str, target: str) -> None:
+        if os.path.dirname(source) == str(tmp_path):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    node = Store(str(tmp_path / "store"))
+    keeper.receive(sent, node)
+    assert [Path(node.image(name)).read_text() for name in (A, B)] == [A, B]
+    assert not (tmp_path / A).exists()
+    assert os.listdir(os.path.join(node.root, "tmp")) == []
 
 
 def test_images_that_cannot_be_taken_in_are_dropped(tmp_path: Path, sent: list[str]) -> None:

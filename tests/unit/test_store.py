@@ -333,9 +333,10 @@ def test_what_a_killed_stage_has_left_goes_at_once(node: Store) -> None:
     assert node.held() == []
 
 
-def test_half_a_stamp_of_a_killed_stage_goes_when_it_is_old(node: Store) -> None:
+@pytest.mark.parametrize("room", ["ready", "."])
+def test_half_a_file_of_who_was_killed_goes_when_it_is_old(node: Store, room: str) -> None:
     made(node, A)
-    old, new = (Path(node.root, "ready", f".{A}.{name}.new") for name in ("old", "new"))
+    old, new = (Path(node.root, room, f".{A}.{name}.new") for name in ("old", "new"))
     for half, age in ((old, 100_000.0), (new, 0.0)):
         half.touch()
         os.utime(half, (time.time() - age,) * 2)

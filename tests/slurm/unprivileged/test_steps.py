@@ -361,7 +361,7 @@ def test_an_image_sent_with_sbcast(cold: Login) -> None:
         for node in NODES[1:]:
             cold.sh(node, f"umount {images}", root=True)
     assert_staged(output, 4)
-    left = [cold.sh(node, f"ls -d {STORE}-* 2>/dev/null; true") for node in NODES]
+    left = [cold.sh(node, "ls -d /tmp/.stager-* 2>/dev/null; true") for node in NODES]
     assert left == ["", "", "", ""]
 
 
