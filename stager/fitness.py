@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from stager import fsutil
 from stager.errors import IncompatibleError
 from stager.manifest import Manifest
 from stager.store import Store
@@ -66,6 +67,8 @@ def try_out(manifest: Manifest, node: Store) -> None:
             **node.trying(),
         )
     except (OSError, subprocess.TimeoutExpired) as error:
+        if isinstance(error, OSError) and error.errno in fsutil.SCARCE:
+            raise fsutil.explain(error, f"start {python}") from error
         reason = error.strerror if isinstance(error, OSError) else "it does not end"
         raise IncompatibleError(
             f"the staged Python does not start: {python}: {reason}",

@@ -21,7 +21,8 @@ _CREATED_SUFFIX = ".new"
 _STILL_WRITTEN = 5.0
 """Seconds for which a directory that fills up again is emptied again."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_LIMITS = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+SCARCE = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+"""Errors of a process that met a limit, or whose machine has no more of something."""
 
 
 def explain(error: OSError, doing: str, *, blame: str | None = None) -> StagerError:
@@ -33,7 +34,7 @@ def explain(error: OSError, doing: str, *, blame: str | None = None) -> StagerEr
         blame: whose fault it is, where the caller knows better than the default. A node's it is not
             where a disk is full or a process met a limit: that any user can bring about.
     """
-    if blame == NODE and error.errno in (*_FULL, *_LIMITS):
+    if blame == NODE and error.errno in (*_FULL, *SCARCE):
         blame = None
     known = not isinstance(error.filename, str) or error.filename in doing
     where = "" if known else f" ({error.filename})"
@@ -53,7 +54,7 @@ def explain(error: OSError, doing: str, *, blame: str | None = None) -> StagerEr
             hint="check the owner and modes of that path, or choose another place",
             blame=blame,
         )
-    if error.errno in _LIMITS:
+    if error.errno in SCARCE:
         return StagerError(message, hint=LIMITS, blame=blame)
     return StagerError(message, hint="check that path and the disk it is on", blame=blame)
 

@@ -807,6 +807,20 @@ def test_a_reader_that_fails_leaves_nothing(
     assert works(site.stage())
 
 
+def test_a_python_that_no_process_can_be_had_for_is_not_to_blame(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(subprocess, "run", fail)
+        with pytest.raises(StagerError, match="Resource temporarily unavailable") as error:
+            site.stage("tar.zst")
+    assert "ulimit -a" in (error.value.hint or "")
+    assert untouched(site.node)
+
+
 @pytest.mark.parametrize(
     ("format", "module", "function", "blame"),
     [
