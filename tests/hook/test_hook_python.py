@@ -497,7 +497,7 @@ def test_install_again_and_without_a_trace(tmp_path: Path) -> None:
     prolog = (tmp_path / "usr/libexec/stager/slurm/prolog").read_text()
     assert "store=/mine/${SLURM_JOB_UID-}" in prolog
     spared = (tmp_path / "usr/lib/tmpfiles.d/stager.conf").read_text()
-    assert spared.endswith("\nx /mine\nx /tmp/stager-[0-9]*\n")
+    assert spared.endswith("\nx /mine/[0-9]*\nx /tmp/stager-[0-9]*\n")
     # What is installed never writes bytecode, and finds its own for every module.
     modules = [path for path in program.rglob("*.py") if "__pycache__" not in path.parts]
     assert len(list(program.rglob("*.pyc"))) == len(modules)
