@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import time
 from typing import Callable, NamedTuple
 
-from stager import lease
+from stager import fsutil, lease
 from stager.errors import BusyError, StagerError
 from stager.store import Held, Store
-
-_ABANDONED = 86400.0
-"""Seconds after which nobody writes half of a stamp any more, nor takes in what was sent."""
 
 
 class Collected(NamedTuple):
@@ -40,7 +35,8 @@ def collect(
         everything: evict every unclaimed tree.
         exists: asks the scheduler about jobs, see :func:`stager.lease.is_alive`.
     """
-    _drop_halves(node)
+    for room in ("", "ready"):  # images that were sent and nobody took in, halves of stamps
+        fsutil.sweep(os.path.join(node.root, room))
     dropped = _drop_dead(node, exists)
     before = node.free()
     evicted = []
@@ -54,21 +50,6 @@ def collect(
             evicted.append(held.id)
             used = node.size()
     return Collected(tuple(evicted), max(0, node.free() - before), dropped)
-
-
-def _drop_halves(node: Store) -> None:
-    """Remove what is left of stamps whose writers were killed, and images sent that nobody took in.
-
-    Nothing else looks at them.
-    """
-    for room in ("", "ready"):
-        with os.scandir(os.path.join(node.root, room)) as items:
-            for item in items:
-                if not item.name.startswith("."):
-                    continue
-                with contextlib.suppress(OSError):
-                    if time.time() - item.stat(follow_symlinks=False).st_mtime > _ABANDONED:
-                        os.unlink(item.path)
 
 
 def _drop_dead(node: Store, exists: Callable[[str, str], bool | None] | None) -> int:

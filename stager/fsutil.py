@@ -18,6 +18,7 @@ from stager.errors import LIMITS, NODE, BusyError, DeniedError, NoSpaceError, St
 TOO_LARGE = "a limit on the size of a file is in force: see `ulimit -f`, or the file system's own"
 """What to do where a file may not be as large as it should."""
 _CREATED_SUFFIX = ".new"
+_ABANDONED = 86400.0
 _STILL_WRITTEN = 5.0
 """Seconds for which a directory that fills up again is emptied again."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -102,6 +103,24 @@ def replace_link(target: str, path: str) -> None:
     temporary = _beside(path)
     os.symlink(target, temporary)
     os.rename(temporary, path)
+
+
+def sweep(directory: str) -> None:
+    """Remove files that writers who were killed have left: names with a dot in front, a day old."""
+    with os.scandir(directory) as items:
+        for item in items:
+            with contextlib.suppress(OSError):
+                if item.name.startswith(".") and is_abandoned(item.path):
+                    os.unlink(item.path)
+
+
+def is_abandoned(path: str) -> bool:
+    """Tell whether nobody can still be at work on something: it is a day old.
+
+    Raises:
+        OSError: it cannot be looked at.
+    """
+    return time.time() - os.lstat(path).st_mtime > _ABANDONED
 
 
 def _beside(path: str) -> str:

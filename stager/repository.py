@@ -30,7 +30,6 @@ from stager.manifest import Layer, Manifest
 from stager.ref import Ref, is_name
 
 _ROOMS = ("refs", "origins", "manifests", "layers", "images", "tmp")
-_ABANDONED = 86400.0
 _MAX_MANIFEST = 64 << 20
 _DIGITS = 64
 """Of a whole sha256, in hexadecimal."""
@@ -203,7 +202,7 @@ class Repository:
                 try:
                     fd = os.open(os.path.join(directory, "lock"), os.O_RDWR | os.O_CLOEXEC)
                 except FileNotFoundError:  # its pack was killed before it had made one
-                    if _age(directory) > _ABANDONED:
+                    if fsutil.is_abandoned(directory):
                         _removed(directory)
                     continue
                 try:
@@ -211,7 +210,7 @@ class Repository:
                     _removed(directory)
                 except OSError as error:
                     # Without working locks (some shared file systems) only age tells.
-                    if error.errno in _FLOCK_MISSING and _age(directory) > _ABANDONED:
+                    if error.errno in _FLOCK_MISSING and fsutil.is_abandoned(directory):
                         _removed(directory)
                 finally:
                     os.close(fd)
@@ -371,16 +370,12 @@ class Repository:
                     removed.append(name)
         return removed
 
-    def _whole(self, room: str) -> Iterator[str]:
-        """Yield a room's files but for halves, which a write leaves that is killed; old ones go."""
-        for name in self._listdir(room):
-            if not name.startswith("."):
-                yield name
-                continue
-            with contextlib.suppress(OSError):
-                # Without working locks (some shared file systems) somebody may be writing it.
-                if _age(self._path(room, name)) > _ABANDONED:
-                    os.unlink(self._path(room, name))
+    def _whole(self, room: str) -> list[str]:
+        """A room's files but for halves, which a write leaves that is killed; old ones go."""
+        names = self._listdir(room)
+        if any(name.startswith(".") for name in names):
+            fsutil.sweep(self._path(room))
+        return [name for name in names if not name.startswith(".")]
 
     @contextlib.contextmanager
     def _lock(self, name: str, *, shared: bool = False, timeout: float = 60) -> Iterator[None]:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the tests' own p
 
 from benchmarks.scale import closed, published, simulate
 from benchmarks.scale.work import Work
-from benchmarks.settings import ALL
+from benchmarks.settings import ALL, COLD_LUSTRE
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 DATA = DOCS / "performance"
@@ -46,6 +46,15 @@ def grouped(found: list[Row]) -> dict[tuple[str, int, str], list[Row]]:
     return result
 
 
+def cold(found: list[Row]) -> dict[tuple[int, str], list[Row]]:
+    """Starts at the setting that is summed up, simulated from and drawn: by nodes and strategy."""
+    result: dict[tuple[int, str], list[Row]] = defaultdict(list)
+    for (setting, nodes, name), those in grouped(found).items():
+        if setting == COLD_LUSTRE.name:
+            result[nodes, name] = those
+    return result
+
+
 def whole(row: Row) -> float:
     return float(sum(row["seconds"].values()))
 
@@ -58,19 +67,15 @@ def median(starts: list[Row], phase: str = "") -> float:
 
 def work(found: list[Row]) -> Work:
     """What the simulation is fed with: all of it was measured with as few nodes as there are."""
-    starts = grouped(found)
+    starts = cold(found)
     environment = next(row["environment"] for row in found if "environment" in row)
-    cold = ALL["cold-lustre"]
-    count = min(n for setting, n, name in starts if (setting, name) == (cold.name, "direct"))
-    one = {name: starts["cold-lustre", count, name] for name in ("direct", "recipe")}
-    copied = starts["cold-lustre", count, "cp -r"]
-    ours, warm = starts["cold-lustre", count, "ours"], starts["cold-lustre", count, "ours, warm"]
+    count = min(nodes for nodes, name in starts if name == "direct")
+    one = {name: starts[count, name] for name in ("direct", "recipe")}
+    copied = starts[count, "cp -r"]
+    ours, warm = starts[count, "ours"], starts[count, "ours, warm"]
     node = one["direct"][0]
-    several = min(
-        (n for setting, n, name in starts if (setting, name) == (cold.name, "rsync") and n > 1),
-        default=0,
-    )
-    fanned = starts["cold-lustre", several, "rsync"]
+    several = min((nodes for nodes, name in starts if name == "rsync" and nodes > 1), default=0)
+    fanned = starts[several, "rsync"]
     imported = median(warm, "import")
     asked, hit = ours[0]["operations"], warm[0]["operations"]
     sending, receiving = _sbcast(starts, asked)
@@ -78,7 +83,7 @@ def work(found: list[Row]) -> Work:
         name=found[0]["workload"],
         operations=node["operations"],
         # Ranks ask at the same time, and for each other.
-        serial=round((median(one["direct"], "import") - imported) / cold.latency),
+        serial=round((median(one["direct"], "import") - imported) / COLD_LUSTRE.latency),
         touched=node["read"] // count,
         files=environment["files"],
         everything=copied[0]["operations"] if copied else 0,
@@ -91,10 +96,10 @@ def work(found: list[Row]) -> Work:
         staged=max(
             0.0,
             median(ours, "job")
-            - asked * cold.latency
-            - closed.transfer(environment["image"], cold),
+            - asked * COLD_LUSTRE.latency
+            - closed.transfer(environment["image"], COLD_LUSTRE),
         ),
-        hit=max(0.0, median(warm, "job") - hit * cold.latency),
+        hit=max(0.0, median(warm, "job") - hit * COLD_LUSTRE.latency),
         through_mount=max(0.0, median(ours, "import") - imported),
         asked=asked,
         asked_hit=hit,
@@ -107,15 +112,13 @@ def work(found: list[Row]) -> Work:
     )
 
 
-def _sbcast(starts: dict[tuple[str, int, str], list[Row]], asked: int) -> tuple[int, int]:
+def _sbcast(starts: dict[tuple[int, str], list[Row]], asked: int) -> tuple[int, int]:
     """Operations of the node that sends the image, and of each other one."""
-    counts = [
-        n for setting, n, name in starts if (setting, name) == ("cold-lustre", "ours, sbcast")
-    ]
+    counts = [nodes for nodes, name in starts if name == "ours, sbcast"]
     sending, receiving = asked + _AFTER_SENDING, _RECEIVING
     if counts:
         most = max(counts)
-        row = starts["cold-lustre", most, "ours, sbcast"][0]
+        row = starts[most, "ours, sbcast"][0]
         sending = row["operations"]
         if most > 1:
             receiving = round((row["total"] - sending) / (most - 1))
@@ -189,12 +192,10 @@ def against(all_found: list[list[Row]]) -> list[str]:
     lines = [f"| cold-lustre [dilated] | ours, s | {' | '.join(names)} |"]
     lines += ["|---" * (len(names) + 2) + "|"]
     for found in all_found:
-        starts = grouped(found)
+        starts = cold(found)
         workload = found[0]["workload"]
-        for count in sorted({nodes for one, nodes, _ in starts if one == "cold-lustre"}):
-            ours = starts.get(("cold-lustre", count, "ours"))
-            if not ours:
-                continue
+        for count in sorted(nodes for nodes, name in starts if name == "ours"):
+            ours = starts[count, "ours"]
             times = [_cold(run, count) for run in runs(found)]
             cells = []
             for name in names:
@@ -207,11 +208,7 @@ def against(all_found: list[list[Row]]) -> list[str]:
 
 def _cold(run: list[Row], nodes: int) -> dict[str, float]:
     """What each strategy took in one run at the cold setting: medians."""
-    return {
-        name: median(those)
-        for (setting, count, name), those in grouped(run).items()
-        if (setting, count) == ("cold-lustre", nodes)
-    }
+    return {name: median(those) for (count, name), those in cold(run).items() if count == nodes}
 
 
 def by_run(all_found: list[list[Row]], nodes: int, what: str) -> list[str]:
@@ -232,7 +229,7 @@ def by_run(all_found: list[list[Row]], nodes: int, what: str) -> list[str]:
                 continue
             cells = [f"{times[one]:.2f}" if one in times else "-" for one in plain]
             cells += [_ratios(times, one) for one in OURS]
-            count = len(grouped(run)["cold-lustre", nodes, "ours"])
+            count = len(cold(run)[nodes, "ours"])
             lines.append(f"| {run[0]['workload']} | {count} | {' | '.join(cells)} |")
     return lines
 
@@ -281,10 +278,10 @@ def foretold(workload: str, found: list[Row], numbers: dict[str, list[float]]) -
         found: what was recorded.
         numbers: simulated seconds by strategy, for each of :data:`NODES`, at the cold setting.
     """
-    starts = grouped(found)
+    starts = cold(found)
     cells = []
     for name in simulate.STRATEGIES:
-        those = starts.get(("cold-lustre", 8, name))
+        those = starts.get((8, name))
         simulated = numbers.get(name)
         if not those or not simulated:
             cells.append("-")
@@ -302,14 +299,14 @@ def draw(found: list[Row], numbers: dict[str, dict[str, list[float]]], path: Pat
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8.5, 4.5))
-    starts = grouped(found)
+    starts = cold(found)
     for number, (name, times) in enumerate(numbers["cold-lustre"].items()):
         colour = f"C{number}"
         axes.plot(NODES, times, color=colour, label=name)
         dots = [
             (count, median(those))
-            for (setting, count, strategy), those in sorted(starts.items())
-            if setting == "cold-lustre" and strategy == name
+            for (count, strategy), those in sorted(starts.items())
+            if strategy == name
         ]
         if dots:
             axes.plot(*zip(*dots), "o", color=colour, markersize=5)
