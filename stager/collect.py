@@ -23,6 +23,7 @@ def collect(
     *,
     max_size: int,
     min_free: int,
+    min_inodes: int = 0,
     everything: bool = False,
     exists: Callable[[str, str], bool | None] | None = None,
 ) -> Collected:
@@ -32,6 +33,7 @@ def collect(
         node: the store.
         max_size: bytes all trees and images may take.
         min_free: bytes to leave free on the file system.
+        min_inodes: inodes to leave free there.
         everything: evict every unclaimed tree.
         exists: asks the scheduler about jobs, see :func:`stager.lease.is_alive`.
     """
@@ -43,7 +45,7 @@ def collect(
     used = node.size()
     for held in sorted(node.held(), key=lambda one: one.used):
         abandoned = held.stamp is None  # what a killed stage has left
-        enough = used <= max_size and node.free() >= min_free
+        enough = used <= max_size and node.free() >= min_free and node.free_inodes() >= min_inodes
         if held.leases or (enough and not everything and not abandoned):
             continue
         if _evict(node, held):

@@ -87,13 +87,19 @@ class IncompatibleError(StagerError):
     blame = JOB
 
 
-def unforeseen(error: Exception) -> StagerError:
-    """What a user reads of an error that none of ours stands for."""
+def known(
+    error: BaseException, hint: str = "run it again with STAGER_DEBUG=1 and report what it prints"
+) -> StagerError:
+    """An error as one of ours: what is read of it, whatever it is.
+
+    Args:
+        error: one of ours, which it stays, or any other.
+        hint: what to do about a bug.
+    """
+    if isinstance(error, StagerError):
+        return error
     if isinstance(error, MemoryError):
         return StagerError("there is not enough memory", hint=LIMITS)
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         return StagerError("no thread can be started", hint=LIMITS)
-    return StagerError(
-        f"this is a bug in stager: {type(error).__name__}: {error}",
-        hint="run it again with STAGER_DEBUG=1 and report what it prints",
-    )
+    return StagerError(f"a bug in stager: {type(error).__name__}: {error}", hint=hint)

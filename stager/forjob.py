@@ -46,7 +46,7 @@ from stager import (
 from stager import config as configuration
 from stager.config import Config
 from stager.envpatch import EnvPatch
-from stager.errors import JOB, SITE, NotFoundError, StagerError, UsageError
+from stager.errors import JOB, SITE, NotFoundError, StagerError, UsageError, known
 from stager.jobstate import MAX_MESSAGE, Job
 from stager.manifest import Layer, Manifest
 from stager.ref import KEYS, Directive, Ref
@@ -111,8 +111,8 @@ def run(order: Order, talk: socket.socket) -> None:
             code = trace.tb_frame.f_code
             where = f" ({os.path.basename(code.co_filename)}:{trace.tb_lineno})"
             trace = trace.tb_next
-        reason = f"a bug in stager: {type(error).__name__}: {error}{where}"
-        _send(talk, {"error": reason, "hint": "tell your administrator", "blame": SITE})
+        told = known(error, "tell your administrator")
+        _send(talk, {"error": told.message + where, "hint": told.hint, "blame": SITE})
 
 
 def _send(talk: socket.socket, message: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ import time
 from stager import config as configuration
 from stager import events, fsutil
 from stager.config import Config
-from stager.errors import JOB, StagerError
+from stager.errors import JOB, StagerError, known
 from stager.jobstate import MAX_MESSAGE, Job
 
 _OLD = 3600.0
@@ -34,9 +34,8 @@ def leave(note: str, error: Exception) -> None:
     """Write down what went wrong, where :func:`path` says; nothing happens where that fails."""
     with contextlib.suppress(OSError):
         os.makedirs(os.path.dirname(note), 0o700, exist_ok=True)
-        reason = error.message if isinstance(error, StagerError) else f"a bug in stager: {error!r}"
-        hint = getattr(error, "hint", "") or ""
-        data = json.dumps({"error": reason, "hint": hint}).encode()
+        told = known(error)
+        data = json.dumps({"error": told.message, "hint": told.hint or ""}).encode()
         fsutil.write_atomic(note, data, mode=0o600, durable=False)
         for one in os.listdir(os.path.dirname(note)):
             if one.startswith("job-") and one.endswith(".failed"):

@@ -21,6 +21,7 @@ import errno
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any, Callable, NamedTuple
 
@@ -316,6 +317,11 @@ class Store:
         """Bytes free on the store's file system."""
         info = os.statvfs(self.root)
         return info.f_bavail * info.f_frsize
+
+    def free_inodes(self) -> int:
+        """Inodes free there; of a file system that does not count them, more than enough."""
+        info = os.statvfs(self.root)
+        return info.f_favail if info.f_files else sys.maxsize
 
 
 def _holder(text: str) -> str:

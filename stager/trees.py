@@ -261,7 +261,12 @@ def make_room(layer: Layer, how: str, node: Store, config: Config, *, present: i
         return
     from stager import collect
 
-    collect.collect(node, max_size=config["collect.max_size"], min_free=size + _MARGIN)
+    collect.collect(
+        node,
+        max_size=config["collect.max_size"],
+        min_free=size + _MARGIN,
+        min_inodes=files + _MARGIN_INODES if files else 0,
+    )
     lacking = _lacking(node, size, files)
     if lacking:
         raise NoSpaceError(
@@ -272,17 +277,16 @@ def make_room(layer: Layer, how: str, node: Store, config: Config, *, present: i
 
 def _lacking(node: Store, size: int, files: int) -> str:
     """What a tree lacks on the store's disk, in the numbers that were compared; empty: nothing."""
-    info = os.statvfs(node.root)
-    free = info.f_bavail * info.f_frsize
+    free, inodes = node.free(), node.free_inodes()
     if free < size + _MARGIN:
         return (
             f"space in the store {node.root}: {_mib(size)} MiB are needed and {_mib(_MARGIN)} MiB"
             f" left to others, {free >> 20} MiB are free"
         )
-    if info.f_files and files and info.f_favail < files + _MARGIN_INODES:
+    if files and inodes < files + _MARGIN_INODES:
         return (
             f"inodes in the store {node.root}: {files} are needed and {_MARGIN_INODES} left to"
-            f" others, {info.f_favail} are free"
+            f" others, {inodes} are free"
         )
     return ""
 

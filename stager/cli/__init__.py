@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import stager
-from stager.errors import StagerError, unforeseen
+from stager.errors import StagerError, known
 
 _EPILOG = """\
 examples:
@@ -321,7 +321,7 @@ def main(argv: Sequence[str]) -> int:
     except Exception as error:
         if os.environ.get("STAGER_DEBUG"):
             raise
-        told = unforeseen(error)
+        told = known(error)
         # With nothing that is still to be imported: there may be no memory for it.
         print(f"stager: error: {told.message}\nhint: {told.hint}", file=sys.stderr)
         return 1

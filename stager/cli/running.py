@@ -15,7 +15,7 @@ from stager import allocation, containers, fsutil, lease, lookup, schedulers, se
 from stager.cli import report
 from stager.cli.common import Bars, load_config, say
 from stager.cli.preparing import ask_job, prepare
-from stager.errors import StagerError, UsageError, unforeseen
+from stager.errors import StagerError, UsageError, known
 from stager.processes import KEEPER
 from stager.stage import Staged
 
@@ -98,11 +98,9 @@ def _take_place(
 
 
 def _explained(problem: Exception) -> StagerError:
-    if isinstance(problem, StagerError):
-        return problem
     if isinstance(problem, OSError):
         return fsutil.explain(problem, "stage")
-    return unforeseen(problem)
+    return known(problem)
 
 
 def _without(

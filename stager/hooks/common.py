@@ -15,7 +15,7 @@ from typing import Any, Callable
 from stager import config as configuration
 from stager import events, jobstate, lease, privilege, schedulers
 from stager.config import Config
-from stager.errors import SITE, StagerError
+from stager.errors import SITE, StagerError, known
 from stager.jobstate import Job, State
 
 _LONGEST = 1 << 20
@@ -51,11 +51,10 @@ def is_strict(job: Job, config: Config | None) -> bool:
 
 def explained(error: BaseException) -> tuple[str, str]:
     """What happened, and what to do; empty where nobody knows."""
-    if isinstance(error, StagerError):
-        return error.message, error.hint or ""
     if isinstance(error, OSError):
         return f"{error.strerror} ({error.filename})", "tell your administrator"
-    return f"a bug in stager: {type(error).__name__}: {error}", "tell your administrator"
+    told = known(error, "tell your administrator")
+    return told.message, told.hint or ""
 
 
 def emit(event: str, fields: Mapping[str, object], config: Config | None, root: str) -> None:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from stager.errors import NODE, StagerError
+from stager.errors import NODE, StagerError, known
 from stager.push import sending
 from stager.push.protocol import Outcome, Settings
 from stager.push.ssh import Network
@@ -36,7 +36,7 @@ def ask(
             answers[node] = _ask_one(node, words, settings, network)
             outcomes[node] = Outcome(node, how="answered")
         except Exception as error:
-            outcomes[node] = Outcome.failed(node, sending.known(error))
+            outcomes[node] = Outcome.failed(node, known(error))
 
     sending.in_parallel(work, nodes, settings.fanout, network)
     found = {node: answers[node] for node in nodes if node in answers}

@@ -28,6 +28,7 @@ from stager.errors import (
     IntegrityError,
     NotFoundError,
     StagerError,
+    known,
 )
 from stager.manifest import Layer, Manifest
 from stager.push import protocol
@@ -296,13 +297,6 @@ def not_started(status: int, said: str, settings: Settings, verb: str) -> Stager
         hint=f"try `ssh NODE {program} --version`",
         blame=SITE,
     )
-
-
-def known(error: Exception) -> StagerError:
-    """An error of one node as one that is told, whatever it is."""
-    if isinstance(error, StagerError):
-        return error
-    return StagerError(f"this is a bug in stager: {type(error).__name__}: {error}", blame=NODE)
 
 
 def in_parallel(

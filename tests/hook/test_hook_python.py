@@ -18,7 +18,7 @@ import pytest
 from environments import REPO
 from stager import config, events, jobnotes, jobstate, lease, privilege
 from stager.cli import doctor
-from stager.errors import StagerError
+from stager.errors import LIMITS, StagerError
 from stager.hooks import common, pbs
 from stager.hooks import slurm as hook
 from stager.jobstate import Activation, Job, State
@@ -332,6 +332,28 @@ def test_root_is_not_staged_for() -> None:
 def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("STAGER_REPOSITORY", str(tmp_path))
     return tmp_path / "tmp"
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (StagerError("no", hint="do it"), ("no", "do it")),
+        (MemoryError(), ("there is not enough memory", LIMITS)),
+        (RuntimeError("can't start new thread"), ("no thread can be started", LIMITS)),
+        (KeyError("x"), ("a bug in stager: KeyError: 'x'", "tell your administrator")),
+        (OSError(5, "I/O error", "/x"), ("I/O error (/x)", "tell your administrator")),
+    ],
+)
+def test_what_a_hook_tells_of_an_error(error: Exception, told: tuple[str, str]) -> None:
+    assert common.explained(error) == told
+
+
+def test_other_nodes_are_told_as_much(notes: Path) -> None:
+    note = str(notes / "job-7-0.failed")
+    jobnotes.leave(note, MemoryError())
+    read = jobnotes.read(note)
+    assert read is not None
+    assert (read.message, read.hint) == ("there is not enough memory", LIMITS)
 
 
 def test_the_notes_of_many_nodes(notes: Path) -> None:

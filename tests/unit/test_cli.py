@@ -623,7 +623,7 @@ def test_a_bug_of_ours_is_said_to_be_one(machine: Machine, monkeypatch: pytest.M
     monkeypatch.setattr(lookup, "find", fail)
     found = machine("inspect", "tiny")
     assert found.status == 1
-    assert "this is a bug in stager: KeyError: 'surprise'" in found.err
+    assert "a bug in stager: KeyError: 'surprise'" in found.err
     assert "STAGER_DEBUG=1" in found.err
     assert "Traceback" not in found.err
     monkeypatch.setenv("STAGER_DEBUG", "1")

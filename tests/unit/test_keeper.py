@@ -40,7 +40,7 @@ A, B = "a" * 16, "b" * 16
     [
         (NotFoundError("it is gone"), "it is gone"),
         (OSError(28, "No space left on device", "/tmp/x"), "No space left on device (/tmp/x)"),
-        (RuntimeError("oops"), "this is a bug in stager: RuntimeError: oops"),
+        (RuntimeError("oops"), "a bug in stager: RuntimeError: oops"),
     ],
     ids=["told", "system", "bug"],
 )

@@ -703,12 +703,14 @@ class Disk:
     flags: int = 0
 
     def __call__(self, path: str) -> object:
-        room = self.room
+        room, inodes = self.room, self.inodes
         envs = os.path.join(self.site.config["store"], "envs")
         if os.path.isdir(envs):
-            room -= sum(10**9 for _ in os.listdir(envs))
+            trees = len(os.listdir(envs))
+            room -= trees * 10**9
+            inodes -= trees * 1000
         return SimpleNamespace(
-            f_bavail=room // 4096, f_frsize=4096, f_files=self.inodes, f_favail=self.inodes,
+            f_bavail=room // 4096, f_frsize=4096, f_files=self.inodes, f_favail=inodes,
             f_flag=self.flags,
         )  # fmt: skip
 
@@ -737,8 +739,13 @@ def test_a_full_disk_is_told_before_anything_is_copied(
     assert untouched(node)
 
 
+@pytest.mark.parametrize(
+    "disk",
+    [{"room": 3 * 10**9 + (1 << 20)}, {"room": 10**12, "inodes": 4000}],
+    ids=["bytes", "inodes"],
+)
 def test_unclaimed_trees_make_room_and_claimed_ones_stay(
-    site: Site, monkeypatch: pytest.MonkeyPatch
+    site: Site, monkeypatch: pytest.MonkeyPatch, disk: dict[str, int]
 ) -> None:
     node = site.node
     for number, holder in ((1, ""), (2, "someone-else"), (3, "")):
@@ -750,7 +757,7 @@ def test_unclaimed_trees_make_room_and_claimed_ones_stay(
             node.release("nobody", layer_id)
         os.utime(os.path.join(node.root, "leases", layer_id), (number, number))
     # There is room for two of the three trees and this one: the least recently used goes.
-    monkeypatch.setattr(os, "statvfs", Disk(site, room=3 * 10**9 + (1 << 20)))
+    monkeypatch.setattr(os, "statvfs", Disk(site, **disk))
     assert works(site.stage())
     assert sorted(os.listdir(os.path.join(node.root, "envs"))) == sorted(
         [f"{2:016x}", f"{3:016x}", site.layer.id]
