@@ -147,10 +147,10 @@ def main() -> None:
         packages = channel.build(channel.WORK / "channel") if workload.conda else None
         rig = Rig(Path(scratch) / "cluster", max(counts), binds=scratch)
         with rig.up():
-            rig.make(wheels, packages)
+            made = rig.make(wheels, packages)
             calibration = {**calibrated(scratch), "link": rig.link()}
             print(", ".join(f"{name} {value:.3g}" for name, value in calibration.items()))
-            keep({"environment": rig.made(), "machine": machine, "calibration": calibration})
+            keep({"environment": made, "machine": machine, "calibration": calibration})
             results = []
             for setting in arguments.settings.split(","):
                 print(f"\n{setting}")

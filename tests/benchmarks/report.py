@@ -30,6 +30,12 @@ _AFTER_SENDING, _RECEIVING = 3, 4
 """Operations of the node that has sent by sbcast, and of each other, where nobody looked: the same
 for numpy and torch from a venv and for numpy from a conda environment."""
 
+_ALL_STARTS = """# Starts of jobs: every cell
+
+Written by `make performance` from the recorded runs, `starts-*.jsonl`. What the words mean, and
+how far to trust the cells, is in [performance.md](../performance.md). Seconds are medians; in
+brackets the shortest and the longest of n starts. A run's load is that of the minute before."""
+
 Row = dict[str, Any]
 
 
@@ -133,8 +139,11 @@ def runs(found: list[Row]) -> Iterator[list[Row]]:
 
 
 def machines(found: list[Row]) -> list[str]:
-    """A line for each run: where, what it measured, and what the machine could do right then."""
-    lines = []
+    """A table of runs: where, what each measured, and what the machine could do right then."""
+    lines = [
+        "| a run of, nodes | on | write, GB/s | read | zstd | from node to node | Python, ms |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row, *starts in runs(found):
         did: dict[str, set[int]] = defaultdict(set)
         for one in starts:
@@ -143,12 +152,13 @@ def machines(found: list[Row]) -> list[str]:
             f"{setting} {', '.join(map(str, sorted(did[setting])))}" for setting in did
         )
         rates = row["calibration"]
-        link = f", from node to node {rates['link'] / 1e9:.2f} GB/s" if "link" in rates else ""
+        # The first runs did not measure the link.
+        could = [
+            f"{rates[name] / 1e9:.2f}" if name in rates else "-"
+            for name in ("write", "read", "zstd", "link")
+        ]
         lines.append(
-            f"- A run of {cells} nodes: {row['machine']}; calibration: write"
-            f" {rates['write'] / 1e9:.2f} GB/s, read {rates['read'] / 1e9:.2f} GB/s, zstd"
-            f" {rates['zstd'] / 1e9:.2f} GB/s{link}, an empty Python"
-            f" {rates['python'] * 1000:.0f} ms."
+            f"| {cells} | {row['machine']} | {' | '.join(could)} | {rates['python'] * 1000:.0f} |"
         )
     return lines
 
@@ -333,12 +343,18 @@ def main() -> None:
         f"| simulated by measured, 8 nodes | {' | '.join(simulate.STRATEGIES)} |",
         "|---" * (len(simulate.STRATEGIES) + 1) + "|",
     ]
+    pages = [_ALL_STARTS]
     for path, found in recorded.items():
         one = work(found)
         table, numbers = simulated(one)
         draw(found, numbers, DATA / f"{path.stem}.svg")
         parts["starts-foretold"].append(foretold(one.name, found, numbers["cold-lustre"]))
-        parts[path.stem] = [
+        pages += [
+            "",
+            f"## {one.name}",
+            "",
+            f"![Seconds until the last rank has imported, by nodes]({path.stem}.svg)",
+            "",
             *machines(found),
             *measured(found),
             "",
@@ -349,6 +365,7 @@ def main() -> None:
         ]
     parts["published"] = published.tables()
     replace(DOCS / "performance.md", parts)
+    (DATA / "starts.md").write_text("\n".join(pages) + "\n")
 
 
 def replace(path: Path, parts: dict[str, list[str]]) -> None:
