@@ -11,11 +11,19 @@ from stager.store import Held, Store
 
 
 class Collected(NamedTuple):
-    """What a collection did: trees evicted, bytes freed, claims of dead holders dropped."""
+    """What a collection did.
+
+    Attributes:
+        trees: evicted.
+        size: bytes freed.
+        leases: claims of dead holders dropped.
+        failed: trees whose removal failed midway, with what happened; they are no trees any more.
+    """
 
     trees: tuple[str, ...]
     size: int
     leases: int
+    failed: tuple[str, ...] = ()
 
 
 def collect(
@@ -41,17 +49,21 @@ def collect(
         fsutil.sweep(os.path.join(node.root, room))
     dropped = _drop_dead(node, exists)
     before = node.free()
-    evicted = []
+    evicted: list[str] = []
+    failed: list[str] = []
     used = node.size()
     for held in sorted(node.held(), key=lambda one: one.used):
         abandoned = held.stamp is None  # what a killed stage has left
         enough = used <= max_size and node.free() >= min_free and node.free_inodes() >= min_inodes
         if held.leases or (enough and not everything and not abandoned):
             continue
-        if _evict(node, held):
-            evicted.append(held.id)
-            used = node.size()
-    return Collected(tuple(evicted), max(0, node.free() - before), dropped)
+        try:
+            if _evict(node, held):
+                evicted.append(held.id)
+                used = node.size()
+        except OSError as error:
+            failed.append(f"{held.id}: {error}")
+    return Collected(tuple(evicted), max(0, node.free() - before), dropped, tuple(failed))
 
 
 def _drop_dead(node: Store, exists: Callable[[str, str], bool | None] | None) -> int:
@@ -68,6 +80,9 @@ def _evict(node: Store, held: Held) -> bool:
 
     A stage writes its lease first and looks at the stamp then; we take the stamp away first and
     look at the leases then: one of the two sees the other.
+
+    Raises:
+        OSError: what is left is no tree any more.
     """
     try:
         with node.lock(held.id, timeout=0.0):
@@ -83,8 +98,6 @@ def _evict(node: Store, held: Held) -> bool:
                 if stamp is not None:
                     node.set_ready(held.id, stamp)  # still in use, by somebody without a lease
                 return False
-            except OSError:
-                return False  # what is left is no tree any more
     except BusyError:
         return False
     return True

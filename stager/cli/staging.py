@@ -106,15 +106,23 @@ def collect(arguments: argparse.Namespace) -> int:
         everything=arguments.all,
         exists=schedulers.job_exists,
     )
+    answer = {
+        "trees": [*result.trees],
+        "freed": result.size,
+        "leases": result.leases,
+        "failed": [*result.failed],
+    }
     if arguments.json:
-        print_json({"trees": [*result.trees], "freed": result.size, "leases": result.leases})
+        print_json(answer)
     else:
-        say(f"stager: {_evicted(len(result.trees), result.size)}")
-    return 0
+        say(f"stager: {_collected(answer)}")
+    return 1 if result.failed else 0
 
 
-def _evicted(trees: int, freed: int) -> str:
-    return f"evicted {count(trees, 'tree')}, freed {size(freed)}"
+def _collected(answer: dict[str, Any]) -> str:
+    lines = [f"evicted {count(len(answer['trees']), 'tree')}, freed {size(answer['freed'])}"]
+    lines += [f"could not be removed: {one}" for one in answer["failed"]]
+    return "\n".join(lines)
 
 
 def _collect_elsewhere(arguments: argparse.Namespace) -> int:
@@ -130,7 +138,7 @@ def _collect_elsewhere(arguments: argparse.Namespace) -> int:
     def shown(answer: dict[str, Any]) -> str:
         if "users" in answer:
             return f"evicted {sum(max(0, one) for one in answer['users'].values())} trees"
-        return _evicted(len(answer["trees"]), answer["freed"])
+        return _collected(answer)
 
     return pushing.everywhere(arguments, words, shown)
 

@@ -256,4 +256,6 @@ def _collect(path: str, config: Config, everything: bool) -> int:
         everything=everything,
         exists=schedulers.job_exists,
     )
+    if done.failed:
+        raise StagerError("could not be removed: " + "; ".join(done.failed))
     return len(done.trees)

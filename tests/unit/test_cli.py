@@ -16,7 +16,7 @@ import pytest
 
 import tiny
 from environments import VENV, clean_environ, strace_files
-from stager import cli, estimate, lookup, timings
+from stager import cli, estimate, fsutil, lookup, timings
 from stager.cli import doctor
 from stager.store import Stamp, Store, boot_id
 
@@ -261,6 +261,24 @@ def test_collecting_keeps_to_the_given_bounds(machine: Machine) -> None:
         node.release("x")
     assert machine("collect", "--max-size", "1MiB").err.startswith("stager: evicted 1 tree,")
     assert machine("collect", "--max-size", "1MiB").err.startswith("stager: evicted 0 trees,")
+
+
+def test_what_could_not_be_removed_is_told(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = os.path.basename(machine("stage", "tiny").out.strip())
+    machine("release")
+
+    def fail(path: str) -> None:
+        raise OSError(errno.EIO, "Input/output error", path)
+
+    monkeypatch.setattr(fsutil, "remove_tree", fail)
+    found = machine("collect", "--all")
+    assert found.status == 1
+    assert f"could not be removed: {tree}: [Errno 5] Input/output error" in found.err
+    found = machine("collect", "--all", "--json")
+    assert (found.status, json.loads(found.out)["trees"]) == (1, [])
+    assert len(json.loads(found.out)["failed"]) == 1
 
 
 def test_verification(machine: Machine) -> None:

@@ -385,7 +385,10 @@ def test_a_tree_that_is_half_removed_is_no_tree_any_more(
 
     with monkeypatch.context() as patched:
         patched.setattr(fsutil, "remove_tree", fail)
-        assert collecting(node, everything=True).trees == ()
+        found = collecting(node, everything=True)
+    assert found.trees == ()
+    (why,) = found.failed
+    assert why.startswith(f"{A}: ") and "Device or resource busy" in why
     assert not is_ready(node, A)
     assert collecting(node).trees == (A,)
 
