@@ -44,6 +44,9 @@ _PREFIX = re.compile(r"\A(srun|slurmstepd\S*): (error: )?")
 _LOST = re.compile(r"srun: error: (?P<node>\S+): tasks? \S+: (?P<how>.+)")
 """What srun says as soon as a task has ended with another status than 0."""
 
+_LAST_WORDS = 0.5
+"""Seconds to wait for what a lost node has said: srun may tell of its end before its words."""
+
 _MOMENT = 1.0
 """Seconds to wait for who looks into the store, or unmounts; who stages takes longer."""
 
@@ -208,6 +211,7 @@ def _await(
 ) -> None:
     """Fill in what the nodes say; also where it fails, for what those have mounted is to stay."""
     deadline = time.monotonic() + timeout + 30.0  # the nodes have the limit itself
+    until = 0.0
     while True:
         ended = process.poll() is not None
         # Before the reports: who has said before such news that it serves is known to us then.
@@ -218,10 +222,13 @@ def _await(
             return
         # Who has answered exits 0, or stays.
         lost = next(filter(None, map(_LOST.match, said)), None)
-        if lost:
-            others = [line for line in said if not _LOST.match(line)]
-            # What led to it: a traceback begins with another line, and any node may warn.
-            reasons = [line for line in others if "rror: " in line] or others
+        others = [line for line in said if not _LOST.match(line)]
+        # What led to it: a traceback begins with another line, and any node may warn.
+        wrong = [line for line in others if "rror: " in line]
+        if lost and not until:
+            until = time.monotonic() + _LAST_WORDS
+        if lost and (wrong or ended or time.monotonic() > until):
+            reasons = wrong or others
             raise StagerError(
                 f"stager ended on {lost['node']} ({lost['how']})"
                 + (f": {_PREFIX.sub('', reasons[0])}" if reasons else ""),

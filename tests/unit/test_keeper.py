@@ -219,17 +219,20 @@ def test_a_report_that_comes_between_the_looks_is_known_where_a_node_was_lost(
     assert [one["serves"] for one in known] == [True]
 
 
+@pytest.mark.parametrize("words", ["before", "after"])
 def test_a_node_that_ends_without_a_word_is_told_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str
 ) -> None:
     """Its Python does not start there, say, while the other nodes hold what they have mounted."""
     srun = tmp_path / "srun"
     srun.write_text(
-        """#!/bin/sh
-        echo '{"node": "n1", "prefix": "/p", "how": "mounted", "holds": true, "serves": true}'
+        f"""#!/bin/sh
+        words() {{ echo 'slurmstepd: error: execve(): /sw/python: No such file or directory' >&2; }}
+        echo '{{"node": "n1", "prefix": "/p", "how": "mounted", "holds": true, "serves": true}}'
         echo 'of a profile: a warning' >&2
-        echo 'slurmstepd: error: execve(): /sw/python: No such file or directory' >&2
+        [ {words} = after ] || words
         echo 'srun: error: n2: task 1: Exited with exit code 2' >&2
+        [ {words} = before ] || {{ sleep 0.1; words; }}
         exec sleep 600
         """
     )
