@@ -144,9 +144,10 @@ def _work(order: Order, talk: socket.socket) -> dict[str, Any]:
     if broken is not None:
         config.values["hook.pack"] = False
     try:
-        found = [_published(wish, config, job, until, node) for wish in directive.refs]
+        looked = [_published(wish, config, job, until, node) for wish in directive.refs]
     except StagerError as error:
         raise broken or error from error
+    found = [published for published, _ in looked]
     together.require([published.manifest for published in found])
     places = [sitestore.of(published, trusted) or node for published in found]
     beforehand = None
@@ -177,7 +178,8 @@ def _work(order: Order, talk: socket.socket) -> dict[str, Any]:
         # Not on a mount that ends with another job's step.
         results.append(allocation.stage_here(published, config, holder=order.holder))
     staged = beforehand or activation(directive, list(map(activate.Part.staged, results)), config)
-    return _outcome(staged, directive, found, results)
+    warning = "; ".join(changed for _, changed in looked if changed)
+    return {**_outcome(staged, directive, found, results), "warning": warning}
 
 
 def _timeout(directive: Directive) -> float:
@@ -216,10 +218,15 @@ def _send_original(talk: socket.socket, directive: Directive, job: Job) -> None:
     _send(talk, {"original": _value(patch, path, "bin/python", ())})
 
 
-def _published(wish: Ref, config: Config, job: Job, until: float, node: Store | None) -> Published:
+def _published(
+    wish: Ref, config: Config, job: Job, until: float, node: Store | None
+) -> tuple[Published, str]:
     """Find an environment, and see to it that it is up to date, by the policy ``stage.on_stale``.
 
     Packing is for the first node of the job; the others wait for what it publishes.
+
+    Returns:
+        The environment, and in words what changed where it is used all the same.
     """
     from stager import lookup
 
@@ -238,12 +245,9 @@ def _published(wish: Ref, config: Config, job: Job, until: float, node: Store | 
             if not (wish.path and policy == "repack" and os.path.isdir(wish.path)):
                 raise
         if published is not None:
-            unasked = wish.digest or policy == "ignore"
-            changes = [] if unasked else _changed(published, node, config)
-            own = published.repository.root == config["repository"]
-            if not changes or policy == "warn" or (policy == "repack" and not own):
-                return published
-            reason = f"`{wish}` changed since it was packed ({changes[0]})"
+            reason, is_used = _looked_at(published, wish, config, job, node)
+            if is_used:
+                return published, reason
             if policy == "fallback":
                 raise StagerError(reason, hint="pack it again", blame=JOB)
             missing = NotFoundError(reason, hint="pack it again")
@@ -253,7 +257,7 @@ def _published(wish: Ref, config: Config, job: Job, until: float, node: Store | 
         note = jobnotes.path(config, job)
         if job.first:
             try:
-                return lookup.fresh(wish, config)[0]
+                return lookup.fresh(wish, config)[0], ""
             except Exception as error:
                 jobnotes.leave(note, error)
                 raise
@@ -267,6 +271,24 @@ def _published(wish: Ref, config: Config, job: Job, until: float, node: Store | 
             )
         time.sleep(pause)
         pause = min(2.0, pause * 1.5)
+
+
+def _looked_at(
+    published: Published, wish: Ref, config: Config, job: Job, node: Store | None
+) -> tuple[str, bool]:
+    """Tell in words whether the original changed, and whether the pack is used all the same.
+
+    Where it is used in any case, the job's first node looks, for a warning, and no other does.
+    """
+    policy = config["stage.on_stale"]
+    own = published.repository.root == config["repository"]
+    is_used = policy == "warn" or (policy == "repack" and not own)
+    if wish.digest or policy == "ignore" or (is_used and not job.first):
+        return "", True
+    changes = _changed(published, node, config)
+    if not changes:
+        return "", True
+    return f"`{wish}` changed since it was packed ({changes[0]})", is_used
 
 
 def _changed(published: Published, node: Store | None, config: Config) -> list[str]:

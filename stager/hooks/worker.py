@@ -317,8 +317,12 @@ class Worker:
             self._tell_first_node("")
         self.fields.update(ref=end.get("ref"), how=how, seconds=seconds)
         self.fields["bytes"] = int(end.get("bytes") or 0)
-        note = f"staged {events.clean(end.get('ref'))} ({how}, {seconds} s)"
-        self.state.finish(READY, note if end.get("verbose") is True else "")
+        notes = []
+        if end.get("verbose") is True:
+            notes.append(f"staged {events.clean(end.get('ref'))} ({how}, {seconds} s)")
+        if end.get("warning"):
+            notes.append(f"warning: {events.clean(end['warning'])}")
+        self.state.finish(READY, "; ".join(notes))
         emit(events.STAGE, self.fields, self.config, self.root)
 
     def _failed(self, error: BaseException) -> bool:

@@ -275,6 +275,19 @@ def test_verbose(site: Site) -> None:
     ), line
 
 
+def test_that_an_environment_changed_is_told_by_one_node(site: Site) -> None:
+    site.make_environment("alice", "staying")
+    tree = tree_of(site, "alice", "staying")
+    script = "echo v=2 >$(echo envs/staying/lib/*/site-packages)/new.py"
+    site.cluster.exec("ctl", "alice", ["sh", "-c", script])
+    done = site.batch(f"srun -N2 {SHOW}", "-N2", "-wn1,n2", comment="pyenv:staying?on_stale=warn")
+    assert done.prefixes() == {"n1": {tree}, "n2": {tree}}
+    (line,) = done.told()
+    assert re.fullmatch(
+        r"stager: n1: warning: `staying` changed since it was packed \(/\S+\)", line
+    ), line
+
+
 def test_an_environment_that_changed_is_packed_by_one_node(site: Site) -> None:
     site.make_environment("alice", "moving")
     before = tree_of(site, "alice", "moving")
