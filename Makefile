@@ -130,7 +130,7 @@ MOST = --skip 'cp -r|rsync|ours, tar.zst'
 SITE = --strategies 'direct|recipe|squashfs in place|ours|ours, checked|ours, site|ours, warm'
 EVERY = --settings cold-lustre,flash,weak-nfs
 bench-record: setup
-	rm -f $(DATA)/*.jsonl
+	rm -f $(DATA)/*.jsonl $(DATA)/*.txt
 	$(START) --nodes 1,2,4,8 --once 'cp -r' --json $(DATA)/starts-numpy.jsonl
 	$(START) --nodes 1,2,4,8 --settings flash,weak-nfs --skip 'cp -r' --json $(DATA)/starts-numpy.jsonl
 	$(START) --workload numpy-conda --nodes 1,2,4,8 $(EVERY) $(FEW) \
@@ -154,6 +154,11 @@ bench-record: setup
 		$(START) --workload $$workload --nodes 1 --ranks 2 $(SITE) --json $(DATA)/two-ranks.jsonl \
 			|| exit; \
 	done
+	$(VENV)/bin/python tests/benchmarks/pack.py --runs 7 >$(DATA)/pack.txt
+	$(VENV)/bin/python tests/benchmarks/starts.py --runs 9 >$(DATA)/staging.txt
+	$(VENV)/bin/python tests/benchmarks/extract.py --at /dev/shm --at /var/tmp >$(DATA)/extract.txt
+	$(VENV)/bin/python tests/benchmarks/mounts.py >$(DATA)/mounts.txt
+	$(VENV)/bin/python tests/benchmarks/bystander.py >$(DATA)/bystander.txt
 
 # What another node's `stat` waits for while a job starts; OPTIONS='--setting cold-lustre'.
 bench-bystander: setup

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.ledger import DATA, Ledger
-from benchmarks.measuring import touch_memory
+from benchmarks.measuring import read_all, touch_memory
 from benchmarks.metafs import Metafs
 from benchmarks.settings import Settings
 from cluster.client import Cluster
@@ -230,6 +230,7 @@ class Rig:
         wide = replace(setting, wide=("*/images/*", "*.tar.gz", "*.squashfs"))
         pids = {node: self.cluster.pid(node) for node in nodes}
         touch_memory(2 * count * self._size)  # an archive beside what was unpacked, or cached
+        read_all(self.shared)
         with Metafs(self.shared, PFS, pids, wide) as shared:
             factor = dilated("job", count)
             with self._job(nodes, strategy.comment) as job:
