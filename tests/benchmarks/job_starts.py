@@ -147,7 +147,7 @@ def main() -> None:
         packages = channel.build(channel.WORK / "channel") if workload.conda else None
         rig = Rig(Path(scratch) / "cluster", max(counts), binds=scratch)
         with rig.up():
-            made = rig.make(wheels, packages)
+            made = rig.make(wheels, workload.modules, packages)
             calibration = {**calibrated(scratch), "link": rig.link()}
             print(", ".join(f"{name} {value:.3g}" for name, value in calibration.items()))
             keep({"environment": made, "machine": machine, "calibration": calibration})

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import time
@@ -39,6 +40,9 @@ from .strategies import (
 
 USER = "alice"
 SITE_STORE = f"{STORE}/site"
+_FREED = 300.0
+"""Seconds for which ext4 may remember that an inode was freed: RECENTCY_DIRTY, fs/ext4/ialloc.c."""
+
 LONGEST = 7200.0
 """Seconds that one phase may take, dilated."""
 
@@ -107,7 +111,9 @@ class Rig:
         try:
             self.cluster.up(
                 nodes=len(self.nodes), cpus=RANKS, prolog=self._prolog(),
-                epilog=f"{HOOKS}/epilog", task_prolog=f"{HOOKS}/task_prolog", prolog_flags="Alloc",
+                epilog=f"{HOOKS}/epilog", task_prolog=f"{HOOKS}/task_prolog",
+                # The batch script waits for the Prologs of all nodes, not of the first.
+                prolog_flags="Alloc,DeferBatch",
                 binds=self.binds, extra_conf="SchedulerParameters=batch_sched_delay=0",
             )  # fmt: skip
             with ThreadPoolExecutor(2) as pool:
@@ -135,13 +141,15 @@ class Rig:
         script = "mkdir -p /etc/stager/config.d; cat >/etc/stager/config.d/bench.yaml"
         self.cluster.exec(host, "root", ["sh", "-c", script], input=configured)
 
-    def make(self, wheels: Path, channel: Path | None = None) -> dict[str, int]:
+    def make(self, wheels: Path, modules: str, channel: Path | None = None) -> dict[str, int]:
         """Make the environment, its archives and images on the (not yet slow) shared directory.
 
         Returns its files and bytes.
 
         Args:
             wheels: what is installed.
+            modules: what each rank imports. The first import is made here: it may leave something
+                in the home for those that follow, as matplotlib does.
             channel: of conda packages; without one it is a venv.
         """
         if channel is not None:
@@ -154,6 +162,7 @@ class Rig:
             cd {PFS}
             {made}
             env/bin/python -m pip install -q --no-index --find-links {wheels} -r {wheels}/names
+            env/bin/python -B -c 'import {modules}'
             {BIN}/stager pack env --name {IMAGE_NAME}
             {BIN}/stager pack env --name {ARCHIVE_NAME} --format tar.zst
             {VENV}/bin/{packed} -q -p env -o env.tar.gz
@@ -229,6 +238,7 @@ class Rig:
                 self._step(job, nodes, Phase("stage", "true"))
         wide = replace(setting, wide=("*/images/*", "*.tar.gz", "*.squashfs"))
         pids = {node: self.cluster.pid(node) for node in nodes}
+        self._make_room(count)
         touch_memory(2 * count * self._size)  # an archive beside what was unpacked, or cached
         read_all(self.shared)
         with Metafs(self.shared, PFS, pids, wide) as shared:
@@ -254,6 +264,15 @@ class Rig:
             max(operations), sum(operations), dict(kinds), kinds[DATA], ledger.bytes(),
         )  # fmt: skip
         return start, ledger
+
+    def _make_room(self, count: int) -> None:
+        """Remove what starts have left where the disk would fill up, and wait."""
+        if shutil.disk_usage(self.cluster.state).free > 3 * count * self._size:
+            return
+        script = f"rm -rf {LOCAL}.*"
+        for node in self.nodes:
+            self.cluster.exec(node, "root", ["sh", "-c", script], timeout=LONGEST)
+        time.sleep(_FREED)
 
     @contextlib.contextmanager
     def _job(self, nodes: list[str], comment: str) -> Iterator[str]:
@@ -319,7 +338,9 @@ class Rig:
         script = f"""
             # The server of a mount ended with its step.
             fusermount3 -qzu {LOCAL} || :
-            rm -rf {LOCAL} /tmp/bench.tar.gz /tmp/rsyncd.conf
+            rm -f /tmp/bench.tar.gz /tmp/rsyncd.conf
+            # ext4 looks at each inode that was freed in the last minutes before it makes a file.
+            [ ! -e {LOCAL} ] || mv {LOCAL} {LOCAL}.$(date +%s%N)
             {BIN}/stager release >/dev/null 2>&1 || :
             {BIN}/stager collect --all
         """

@@ -81,7 +81,7 @@ def strategies(
     local = _import(f"{LOCAL}/bin/python", modules, ranks)
     # The first rank of a node mounts, the others wait for it: mounts end with their step.
     mount = (
-        f"mkdir -p {LOCAL}; [ $SLURM_LOCALID != 0 ] || squashfuse {PFS}/env.squashfs {LOCAL}; "
+        f"mkdir -p {LOCAL}; [ $SLURM_LOCALID != 0 ] || squashfuse_ll {PFS}/env.squashfs {LOCAL}; "
         f"until [ -e {LOCAL}/bin/python ]; do sleep 0.05; done; "
     )
     ours = _import("python", modules, ranks)
