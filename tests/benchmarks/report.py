@@ -40,7 +40,25 @@ Row = dict[str, Any]
 
 
 def rows(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """What was recorded, but for starts that were measured again since the rig was mended."""
+    return newest([json.loads(line) for line in path.read_text().splitlines()])
+
+
+def newest(found: list[Row]) -> list[Row]:
+    """Leave out each cell's starts by an older rig than its newest (``RIG`` in job_starts.py)."""
+    latest: dict[tuple[str, int, str], int] = defaultdict(int)
+    for machine, *starts in runs(found):
+        for one in starts:
+            latest[_cell(one)] = max(latest[_cell(one)], machine.get("rig", 1))
+    result = []
+    for machine, *starts in runs(found):
+        kept = [one for one in starts if latest[_cell(one)] == machine.get("rig", 1)]
+        result += [machine, *kept] if kept else []
+    return result
+
+
+def _cell(row: Row) -> tuple[str, int, str]:
+    return row["setting"], row["nodes"], row["strategy"]
 
 
 def grouped(found: list[Row]) -> dict[tuple[str, int, str], list[Row]]:
@@ -48,7 +66,7 @@ def grouped(found: list[Row]) -> dict[tuple[str, int, str], list[Row]]:
     result: dict[tuple[str, int, str], list[Row]] = defaultdict(list)
     for row in found:
         if "strategy" in row:
-            result[row["setting"], row["nodes"], row["strategy"]].append(row)
+            result[_cell(row)].append(row)
     return result
 
 

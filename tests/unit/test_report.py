@@ -58,6 +58,15 @@ def test_each_run_is_compared_with_itself() -> None:
     ]
 
 
+def test_what_a_mended_rig_measured_again_counts_alone() -> None:
+    again: Row = {**MACHINE, "rig": 2}
+    kept = [MACHINE, start("direct", 60.0), again, start("ours", 3.0), start("ours", 4.0)]
+    found = [
+        MACHINE, start("direct", 60.0), start("ours", 1.0), MACHINE, start("ours", 2.0), *kept[2:],
+    ]  # fmt: skip
+    assert report.newest(found) == kept
+
+
 def test_a_summary_mixes_no_runs() -> None:
     _, _, *lines = report.against([ROWS])
     # Of direct the first run's 15 and the third's 25, of the recipe 3 and 4 of the first two.
