@@ -233,16 +233,6 @@ def test_zstd_and_tar_read_it(tmp_path: Path) -> None:
     assert found == expected(members)
 
 
-def test_source_may_be_path_descriptor_or_file(tmp_path: Path) -> None:
-    image = tmp_path / "image"
-    image.write_bytes(pack([directory("."), file("a", b"1")]))
-    with image.open("rb") as source:
-        source.seek(5)
-        for name, form in (("x", str(image)), ("y", source), ("z", source.fileno())):
-            extract(form, str(tmp_path / name), workers=1, max_files=2, max_bytes=1)  # type: ignore
-            assert (tmp_path / name / "a").read_bytes() == b"1"
-
-
 def test_modes_do_not_depend_on_umask_and_lose_their_special_bits(tmp_path: Path) -> None:
     members = [
         directory("."),

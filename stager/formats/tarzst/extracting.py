@@ -14,7 +14,7 @@ import warnings
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, BinaryIO, Callable, NamedTuple, NoReturn, Union
+from typing import Any, Callable, NamedTuple, NoReturn
 
 import zstandard
 
@@ -31,8 +31,6 @@ from stager.formats.tarzst.index import (
     bad_index,
     read_into,
 )
-
-Source = Union[str, int, BinaryIO]
 
 _TASK = struct.Struct("<II")  # frame number, slot
 _MAX_WORKERS = 128  # so that all tasks there can be fit into the smallest pipe the kernel makes
@@ -59,7 +57,7 @@ class ExtractResult(NamedTuple):
 
 
 def extract(
-    source: Source,
+    source: str,
     destination: str,
     *,
     workers: int,
@@ -76,8 +74,7 @@ def extract(
     every frame has a checksum of its own, and so has the index.
 
     Args:
-        source: a path, descriptor or file object of a regular file. What is handed over open is
-            not closed, and its position does not matter.
+        source: the path of a regular file.
         destination: the directory to create. It gets mode 0700, whatever the image says of the
             root; everything in it belongs to the caller.
         workers: how many processes decompress and write.
@@ -140,24 +137,22 @@ def extract(
 
 
 @contextlib.contextmanager
-def _opened(source: Source) -> Iterator[int]:
-    with contextlib.ExitStack() as stack:
-        if isinstance(source, str):
-            try:
-                # A named pipe must not make us wait for its writer.
-                fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-            except FileNotFoundError as error:
-                raise NotFoundError(
-                    f"the image {source} is missing", hint="pack the environment again"
-                ) from error
-            except OSError as error:
-                raise fsutil.explain(error, f"read the image {source}", blame=JOB) from error
-            stack.callback(os.close, fd)
-        else:
-            fd = source if isinstance(source, int) else source.fileno()
+def _opened(source: str) -> Iterator[int]:
+    try:
+        # A named pipe must not make us wait for its writer.
+        fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError as error:
+        raise NotFoundError(
+            f"the image {source} is missing", hint="pack the environment again"
+        ) from error
+    except OSError as error:
+        raise fsutil.explain(error, f"read the image {source}", blame=JOB) from error
+    try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise UsageError(f"the image is not a regular file: {source}")
         yield fd
+    finally:
+        os.close(fd)
 
 
 def _too_large() -> IntegrityError:
