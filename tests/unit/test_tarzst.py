@@ -32,7 +32,7 @@ from stager.errors import (
 )
 from stager.formats import tarstream, tarzst
 from stager.formats.tarstream import Member, header, padding
-from stager.formats.tarzst import MIN_FRAME_SIZE, ExtractResult, Writer, extract, extracting
+from stager.formats.tarzst import MIN_FRAME_SIZE, Writer, extract, extracting
 
 MTIME = 1_700_000_000
 SMALL = MIN_FRAME_SIZE
@@ -98,7 +98,6 @@ def pack(members: Members, **options: Any) -> bytes:
     with Writer(sink, **{"frame_size": SMALL, "threads": 2, **options}) as writer:
         for member, data in members:
             writer.write_member(member, data)
-    assert (writer.files, writer.bytes) == (len(members), sum(len(data) for _, data in members))
     return sink.getvalue()
 
 
@@ -141,13 +140,13 @@ def snapshot(root: Path) -> Tree:
     return found
 
 
-def unpack(image: bytes | Path, target: Path, **options: Any) -> ExtractResult:
+def unpack(image: bytes | Path, target: Path, **options: Any) -> None:
     source = image
     if isinstance(image, bytes):
         source = target.parent / "image.tar.zst"
         source.write_bytes(image)
     defaults = {"workers": 2, "max_files": 10_000, "max_bytes": 1 << 30}
-    return extract(str(source), str(target), **{**defaults, **options})
+    extract(str(source), str(target), **{**defaults, **options})
 
 
 @pytest.fixture(autouse=True)
@@ -179,9 +178,7 @@ def refused(
 def test_round_trip(workers: int, tmp_path: Path) -> None:
     members = environment()
     image = pack(members)
-    result = unpack(image, tmp_path / "tree", workers=workers)
-    size = sum(len(data) for _, data in members)
-    assert result == (len(members), size, None)
+    unpack(image, tmp_path / "tree", workers=workers)
     assert snapshot(tmp_path / "tree") == expected(members)
     for path in ("lib/same", "lib/same again"):
         assert (tmp_path / "tree" / path).samefile(tmp_path / "tree/bin/python")
@@ -194,7 +191,7 @@ def test_round_trip_with_the_default_frame_size(tmp_path: Path) -> None:
 
 
 def test_an_archive_without_members(tmp_path: Path) -> None:
-    assert unpack(pack([]), tmp_path / "tree", max_files=0, max_bytes=0)[:2] == (0, 0)
+    unpack(pack([]), tmp_path / "tree", max_files=0, max_bytes=0)
     assert os.listdir(tmp_path / "tree") == []
 
 
@@ -552,7 +549,7 @@ def test_a_changed_byte_never_changes_the_tree(tmp_path: Path) -> None:
 def test_the_checksum_is_compared_with_what_is_expected(tmp_path: Path) -> None:
     image = pack(environment())
     total = zlib.crc32(image)
-    assert unpack(image, tmp_path / "tree", expected_crc32=total).crc32 == total
+    unpack(image, tmp_path / "tree", expected_crc32=total)
     (tmp_path / "bad").mkdir()
     for wrong in (0, total ^ 1):
         error = refused(image, tmp_path / "bad", expected_crc32=wrong)

@@ -12,8 +12,8 @@ and whatever goes wrong, the whole tree is removed.
 
 from __future__ import annotations
 
-from stager.formats.tarzst.extracting import ExtractResult, extract
+from stager.formats.tarzst.extracting import extract
 from stager.formats.tarzst.index import FRAME_SIZE, MIN_FRAME_SIZE
 from stager.formats.tarzst.writing import Writer
 
-__all__ = ["FRAME_SIZE", "MIN_FRAME_SIZE", "ExtractResult", "Writer", "extract"]
+__all__ = ["FRAME_SIZE", "MIN_FRAME_SIZE", "Writer", "extract"]

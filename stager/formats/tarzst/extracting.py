@@ -14,7 +14,7 @@ import warnings
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Callable, NamedTuple, NoReturn
+from typing import Any, Callable, NoReturn
 
 import zstandard
 
@@ -39,20 +39,6 @@ _OLD_FILE = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-class ExtractResult(NamedTuple):
-    """What was extracted.
-
-    Attributes:
-        files: members of any kind, directories and links included.
-        bytes: data of all files.
-        crc32: CRC-32 of the whole image, if one was expected.
-    """
-
-    files: int
-    bytes: int
-    crc32: int | None
-
-
 # Writing --------------------------------------------------------------------------------------
 
 
@@ -66,7 +52,7 @@ def extract(
     expected_crc32: int | None = None,
     allowed_links: Callable[[str, str], bool] | None = None,
     progress: Callable[[int], None] | None = None,
-) -> ExtractResult:
+) -> None:
     """Make a tree of an image, on several cores.
 
     The image is read once: first the index at its end, then the rest from beginning to end, which
@@ -127,7 +113,6 @@ def extract(
                 _finish(done, root, allowed_links)
                 if progress is not None:
                     progress(len(raw_index))
-                return ExtractResult(done.files, done.bytes, checksum.crc32)
         except BaseException as error:
             with contextlib.suppress(OSError):
                 fsutil.remove_tree(destination)

@@ -34,10 +34,6 @@ class Writer:
         threads: how many frames are compressed at once; 0 is one for each processor. About twice
             as many are in memory.
         frame_size: bytes of tar stream in a frame; a member that is larger gets several.
-
-    Attributes:
-        files: members written so far, of any kind.
-        bytes: data written so far, without headers.
     """
 
     def __init__(
@@ -45,8 +41,6 @@ class Writer:
     ) -> None:
         if not MIN_FRAME_SIZE <= frame_size <= MAX_FRAME_SIZE:
             raise ValueError(f"frame_size is not in {MIN_FRAME_SIZE}..{MAX_FRAME_SIZE}")
-        self.files = 0
-        self.bytes = 0
         self._fileobj = fileobj
         self._level = level
         self._frame_size = frame_size
@@ -104,8 +98,6 @@ class Writer:
         self._buffer += tarstream.padding(member.size)
         if self._begun > first:
             self._flush()  # the next member begins a frame
-        self.files += 1
-        self.bytes += member.size
 
     def close(self) -> None:
         """Write what is left, the end of the archive and the index.
