@@ -196,7 +196,7 @@ def _extract_archive(
             workers=len(os.sched_getaffinity(0)),
             max_files=layer.files,
             max_bytes=layer.size,
-            expected_crc32=layer.image.crc32,
+            crc32=layer.image.crc32,
             allowed_links=allowed,
             progress=advance,
         )

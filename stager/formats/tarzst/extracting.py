@@ -49,15 +49,15 @@ def extract(
     workers: int,
     max_files: int,
     max_bytes: int,
-    expected_crc32: int | None = None,
-    allowed_links: Callable[[str, str], bool] | None = None,
+    crc32: int,
+    allowed_links: Callable[[str, str], bool],
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Make a tree of an image, on several cores.
 
     The image is read once: first the index at its end, then the rest from beginning to end, which
-    is summed up at the same time if there is something to compare with. Damage is found without:
-    every frame has a checksum of its own, and so has the index.
+    is summed up at the same time. Damage is found without: every frame has a checksum of its own,
+    and so has the index.
 
     Args:
         source: the path of a regular file.
@@ -66,8 +66,8 @@ def extract(
         workers: how many processes decompress and write.
         max_files: most members, of any kind; from the manifest.
         max_bytes: most bytes of data in all files together; from the manifest.
-        expected_crc32: CRC-32 that the image must have: tells an image from another one, not from
-            one that was made to look like it.
+        crc32: CRC-32 that the image must have: tells an image from another one, not from one that
+            was made to look like it.
         allowed_links: called with a symbolic link's path and target where the target may leave
             the tree (see :func:`stager.formats.tarstream.stays_inside`); such links are refused
             unless it returns true.
@@ -106,7 +106,7 @@ def extract(
                 unpacker = _Unpacker(index, root, destination)
                 done = _Report(index, max_files, max_bytes)
                 unpacker.prepare()
-                checksum = _Checksum(expected_crc32)
+                checksum = _Checksum(crc32)
                 _unpack_all(fd, unpacker, done, checksum, workers, progress)
                 checksum.update(raw_index)
                 checksum.check()
@@ -148,22 +148,21 @@ def _too_large() -> IntegrityError:
 
 
 class _Checksum:
-    """The CRC-32 of the bytes of an image, if anything is expected of it."""
+    """The CRC-32 of the bytes of an image."""
 
-    def __init__(self, expected: int | None) -> None:
+    def __init__(self, expected: int) -> None:
         self._expected = expected
-        self.crc32 = 0 if expected is not None else None
+        self._crc32 = 0
 
     def update(self, data: Data) -> None:
         """Take in the next bytes of the image."""
-        if self.crc32 is not None:
-            self.crc32 = zlib.crc32(data, self.crc32)
+        self._crc32 = zlib.crc32(data, self._crc32)
 
     def check(self) -> None:
         """Compare, when all of the image was taken in."""
-        if self.crc32 != self._expected:
+        if self._crc32 != self._expected:
             raise IntegrityError(
-                f"the image has CRC-32 {self.crc32:08x}, expected was {self._expected:08x}",
+                f"the image has CRC-32 {self._crc32:08x}, expected was {self._expected:08x}",
                 hint="it was damaged on the way or replaced: stage or pack it again",
             )
 
@@ -451,7 +450,7 @@ def _write_all(fd: int, data: Data) -> None:
         data = memoryview(data)[count:]
 
 
-def _finish(done: _Report, root: int, allowed_links: Callable[[str, str], bool] | None) -> None:
+def _finish(done: _Report, root: int, allowed_links: Callable[[str, str], bool]) -> None:
     """All that must not happen while workers create files: links, and what they may not change."""
     done.check()
     with _Tree(root) as tree, _Tree(root) as targets:
@@ -482,15 +481,12 @@ def _finish(done: _Report, root: int, allowed_links: Callable[[str, str], bool] 
 
 
 def _symbolic_link(
-    member: Member, allowed: Callable[[str, str], bool] | None, parent: int, name: str
+    member: Member, allowed: Callable[[str, str], bool], parent: int, name: str
 ) -> None:
-    if not tarstream.stays_inside(member.path, member.target) and not (
-        allowed is not None and allowed(member.path, member.target)
-    ):
-        raise IntegrityError(
-            f"refused link {member.path!r}: {member.target!r} leads out of the tree"
-        )
-    os.symlink(member.target, name, dir_fd=parent)
+    path, target = member.path, member.target
+    if not (tarstream.stays_inside(path, target) or allowed(path, target)):
+        raise IntegrityError(f"refused link {path!r}: {target!r} leads out of the tree")
+    os.symlink(target, name, dir_fd=parent)
 
 
 def _hard_link(member: Member, targets: _Tree, parent: int, name: str) -> None:
