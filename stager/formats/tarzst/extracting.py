@@ -39,9 +39,6 @@ _OLD_FILE = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-# Writing --------------------------------------------------------------------------------------
-
-
 def extract(
     source: str,
     destination: str,
@@ -502,7 +499,7 @@ def _hard_link(member: Member, targets: _Tree, parent: int, name: str) -> None:
     os.link(target, name, src_dir_fd=source, dst_dir_fd=parent, follow_symlinks=False)
 
 
-# Workers --------------------------------------------------------------------------------------
+# -- workers ---------------------------------------------------------------------------------
 
 
 class _Workers:

@@ -156,6 +156,3 @@ def _changed(member: Member) -> IntegrityError:
         f"{member.path!r} changed while it was read",
         hint="pack again when nothing writes to the environment",
     )
-
-
-# The index ------------------------------------------------------------------------------------
