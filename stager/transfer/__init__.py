@@ -6,7 +6,6 @@ import contextlib
 import os
 import threading
 import zlib
-from collections.abc import Iterator
 from queue import SimpleQueue
 from typing import Callable
 
@@ -175,10 +174,7 @@ def identify(path: str, image_format: str) -> Image:
 
     with ThreadPoolExecutor(1) as pool:
         synced = pool.submit(fsutil.sync, path)
-        total, size = 0, 0
-        for piece in _pieces(path):
-            total = zlib.crc32(piece, total)
-            size += len(piece)
+        size, total = _summed(path)
         synced.result()
     return Image(image_format, size, total)
 
@@ -186,25 +182,20 @@ def identify(path: str, image_format: str) -> Image:
 def is_image(path: str, image: Image) -> bool:
     """Tell whether a file has the bytes of an image."""
     try:
-        if os.path.getsize(path) != image.size:
-            return False
-        total = 0
-        for piece in _pieces(path):
-            total = zlib.crc32(piece, total)
+        return os.path.getsize(path) == image.size and _summed(path) == (image.size, image.crc32)
     except OSError:
         return False
-    return total == image.crc32
 
 
-def _pieces(path: str) -> Iterator[memoryview]:
+def _summed(path: str) -> tuple[int, int]:
+    """The size and the checksum of a file."""
+    size = total = 0
+    buffer = bytearray(_PIECE)
     with open(path, "rb", buffering=0) as file:
-        buffer = bytearray(_PIECE)
-        view = memoryview(buffer)
-        while True:
-            count = file.readinto(buffer)
-            if not count:
-                return
-            yield view[:count]
+        while count := file.readinto(buffer):
+            size += count
+            total = zlib.crc32(memoryview(buffer)[:count], total)
+    return size, total
 
 
 def _damaged(source: str, found: int, expected: int) -> IntegrityError:
