@@ -201,7 +201,7 @@ def test_deleted_while_it_is_staged(site: Site, hidden: None) -> None:
 
 def failing(site: Site, *nodes: str) -> AbstractContextManager[None]:
     code = "def copy(*a, **k):\n    raise NotFoundError('the line is cut')\n"
-    return site.patched("transfer/__init__", code, *nodes)
+    return site.patched("transfer", code, *nodes)
 
 
 def damaged(site: Site, *nodes: str) -> AbstractContextManager[None]:
@@ -210,7 +210,7 @@ def damaged(site: Site, *nodes: str) -> AbstractContextManager[None]:
 
 def crashing(site: Site, *nodes: str) -> AbstractContextManager[None]:
     code = "def copy(*a, **k):\n    import ctypes\n    ctypes.string_at(0)\n"
-    return site.patched("transfer/__init__", code, *nodes)
+    return site.patched("transfer", code, *nodes)
 
 
 @contextlib.contextmanager

@@ -189,7 +189,7 @@ class Site:
             f"    time.sleep({seconds})\n"
             "    return _copy(*args, **kwargs)\n"
         )
-        return self.patched("transfer/__init__", code, *nodes)
+        return self.patched("transfer", code, *nodes)
 
     @contextlib.contextmanager
     def published_for_all(self, name: str, *nodes: str) -> Iterator[str]:

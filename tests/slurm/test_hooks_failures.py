@@ -79,7 +79,7 @@ def staging_traceback(site: Site) -> AbstractContextManager[None]:
 
 
 def staging_segfault(site: Site) -> AbstractContextManager[None]:
-    return site.patched("transfer/__init__", f"def copy(*arguments, **more):\n{CRASH}", "n2")
+    return site.patched("transfer", f"def copy(*arguments, **more):\n{CRASH}", "n2")
 
 
 CRASH = "    import ctypes\n    ctypes.string_at(0)"

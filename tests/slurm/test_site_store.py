@@ -231,7 +231,7 @@ def test_where_the_kernel_cannot_mount_it_is_unpacked(site: Site, tree: str) -> 
 
 def test_the_process_is_killed_in_the_middle(site: Site, tree: str) -> None:
     code = "_copy = copy\ndef copy(*_, **__):\n    import os\n    os.kill(os.getpid(), 9)\n"
-    with site.patched("transfer/__init__", code, "n1"):
+    with site.patched("transfer", code, "n1"):
         refused(site, "was ended by SIGKILL")
     done = site.batch(SHOW, "-w", "n1", comment="pyenv:central")
     assert done.prefixes() == {"n1": {tree}}
