@@ -37,15 +37,7 @@ def copy(
         NotFoundError: the image is gone.
         StagerError: it cannot be read or written, or no thread may be started.
     """
-    try:
-        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
-        reader = os.open(source, flags)
-    except FileNotFoundError as error:
-        raise NotFoundError(
-            f"the image {source} is missing", hint="pack the environment again"
-        ) from error
-    except OSError as error:
-        raise fsutil.explain(error, f"read the image {source}", blame=JOB) from error
+    reader = open_image(source)
     try:
         require_size(source, os.fstat(reader).st_size, image)
         try:
@@ -65,6 +57,23 @@ def copy(
         raise
     finally:
         fsutil.close_aside(reader)
+
+
+def open_image(path: str) -> int:
+    """Open an image to read it; a named pipe in its place does not make us wait for its writer.
+
+    Raises:
+        NotFoundError: the image is gone.
+        StagerError: it cannot be opened.
+    """
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError as error:
+        raise NotFoundError(
+            f"the image {path} is missing", hint="pack the environment again"
+        ) from error
+    except OSError as error:
+        raise fsutil.explain(error, f"read the image {path}", blame=JOB) from error
 
 
 def require_size(source: str, size: int, image: Image) -> None:

@@ -16,12 +16,11 @@ import shlex
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import IO, Callable, NamedTuple, Protocol, TypeVar
+from typing import Callable, NamedTuple, Protocol, TypeVar
 
-from stager import fsutil
 from stager import manifest as manifests
+from stager import transfer
 from stager.errors import (
-    JOB,
     NODE,
     SITE,
     IncompatibleError,
@@ -349,11 +348,11 @@ def split(nodes: Sequence[str], count: int) -> list[list[str]]:
 
 
 class _File:
-    def __init__(self, file: IO[bytes], path: str) -> None:
-        self._file, self._path = file, path
+    def __init__(self, fd: int, path: str) -> None:
+        self._fd, self._path = fd, path
 
     def read(self, offset: int, count: int) -> bytes:
-        piece = os.pread(self._file.fileno(), count, offset)
+        piece = os.pread(self._fd, count, offset)
         if not piece:
             raise _truncated(self._path)
         return piece
@@ -361,18 +360,13 @@ class _File:
 
 @contextlib.contextmanager
 def _opened(path: str, layer: Layer) -> Iterator[Source]:
+    fd = transfer.open_image(path)
     try:
-        file = open(path, "rb", buffering=0)  # noqa: SIM115 - below
-    except FileNotFoundError as error:
-        raise NotFoundError(
-            f"the image {path} is missing", hint="pack the environment again"
-        ) from error
-    except OSError as error:
-        raise fsutil.explain(error, f"read the image {path}", blame=JOB) from error
-    with file:
-        if os.fstat(file.fileno()).st_size != layer.image.size:
+        if os.fstat(fd).st_size != layer.image.size:
             raise _truncated(path)
-        yield _File(file, path)
+        yield _File(fd, path)
+    finally:
+        os.close(fd)
 
 
 def _truncated(path: str) -> IntegrityError:

@@ -18,8 +18,8 @@ from typing import Any, Callable, NoReturn
 
 import zstandard
 
-from stager import errors, fsutil
-from stager.errors import JOB, NODE, IntegrityError, NotFoundError, StagerError, UsageError
+from stager import errors, fsutil, transfer
+from stager.errors import NODE, IntegrityError, StagerError, UsageError
 from stager.formats import tarstream
 from stager.formats.tarstream import DIR, FILE, HARDLINK, TRAILER, Member
 from stager.formats.tarzst.index import (
@@ -120,15 +120,7 @@ def extract(
 
 @contextlib.contextmanager
 def _opened(source: str) -> Iterator[int]:
-    try:
-        # A named pipe must not make us wait for its writer.
-        fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError as error:
-        raise NotFoundError(
-            f"the image {source} is missing", hint="pack the environment again"
-        ) from error
-    except OSError as error:
-        raise fsutil.explain(error, f"read the image {source}", blame=JOB) from error
+    fd = transfer.open_image(source)
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise UsageError(f"the image is not a regular file: {source}")
