@@ -238,17 +238,7 @@ def _dangling(entry: Entry) -> Finding:
 
 def leaves(place: Place, entry: Entry) -> bool:
     """Tell whether a link leads out of everything that is packed or local, to something there."""
-    if entry.kind != LINK or not os.path.exists(entry.source):
+    if entry.kind != LINK:
         return False
-    directory = os.path.dirname(os.path.join(place.root, entry.path))
-    absolute = os.path.normpath(os.path.join(directory, entry.target))
-    real = os.path.realpath(entry.source)
-    if real == place.base_executable:
-        return False
-    if place.relocation.path(absolute) or place.relocation.path(real):
-        return False
-    return not any(
-        path == one or path.startswith(f"{one}/")
-        for path in (absolute, real)
-        for one in place.local
-    )
+    _, finding = _retarget(place, entry)
+    return finding is not None and finding.code == "link"
