@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
@@ -122,7 +121,7 @@ def make(
 def _files(
     place: Place, files: Mapping[str, Entry], compile_all: bool, findings: list[Finding]
 ) -> Iterator[Item]:
-    caches: dict[str, dict[str, Entry]] = defaultdict(dict)
+    caches: dict[str, Entry] = {}
     plain: list[Entry] = []
     dropped = 0
     for entry in files.values():
@@ -132,7 +131,7 @@ def _files(
             continue
         source, tag = cached
         if source in files and tag == place.tag:
-            caches[source][tag] = entry
+            caches[source] = entry
         else:
             dropped += 1
     if dropped:
@@ -145,7 +144,7 @@ def _files(
         is_record = entry.path.endswith("/RECORD") and _RECORD.search(entry.path)
         kind = "record" if is_record else "file"
         kind = "conda" if condameta.RECORD.match(entry.path) else kind
-        pyc = caches.get(entry.path, {}).get(place.tag)
+        pyc = caches.get(entry.path)
         wanted = entry.path.endswith(".py") and (
             pyc is not None or (compile_all and _is_importable(place, entry.path))
         )
@@ -154,9 +153,8 @@ def _files(
 
 
 def _is_importable(place: Place, path: str) -> bool:
-    if not is_below(path, place.python_directories):
-        return False
-    return all(part.isidentifier() for part in path[: -len(".py")].split("/")[-1:])
+    name = path.rpartition("/")[2][: -len(".py")]
+    return name.isidentifier() and is_below(path, place.python_directories)
 
 
 def is_below(path: str, directories: Iterable[str]) -> bool:
