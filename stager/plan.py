@@ -20,7 +20,8 @@ from stager.relocate import Relocation
 from stager.walk import DIRECTORY, LINK, SPECIAL, Entry
 
 _RECORD = re.compile(r"[^/]+\.dist-info/RECORD\Z")
-_LAST = {"record": 1, "conda": 2}
+LAST = {"record": 1, "conda": 2}
+"""Kinds of items whose content depends on others', in the order they are written."""
 _PYTHON_NAME = re.compile(r"python(\d(\.\d+t?)?)?\Z")
 
 
@@ -174,7 +175,7 @@ def _order(item: Item) -> tuple[int, tuple[str, ...], bool, str]:
         # A directory's record opens its own section.
         return 0, (() if item.path == "." else tuple(item.path.split("/"))), False, ""
     section = tuple(directory.split("/")) if directory else ()
-    return _LAST.get(item.kind, 0), section, True, name
+    return LAST.get(item.kind, 0), section, True, name
 
 
 def _relative(place: Place, path: str, target: str) -> str:

@@ -32,8 +32,6 @@ _LARGEST_TEXT = 256 << 20
 _AHEAD_FILES = 256
 _AHEAD_BYTES = 64 << 20
 
-_LAST = ("record", "conda")
-
 Data = Union[bytes, Iterable[Union[bytes, memoryview]]]
 _Members = list[tuple[Member, Data]]
 
@@ -153,7 +151,7 @@ class Producer:
         entry = item.entry
         if entry is None or item.kind in ("dir", "symlink"):
             return None
-        if item.kind in _LAST:  # a record depends on every file before it, but not its reading
+        if item.kind in plan.LAST:  # a record depends on every file before it, but not its reading
             if not slow:
                 return None
             reading = pool.submit(read, entry)
