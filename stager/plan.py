@@ -16,6 +16,7 @@ from typing import NamedTuple
 from stager import bytecode, condameta
 from stager.condameta import Recorded
 from stager.manifest import Finding
+from stager.paths import is_within
 from stager.relocate import Relocation
 from stager.walk import DIRECTORY, LINK, SPECIAL, Entry
 
@@ -209,7 +210,7 @@ def _retarget(place: Place, entry: Entry) -> tuple[str, Finding | None]:
     if moved is not None:
         return _relative(place, entry.path, moved), None
     for path in (absolute, real):
-        if any(path == one or path.startswith(f"{one}/") for one in place.local):
+        if is_within(path, place.local):
             return path, None
     if not os.path.exists(entry.source):
         # Relative to another place it would be another path, which may well be there.

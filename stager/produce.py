@@ -21,6 +21,7 @@ from stager.errors import DeniedError, IntegrityError
 from stager.formats.tarstream import Member
 from stager.fsutil import explain
 from stager.manifest import Finding
+from stager.paths import is_within
 from stager.plan import Item, Place
 from stager.walk import SLOW_WORKERS, Entry
 
@@ -362,9 +363,8 @@ class Producer:
         asked = [("interpreter", info.interpreter)] if info.interpreter else []
         directory = os.path.dirname(self._original(path))
         asked += [("runpath", one) for one in elf.search_paths(info, directory)]
-        local = self._place.local
         for code, target in asked:
-            known = any(f"{target}/".startswith(f"{one}/") for one in local)
+            known = is_within(target, self._place.local)
             if not known and self._place.relocation.path(target) is None:
                 with self._lock:
                     self._strays.setdefault((code, target), []).append(path)

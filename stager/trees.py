@@ -167,6 +167,8 @@ def _links_out(
     They lead to the node's own disk (the base Python above all), into another layer, or to where
     a finding of the manifest says.
     """
+    from stager.paths import is_within  # squashfs does without
+
     known = {one.path for one in manifest.findings if one.code in ("link", "dangling")}
     places = (*local, *(one.destination for one in manifest.layers))
 
@@ -175,7 +177,7 @@ def _links_out(
         absolute = os.path.normpath(os.path.join(start, target))
         if path in known or absolute == manifest.python.base:
             return True
-        return any(f"{absolute}/".startswith(f"{place}/") for place in places)
+        return is_within(absolute, places)
 
     return allowed
 

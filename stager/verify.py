@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from stager.config import Config
 from stager.errors import StagerError
+from stager.paths import is_within
 from stager.stage import Staged
 
 STRACE, AUDIT = "strace", "audit hooks"
@@ -178,12 +179,14 @@ def _sort(
     origin, outside = set(), set()
     absolute = {path for path in paths if path.startswith("/")}
     for path in absolute:
-        if _under(path, (store,)):
+        if is_within(path, (store,)):
             continue
-        if _under(path, origins):
+        if is_within(path, origins):
             origin.add(path)
         elif not (
-            _under(path, local) or _is_parent(path, (*local, *origins)) or _is_landmark(path, store)
+            is_within(path, local)
+            or _is_parent(path, (*local, *origins))
+            or _is_landmark(path, store)
         ):
             outside.add(path)
     return Verified(
@@ -191,16 +194,12 @@ def _sort(
     )
 
 
-def _under(path: str, prefixes: Iterable[str]) -> bool:
-    return any(path == prefix or path.startswith(f"{prefix}/") for prefix in prefixes)
-
-
 def _is_landmark(path: str, store: str) -> bool:
     """A Python looks for its standard library in every directory above its own."""
     match = _LANDMARK.match(path)
-    return match is not None and f"{store}/".startswith(f"{match[1]}/")
+    return match is not None and is_within(store, (match[1],))
 
 
 def _is_parent(path: str, prefixes: Iterable[str]) -> bool:
     """Looking at a directory on the way to a local one is no leak."""
-    return any(prefix.startswith(path.rstrip("/") + "/") for prefix in prefixes)
+    return any(is_within(prefix, (path,)) for prefix in prefixes)

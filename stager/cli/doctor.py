@@ -16,6 +16,7 @@ from stager.cli.common import load_config, print_json, size
 from stager.config import Config
 from stager.errors import StagerError
 from stager.formats import squashfs
+from stager.paths import is_within
 from stager.store import Store
 
 OK, WORSE, BAD = "ok", "worse", "bad"
@@ -367,7 +368,7 @@ def _private(settings: dict[str, list[str]], config: Config) -> list[Check]:
     private = [one for one in keys.get("dirs", "/tmp,/dev/shm").split(",") if one]  # noqa: S108
     store = config.store_template
     for one in (*private, keys.get("basepath", "")):
-        if one and f"{store}/".startswith(one.rstrip("/") + "/"):
+        if one and is_within(store, [one]):
             return [
                 (
                     BAD,

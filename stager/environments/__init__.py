@@ -18,6 +18,7 @@ from stager.config import Config
 from stager.envpatch import EnvPatch
 from stager.errors import IncompatibleError, NotFoundError
 from stager.manifest import TREE, USER, Finding, Manifest
+from stager.paths import is_within
 
 PATH = "path"
 """The role of a directory that a variable names beside the environment."""
@@ -207,9 +208,7 @@ def spellings(paths: Iterable[str]) -> tuple[str, ...]:
 
 def is_local(path: str, config: Config) -> bool:
     """Tell whether a path lies on every node's own disk, by the configured prefixes."""
-    return any(
-        path == prefix or path.startswith(prefix + "/") for prefix in config["local_prefixes"]
-    )
+    return is_within(path, config["local_prefixes"])
 
 
 def base_tree(interpreter: Interpreter, *, with_packages: bool) -> Tree:

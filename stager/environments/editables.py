@@ -18,6 +18,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from stager.paths import is_within
+
 _REBUILDS = re.compile(r"_.+_editable(_loader)?\.py\Z")
 _CALLS = re.compile(r"_editable_impl_.+\.py\Z")
 _FINDER = re.compile(r"__editable___.+_finder\.py\Z")
@@ -74,11 +76,7 @@ def find(site: str, inside: tuple[str, ...]) -> tuple[list[Source], list[Rebuild
             continue
         for source in found:
             real = os.path.realpath(source.path)
-            if not any(
-                f"{one}/".startswith(f"{prefix}/")
-                for prefix in inside
-                for one in (source.path, real)
-            ):
+            if not any(is_within(one, inside) for one in (source.path, real)):
                 sources.setdefault(source.path, source)
     return list(sources.values()), rebuilding
 

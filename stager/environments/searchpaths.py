@@ -14,6 +14,7 @@ from stager.config import Config
 from stager.environments import PATH, Environment, Tree, is_local, spellings
 from stager.errors import UsageError
 from stager.manifest import Finding
+from stager.paths import is_within
 
 VARIABLES = ("PYTHONPATH", "LD_LIBRARY_PATH")
 
@@ -54,13 +55,14 @@ def _beside(
 ) -> dict[str, list[str]]:
     """The directories that are not on the node, and the variables that name each."""
     own = [spelling for tree in environment.trees for spelling in tree.spellings]
+    known = [os.path.realpath(one) for one in (*own, config["store"])]
     found: dict[str, list[str]] = defaultdict(list)
     for variable in VARIABLES:
         for item in variables.get(variable, "").split(":"):
             path, real = os.path.normpath(item), os.path.realpath(item)
             if not item.startswith("/") or not os.path.isdir(item) or variable in found[path]:
                 continue
-            if is_local(real, config) or _is_below(real, (*own, config["store"])):
+            if is_local(real, config) or is_within(real, known):
                 continue
             found[path].append(variable)
     return {path: names for path, names in found.items() if names}
@@ -73,18 +75,11 @@ def _require_modules(path: str, names: list[str], within: Iterable[str]) -> None
         UsageError: it is a home, or one that the environment or the repository is in.
     """
     for one in within:
-        if _is_below(one if os.path.isabs(one) else "/", [path]):
+        if is_within(one if os.path.isabs(one) else "/", [os.path.realpath(path)]):
             raise UsageError(
                 f"{path}, which {' and '.join(names)} names, is not taken in: {one} is in it",
                 hint="name a directory that has nothing but modules, or leave it out",
             )
-
-
-def _is_below(path: str, directories: Iterable[str]) -> bool:
-    return any(
-        os.path.join(path, "").startswith(os.path.join(os.path.realpath(one), ""))
-        for one in directories
-    )
 
 
 def _finding(path: str, names: list[str], loaded: str) -> Finding:
