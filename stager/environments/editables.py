@@ -99,6 +99,14 @@ def _read(path: str) -> bytes:
         return b""
 
 
+def _parsed(path: str) -> ast.Module:
+    """The code of a module; nothing where it is no Python."""
+    try:
+        return ast.parse(_read(path))
+    except (SyntaxError, ValueError):
+        return ast.Module([], [])
+
+
 def _path_lines(path: str, site: str, *, link: bool) -> Iterator[Source]:
     lines = _read(path).decode("utf-8", "surrogateescape").splitlines()
     for line in lines[:1] if link else lines:
@@ -137,11 +145,7 @@ def _has_modules(path: str) -> bool:
 
 def _mapping(path: str) -> Iterator[Source]:
     """The paths in a setuptools finder's ``MAPPING`` and ``NAMESPACES``, without running it."""
-    try:
-        tree = ast.parse(_read(path))
-    except (SyntaxError, ValueError):
-        return
-    for node in tree.body:
+    for node in _parsed(path).body:
         targets: list[ast.expr]
         value: ast.expr | None
         if isinstance(node, ast.AnnAssign):
@@ -161,12 +165,7 @@ def _mapping(path: str) -> Iterator[Source]:
 
 def _map_module_calls(path: str) -> Iterator[Source]:
     """The paths that a finder made by the library ``editables`` maps modules to."""
-    with open(path, "rb") as file:
-        try:
-            tree = ast.parse(file.read())
-        except (SyntaxError, ValueError):
-            return
-    for node in ast.walk(tree):
+    for node in ast.walk(_parsed(path)):
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
             continue
         if node.func.attr != "map_module" or len(node.args) != 2:

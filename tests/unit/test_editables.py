@@ -249,12 +249,19 @@ def test_a_directory_that_is_not_there() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["a.pth", "a.egg-link", "__editable___x_finder.py", "_x_editable.py"]
+    "name",
+    [
+        "{}.pth",
+        "{}.egg-link",
+        "__editable___{}_finder.py",
+        "_editable_impl_{}.py",
+        "_{}_editable.py",
+    ],
 )
 def test_files_of_other_kinds_with_such_a_name(project: Project, name: str) -> None:
-    (project.site / name).mkdir()
-    (project.site / f"b{name}").symlink_to("/no/such/place")
-    os.mkfifo(project.site / name.replace("a", "c").replace("x", "y"))  # must not make us wait
+    (project.site / name.format("a")).mkdir()
+    (project.site / name.format("b")).symlink_to("/no/such/place")
+    os.mkfifo(project.site / name.format("c"))  # must not make us wait
     found, _ = project.find()
     assert found == []
 
