@@ -7,6 +7,7 @@ Field layouts: the System V ABI, chapters 4 and 5, and the GNU symbol versioning
 from __future__ import annotations
 
 import os
+import re
 import struct
 from collections.abc import Iterator
 from typing import Callable, NamedTuple
@@ -18,6 +19,7 @@ _DT_NEEDED, _DT_STRTAB, _DT_SONAME, _DT_RPATH, _DT_RUNPATH = 1, 5, 14, 15, 29
 _DT_VERNEED, _DT_VERNEEDNUM = 0x6FFFFFFE, 0x6FFFFFFF
 _DT_STRING_TAGS = (_DT_NEEDED, _DT_SONAME, _DT_RPATH, _DT_RUNPATH)
 _SHT_DYNSYM = 11
+_ORIGIN = re.compile(r"\$ORIGIN|\$\{ORIGIN\}")
 _MAX_OFFSET = 1 << 62
 
 Read = Callable[[int, int], bytes]
@@ -172,8 +174,9 @@ def search_paths(elf: Elf, directory: str) -> Iterator[str]:
     are left out.
     """
     for entry in elf.runpath.split(":"):
-        path = entry.replace("${ORIGIN}", directory).replace("$ORIGIN", directory)
-        if path.startswith("/") and "$" not in path[len(directory) :]:
+        parts = _ORIGIN.split(entry)
+        path = directory.join(parts)
+        if path.startswith("/") and not any("$" in part for part in parts):
             yield os.path.normpath(path)
 
 

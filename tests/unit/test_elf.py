@@ -171,6 +171,21 @@ def test_a_run_path_that_is_no_text() -> None:
 
 
 @pytest.mark.parametrize(
+    ("runpath", "expected"),
+    [
+        ("", []),
+        ("relative:/x/../y", ["/y"]),
+        ("$ORIGIN/../lib:${ORIGIN}", ["/home/ada/5$/lib", "/home/ada/5$/numpy"]),
+        ("$ORIGIN/$LIB", []),
+        ("/$LIB:/opt/${PLATFORM}", []),  # also where the directory's own path is longer
+    ],
+)
+def test_the_directories_that_the_loader_searches(runpath: str, expected: list[str]) -> None:
+    found = elf.search_paths(Elf("", runpath, 0, None), "/home/ada/5$/numpy")
+    assert list(found) == expected
+
+
+@pytest.mark.parametrize(
     "data",
     [
         b"",
