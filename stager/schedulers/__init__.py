@@ -13,14 +13,6 @@ from typing import NamedTuple
 SLURM, PBS = "slurm", "pbs"
 
 
-_LOCAL_RANKS = (
-    "SLURM_LOCALID",
-    "OMPI_COMM_WORLD_LOCAL_RANK",  # Open MPI
-    "MPI_LOCALRANKID",  # MPICH's Hydra and Intel MPI
-    "PALS_LOCAL_RANKID",  # HPE's PALS, under PBS
-)
-
-
 class Allocation(NamedTuple):
     """The allocation a process belongs to.
 
@@ -75,14 +67,10 @@ class Job(NamedTuple):
     Attributes:
         scheduler: :data:`SLURM` or :data:`PBS`.
         id: the job's id, with nothing in it that a file name could not have.
-        local_rank: rank of this process on its node, where the launcher says so.
-        node: index of this node in the job, where the scheduler says so.
     """
 
     scheduler: str
     id: str
-    local_rank: int | None
-    node: int | None
 
 
 def current(environ: Mapping[str, str] | None = None) -> Job | None:
@@ -90,22 +78,10 @@ def current(environ: Mapping[str, str] | None = None) -> Job | None:
     environ = os.environ if environ is None else environ
     for scheduler, variable in ((SLURM, "SLURM_JOB_ID"), (PBS, "PBS_JOBID")):
         if environ.get(variable):
-            return Job(
-                scheduler,
-                file_name(environ[variable]),
-                _integer(environ, _LOCAL_RANKS),
-                _integer(environ, ("SLURM_NODEID", "PBS_NODENUM")),
-            )
+            return Job(scheduler, file_name(environ[variable]))
     return None
 
 
 def file_name(job: str) -> str:
     """A job's id as a file name: that of an array's part has brackets under PBS."""
     return re.sub(r"[^A-Za-z0-9._-]", "_", job)[:100]
-
-
-def _integer(environ: Mapping[str, str], names: tuple[str, ...]) -> int | None:
-    for name in names:
-        if environ.get(name, "").isdigit():
-            return int(environ[name])
-    return None

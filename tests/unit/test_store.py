@@ -548,18 +548,12 @@ def test_every_job_can_hold_a_claim(node: Store, job: str) -> None:
     [
         ({}, None),
         ({"SLURM_JOB_ID": ""}, None),
-        ({"SLURM_JOB_ID": "7"}, ("slurm", "7", None, None)),
-        ({"SLURM_JOB_ID": "7", "SLURM_LOCALID": "3", "SLURM_NODEID": "1"}, ("slurm", "7", 3, 1)),
-        ({"SLURM_JOB_ID": "7", "SLURM_LOCALID": "x"}, ("slurm", "7", None, None)),
-        ({"PBS_JOBID": "9.h", "PBS_NODENUM": "0"}, ("pbs", "9.h", None, 0)),
-        ({"PBS_JOBID": "9.h", "OMPI_COMM_WORLD_LOCAL_RANK": "2"}, ("pbs", "9.h", 2, None)),
+        ({"SLURM_JOB_ID": "7"}, ("slurm", "7")),
+        ({"PBS_JOBID": "9.h"}, ("pbs", "9.h")),
     ],
-)  # fmt: skip
-def test_the_job_we_run_in(
-    environ: dict[str, str], expected: tuple[str, str, int | None, int | None] | None
-) -> None:
-    found = schedulers.current(environ)
-    assert (found and (found.scheduler, found.id, found.local_rank, found.node)) == expected
+)
+def test_the_job_we_run_in(environ: dict[str, str], expected: tuple[str, str] | None) -> None:
+    assert schedulers.current(environ) == expected
 
 
 def test_the_boot_is_the_kernels() -> None:
