@@ -88,8 +88,6 @@ class Packed(NamedTuple):
     seconds: float
     rewritten: int
     compiled: int
-    files: int
-    bytes: int
 
 
 @contextlib.contextmanager
@@ -225,8 +223,6 @@ def _packed(
         time.monotonic() - started,
         sum(len(one.rewritten) for one in outcomes),
         sum(one.compiled for one in outcomes),
-        sum(one.files for one in outcomes),
-        sum(one.bytes for one in outcomes),
     )
 
 

@@ -13,7 +13,7 @@ from stager.errors import SITE, DeniedError, StagerError
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
-def become(uid: int, gid: int | None = None) -> str:
+def become(uid: int, gid: int | None = None) -> None:
     """Become a user for good, in a process made for that: ids, all groups, variables, umask.
 
     Must be called before anything is opened that the user controls.
@@ -21,9 +21,6 @@ def become(uid: int, gid: int | None = None) -> str:
     Args:
         uid: the user.
         gid: the group of the job; None is the user's own.
-
-    Returns:
-        The home directory.
 
     Raises:
         StagerError: there is no such user, it is root, or the kernel refuses.
@@ -59,7 +56,6 @@ def become(uid: int, gid: int | None = None) -> str:
         PATH=PATH,
         LC_ALL="C.UTF-8",
     )
-    return entry.pw_dir
 
 
 def private_directory(path: str, uid: int) -> bool:

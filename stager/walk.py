@@ -40,7 +40,6 @@ class Entry(NamedTuple):
     size: int
     mtime_ns: int
     inode: int
-    device: int
     target: str = ""
 
 
@@ -111,7 +110,6 @@ def _entry(path: str, source: str, info: os.stat_result) -> Entry:
         info.st_size if kind == FILE else 0,
         info.st_mtime_ns,
         info.st_ino,
-        info.st_dev,
         target,
     )
 

@@ -463,11 +463,6 @@ class Session:
             blame=NODE,
         )
 
-    @property
-    def has_said(self) -> bool:
-        """Whether something can be read without waiting."""
-        return bool(self._channel.recv_ready())
-
     def finish(self) -> None:
         """Tell it that nothing more comes."""
         with contextlib.suppress(OSError, EOFError):

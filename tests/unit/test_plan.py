@@ -224,7 +224,7 @@ def test_what_leaves_is_what_would_be_taken_in(place: Place, target: str, leaves
 
 
 def entry(path: str, kind: str = FILE, mode: int = 0o644, seconds: float = 1000) -> Entry:
-    return Entry(path, f"/src/{path}", kind, mode, 1, int(seconds * 10**9), 1, 1)
+    return Entry(path, f"/src/{path}", kind, mode, 1, int(seconds * 10**9), 1)
 
 
 def make(
