@@ -316,23 +316,15 @@ def venv_uv_symlink(workshop: Workshop) -> Environment:
 
 @pytest.fixture(scope="session")
 def venv_numpy(workshop: Workshop) -> Environment:
-    """numpy: compiled modules, and shared libraries that come in the wheel."""
-    return _with_packages(workshop, "venv-numpy", environments.NUMPY)
+    """numpy: compiled modules, and shared libraries that come in the wheel.
 
-
-@pytest.fixture(scope="session")
-def venv_science(workshop: Workshop) -> Environment:
-    """numpy, scipy, pandas, matplotlib, requests: some ten thousand files; takes a while."""
-    return _with_packages(workshop, "venv-science", environments.SCIENCE)
-
-
-def _with_packages(workshop: Workshop, name: str, requirements: tuple[str, ...]) -> Environment:
-    """A venv as pip would leave it (copies, bytecode), filled by uv because that is quicker."""
+    As pip would leave it (copies, bytecode), filled by uv because that is quicker.
+    """
 
     def make(prefix: Path) -> Environment:
         environment = environments.make_venv(prefix)
         options = ("--link-mode=copy", "--compile-bytecode")
-        environments.uv_install(environment, *options, requirements=requirements)
+        environments.uv_install(environment, *options, requirements=environments.NUMPY)
         return environment
 
-    return workshop.once(name, make)
+    return workshop.once("venv-numpy", make)

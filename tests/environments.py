@@ -42,7 +42,6 @@ CALLERS = "TESTING_CALLERS_"
 SMALL = ("six", "requests")
 """What the small environments hold besides the sample package (requests brings four more)."""
 NUMPY = ("numpy",)
-SCIENCE = ("numpy", "scipy", "pandas", "matplotlib", "requests")
 
 SAMPLE = "stager-sample"
 

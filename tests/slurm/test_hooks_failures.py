@@ -152,18 +152,6 @@ def damaged_image(site: Site) -> Iterator[None]:
         image.write_bytes(data)
 
 
-@contextlib.contextmanager
-def no_fuse_and_no_tools(site: Site) -> Iterator[None]:
-    site.cluster.fuse("n2", shown=False)
-    try:
-        with site.patched(
-            "formats/squashfs", "def extract(*a):\n    raise IntegrityError('x')", "n2"
-        ):
-            yield
-    finally:
-        site.cluster.fuse("n2", shown=True)
-
-
 @dataclass(frozen=True)
 class Case:
     """One row of the matrix.
@@ -182,7 +170,6 @@ class Case:
     nodes: tuple[str, ...] = ("n2",)
 
 
-_BLAME = r"event=fail job=\d+ uid=20001 node=n2 .*"
 MATRIX = [
     Case(
         python_missing,
