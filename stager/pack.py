@@ -231,7 +231,7 @@ def _refusal(errors: list[Finding]) -> StagerError:
     return StagerError(
         f"the environment cannot be packed:{listed}",
         hint="mend these, or see `stager pack --help` for the options --editables and --links",
-        blame="job",
+        blame=JOB,
     )
 
 

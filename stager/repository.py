@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from stager import fsutil, manifest
-from stager.errors import BusyError, DeniedError, IntegrityError, NotFoundError, StagerError
+from stager.errors import JOB, BusyError, DeniedError, IntegrityError, NotFoundError, StagerError
 from stager.manifest import Layer, Manifest
 from stager.ref import Ref, is_name
 
@@ -138,7 +138,7 @@ class Repository:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            raise fsutil.explain(error, "read the manifest", blame="job") from error
+            raise fsutil.explain(error, "read the manifest", blame=JOB) from error
 
     def manifest(self, digest: str) -> str:
         """The path of the manifest that a whole digest names."""
@@ -293,7 +293,7 @@ class Repository:
                 raise StagerError(
                     f"the name `{value.name}` already stands for {known.manifest.origin}",
                     hint="choose another one with --name",
-                    blame="job",
+                    blame=JOB,
                 )
 
     def remove(self, ref: Ref) -> list[str]:

@@ -10,7 +10,7 @@ from stager import allocation, lookup, together
 from stager import stage as staging
 from stager.cli.common import Bars, say
 from stager.config import Config
-from stager.errors import StagerError, UsageError
+from stager.errors import JOB, StagerError, UsageError
 from stager.ref import KEYS, Ref
 from stager.repository import Published
 from stager.schedulers import Allocation
@@ -86,7 +86,7 @@ def up_to_date(wish: Ref, config: Config, bars: Bars, *, quiet: bool = False) ->
         raise StagerError(
             f"`{published.manifest.name}` changed since it was packed ({changes[0]})",
             hint="pack it again, or choose another policy with --on-stale",
-            blame="job",
+            blame=JOB,
         )
     if changes and not quiet:
         name = published.manifest.name

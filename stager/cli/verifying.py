@@ -13,7 +13,7 @@ from stager import verify as verifier
 from stager.cli.common import count, load_config, print_json, say
 from stager.cli.preparing import prepare
 from stager.config import Config
-from stager.errors import IntegrityError, StagerError
+from stager.errors import JOB, IntegrityError, StagerError
 from stager.store import Store
 
 _SHOWN = 20
@@ -74,6 +74,6 @@ def _verify(arguments: argparse.Namespace, config: Config) -> int:
         raise StagerError(
             f"{len(found.failed)} of {len(modules)} modules do not import from the staged tree",
             hint="do they import from the original? name those that matter with --import",
-            blame="job",
+            blame=JOB,
         )
     return 0
