@@ -1,6 +1,7 @@
 """Kinds of environments: what lies at a path, and which trees it is made of.
 
-A kind is a module with ``detect(path, config) -> Environment | None``, listed in :data:`KINDS`.
+A kind that is told by what lies there is a module with ``detect(path, config)``, which may return
+None; one that the user has to name has ``describe(request, config)``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 from stager.config import Config
 from stager.envpatch import EnvPatch
@@ -264,15 +265,6 @@ def default_name(prefix: str) -> str:
     return name[:128] or "environment"
 
 
-Detector = Callable[[str, Config], Optional[Environment]]
-
-
-def _kinds() -> tuple[Detector, ...]:
-    from stager.environments import conda, venv
-
-    return (venv.detect, conda.detect)
-
-
 def describe(request: Request, config: Config) -> Environment:
     """Find out what is to be packed.
 
@@ -298,15 +290,16 @@ def describe(request: Request, config: Config) -> Environment:
 
 
 def _detected(prefix: str, config: Config) -> Environment:
-    for detect in _kinds():
-        environment = detect(prefix, config)
-        if environment is not None:
-            return environment
-    raise NotFoundError(
-        f"{prefix} is not a Python environment: it has no pyvenv.cfg and no conda-meta",
-        hint="give the directory that was named to `python -m venv` or `conda create -p`;"
-        " a directory of modules is packed with --tree",
-    )
+    from stager.environments import conda, venv
+
+    environment = venv.detect(prefix, config) or conda.detect(prefix, config)
+    if environment is None:
+        raise NotFoundError(
+            f"{prefix} is not a Python environment: it has no pyvenv.cfg and no conda-meta",
+            hint="give the directory that was named to `python -m venv` or `conda create -p`;"
+            " a directory of modules is packed with --tree",
+        )
+    return environment
 
 
 def base_of(python: str, config: Config) -> tuple[Interpreter, list[Tree], list[Finding]]:
