@@ -19,6 +19,7 @@ from stager.manifest import Layer, Manifest
 from stager.produce import Producer
 from stager.relocate import Move, Relocation
 from stager.store import Store
+from stager.survey import SNAPSHOTS
 from stager.walk import FILE, Excluder
 
 
@@ -52,7 +53,7 @@ def rewrite(directory: str, manifest: Manifest, layer: Layer, node: Store) -> No
         root=layer.destination,
         destination=node.tree(layer.id),
         relocation=relocation,
-        python_directories=(library, ".stager/editable"),
+        python_directories=(library, SNAPSHOTS),
         tag=interpreter.tag,
         interpreter=relocation.path(manifest.python.base) or manifest.python.base,
         base_executable=interpreter.base_executable,

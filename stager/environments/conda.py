@@ -24,8 +24,8 @@ from stager.envpatch import EnvPatch
 from stager.errors import IncompatibleError
 from stager.manifest import Finding
 from stager.relocate import Move, Relocation
+from stager.sourcing import ACTIVATE
 
-ACTIVATE = "etc/conda/activate.d"
 _VARIABLES, _STATE = "etc/conda/env_vars.d", f"{condameta.DIRECTORY}/state"
 _UNSET = "***unset***"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
