@@ -27,7 +27,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 from stager import (
     activate,
@@ -51,7 +51,7 @@ from stager.jobstate import MAX_MESSAGE, Job
 from stager.manifest import Layer, Manifest
 from stager.ref import KEYS, Directive, Ref
 from stager.repository import Published
-from stager.stage import Staged
+from stager.stage import HIT, Staged, slowest
 from stager.store import MOUNTED, Store
 
 _OF_THE_USER = ("HOME", "USER", "LOGNAME", "SHELL", "LANG")
@@ -445,16 +445,15 @@ def activation(
 def _outcome(
     staged: dict[str, Any], directive: Directive, found: list[Published], results: list[Staged]
 ) -> dict[str, Any]:
-    order: Callable[[str], int] = ("hit", "mounted", "extracted").index
     copied = sum(
         layer.image.size
         for published, result in zip(found, results)
         for layer in published.manifest.layers
-        if result.layers[layer.id] != "hit"
+        if result.layers[layer.id] != HIT
     )
     return {
         "staged": staged,
-        "how": max((result.how for result in results), key=order),
+        "how": slowest(result.how for result in results),
         "ref": "+".join(published.ref for published in found),
         "bytes": copied,
         "verbose": "verbose" in directive.options,
