@@ -275,7 +275,7 @@ class Store:
     def held(self) -> list[Held]:
         """Every tree that takes space or is claimed."""
         rooms = ("images", "envs", "ready", "leases", "tmp")
-        ids = {name for room in rooms for name in _listdir(self._room(room))}
+        ids = {name for room in rooms for name in _listdir(os.path.join(self.root, room))}
         held = []
         for layer_id in sorted(name for name in ids if not name.endswith(".new")):
             try:
@@ -309,9 +309,6 @@ class Store:
             fsutil.remove_tree(os.path.join(self.root, room, layer_id))
         with contextlib.suppress(OSError):
             os.rmdir(os.path.join(self.root, "leases", layer_id))
-
-    def _room(self, name: str) -> str:
-        return os.path.join(self.root, name)
 
     def free(self) -> int:
         """Bytes free on the store's file system."""
