@@ -120,22 +120,7 @@ def _keep(
             if _is_sent(via, config, where):
                 arguments += _send(published, config, progress)
             command = _srun(where, arguments)
-        environ = {key: value for key, value in os.environ.items() if not key.startswith(_INPUT)}
-        environ[KEEPER] = where.job
-        if "SLURM_CONF" in os.environ:
-            environ["SLURM_CONF"] = os.environ["SLURM_CONF"]
-        try:
-            with open(f"{record}.out", "wb") as out, open(f"{record}.err", "wb") as said:
-                process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=out,
-                    stderr=said,
-                    env=environ,
-                    start_new_session=True,
-                )
-        except OSError as error:
-            raise fsutil.explain(error, f"start {command[0]}") from error
+        process = _start(command, record, where.job)
         reports: list[dict[str, Any]] = []
         try:
             _await(reports, process, record, answers, where.nodes, config["stage.timeout"])
@@ -157,6 +142,26 @@ def _keep(
             "how": EXTRACTED if any(one["how"] == EXTRACTED for one in reports) else MOUNTED,
             "keeper": lease.of_process(process.pid) if held else "",
         }
+
+
+def _start(command: list[str], record: str, job: str) -> subprocess.Popen[bytes]:
+    """Start the step; what it says goes to files beside the record."""
+    environ = {key: value for key, value in os.environ.items() if not key.startswith(_INPUT)}
+    environ[KEEPER] = job
+    if "SLURM_CONF" in os.environ:
+        environ["SLURM_CONF"] = os.environ["SLURM_CONF"]
+    try:
+        with open(f"{record}.out", "wb") as out, open(f"{record}.err", "wb") as said:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=said,
+                env=environ,
+                start_new_session=True,
+            )
+    except OSError as error:
+        raise fsutil.explain(error, f"start {command[0]}") from error
 
 
 def _srun(where: Allocation, command: list[str]) -> list[str]:
