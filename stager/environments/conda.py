@@ -66,40 +66,31 @@ def detect(path: str, config: Config) -> Environment | None:
     )
     findings += [*_left_out(own), *_pixi(path)]
     changed, unset = _variables(own)
-    title, name = _title(path), default_name(path)
-    if os.path.basename(os.path.dirname(path)) == "envs" and "/.pixi/envs/" in path:
-        project = default_name(path.partition("/.pixi/envs/")[0])
-        name = project if name == "default" else f"{project}-{name}"
+    watched = (
+        f"{condameta.DIRECTORY}/history",
+        condameta.DIRECTORY,
+        _STATE,
+        "bin",
+        f"{interpreter.library}/site-packages",
+        ACTIVATE,
+    )
     return Environment(
         kind="conda",
         prefix=path,
-        name=name,
+        name=_own_name(path),
         interpreter=interpreter,
         trees=(own,),
         activation=EnvPatch(
             set={
                 "CONDA_PREFIX": "{prefix}",
-                "CONDA_DEFAULT_ENV": title,
+                "CONDA_DEFAULT_ENV": _title(path),
                 "CONDA_SHLVL": "1",
                 **changed,
             },
             unset=tuple(unset),
             prepend={"PATH": ("{prefix}/bin",)},
         ),
-        watched=(
-            *(
-                os.path.join(path, relative)
-                for relative in (
-                    f"{condameta.DIRECTORY}/history",
-                    condameta.DIRECTORY,
-                    _STATE,
-                    "bin",
-                    f"{interpreter.library}/site-packages",
-                    ACTIVATE,
-                )
-            ),
-            interpreter.base_executable,
-        ),
+        watched=(*(os.path.join(path, one) for one in watched), interpreter.base_executable),
         findings=tuple(findings),
     )
 
@@ -136,6 +127,15 @@ def _pixi(path: str) -> Iterator[Finding]:
     if re.search(r"^\s*\[([^\]\n]*\.)?activation[.\]]", text, re.MULTILINE):
         reason = "variables and scripts of its table `activation` are not part of the environment"
         yield Finding(manifest, "activation", reason, "warning")
+
+
+def _own_name(path: str) -> str:
+    """What to call it when the user gives no name; pixi's are called by their project, too."""
+    name = default_name(path)
+    if os.path.basename(os.path.dirname(path)) != "envs" or "/.pixi/envs/" not in path:
+        return name
+    project = default_name(path.partition("/.pixi/envs/")[0])
+    return project if name == "default" else f"{project}-{name}"
 
 
 def _title(path: str) -> str:
@@ -256,10 +256,10 @@ def _in_bytecode(path: str, library: str) -> Iterator[str]:
                 if file.read().strip() == "conda":
                     continue
             with open(record, encoding="utf-8", errors="surrogateescape") as file:
-                names_ = [row[0] for row in csv.reader(file) if row]
+                listed = [row[0] for row in csv.reader(file) if row]
         except (OSError, csv.Error, UnicodeError):
             continue
-        found = next(_of_bytecode(site, library, names_), None)
+        found = next(_of_bytecode(site, library, listed), None)
         if found:
             yield found
 
