@@ -211,13 +211,11 @@ def _tell_success(name: str, outcomes: list[Outcome], total: int, seconds: float
 
 def tell_failures(outcomes: list[Outcome]) -> None:
     """Say which nodes failed and why, the same reason once."""
-    hint = ""
     for where, number, one in nodes.failures(outcomes):
         total = count(len(outcomes), "node")
         say(f"stager: error: {number} of {total} failed: {where}: {one.error}")
-        hint = one.hint
-        if hint:
-            say(f"hint: {hint}")
+        if one.hint:
+            say(f"hint: {one.hint}")
 
 
 def _failed(outcomes: list[Outcome]) -> list[dict[str, Any]]:
