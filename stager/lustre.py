@@ -21,9 +21,7 @@ _TIMEOUT = 20.0
 
 def is_on(path: str) -> bool:
     """Tell whether a path, or what exists of it, is on Lustre."""
-    while not os.path.exists(path):
-        path = os.path.dirname(path)
-    return fsutil.file_system(path) == "lustre"
+    return fsutil.file_system(_existing(path)) == "lustre"
 
 
 def spread(path: str, size: int, count: int) -> str:
@@ -49,13 +47,21 @@ def spread(path: str, size: int, count: int) -> str:
 def count_of(path: str) -> int | None:
     """The number of storage targets that a file is on; of a directory, that its new files get.
 
-    None where lfs does not tell; -1 is all.
+    Of a path that does not exist, that of what exists of it. None where lfs does not tell; -1 is
+    all.
     """
+    path = _existing(path)
     reason, said = _lfs("getstripe", "-c", *(["-d"] if os.path.isdir(path) else []), path)
     try:
         return None if reason else int(said.split()[-1])
     except (ValueError, IndexError):
         return None
+
+
+def _existing(path: str) -> str:
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    return path
 
 
 def has_tool() -> bool:

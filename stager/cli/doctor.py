@@ -144,10 +144,7 @@ def _repository(path: str, count: int) -> list[Check]:
     if not lustre.has_tool():
         return [(WORSE, f"{what}, and lfs is not installed here: {_ONE_TARGET}", "install lfs")]
     checks: list[Check] = []
-    existing = path
-    while not os.path.exists(existing):
-        existing = os.path.dirname(existing)
-    default = lustre.count_of(existing)
+    default = lustre.count_of(path)
     told = "does not tell its stripe count" if default is None else f"has stripe count {default}"
     if count == 0 and default in (None, 1):
         advice = "set the key `stripe_count` to -1, and pack again"
