@@ -57,6 +57,12 @@ def explained(error: BaseException) -> tuple[str, str]:
     return told.message, told.hint or ""
 
 
+def in_one_line(error: BaseException) -> str:
+    """What happened and what to do."""
+    reason, hint = explained(error)
+    return f"{reason}; {hint}" if hint else reason
+
+
 def emit(event: str, fields: Mapping[str, object], config: Config | None, root: str) -> None:
     """Tell an event where the site wants it, see :mod:`stager.events`."""
     log = config["hook.log"] if config is not None else ""

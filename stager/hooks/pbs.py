@@ -24,7 +24,7 @@ from stager import envpatch, events, jobstate, schedulers
 from stager.config import Config
 from stager.errors import SITE, StagerError
 from stager.hooks import worker
-from stager.hooks.common import as_user, emit, explained, is_strict, load, release, stores
+from stager.hooks.common import as_user, emit, in_one_line, is_strict, load, release, stores
 from stager.jobstate import CANCELLED, PENDING, Activation, Job, State
 
 JOB_PATH = "STAGER_PATH"
@@ -58,8 +58,7 @@ def main(verb: str, root: str) -> int:
         told = json.load(sys.stdin)
         answer = verbs[verb](told, root)
     except BaseException as error:
-        reason, hint = explained(error)
-        reason = f"{reason}; {hint}" if hint else reason
+        reason = in_one_line(error)
         known = {name: told.get(key) for name, key in (("job", "id"), ("node", "node"))}
         emit(events.FAIL, {**known, "reason": reason, "blame": SITE}, None, root)
         answer = {"error": reason}
@@ -91,9 +90,8 @@ def begin(
         state.begin(job, stores(config), strict=is_strict(job, config))
     except Exception as error:
         state.discard()
-        reason, hint = explained(error)
         with contextlib.suppress(OSError):
-            state.fail(f"{reason}; {hint}" if hint else reason, strict=is_strict(job, config))
+            state.fail(in_one_line(error), strict=is_strict(job, config))
         raise
     talk = worker.start(job, state, config, root, _visible)
     deadline = float(config["hook.deadline"])

@@ -18,7 +18,7 @@ from stager import events, jobstate
 from stager.config import Config
 from stager.errors import SITE, StagerError
 from stager.hooks import worker
-from stager.hooks.common import emit, explained, is_strict, load, release, stores
+from stager.hooks.common import emit, explained, in_one_line, is_strict, load, release, stores
 from stager.jobstate import PENDING, Job, State
 
 DRAIN = 99
@@ -54,8 +54,7 @@ def prolog(
         wait = min(config["hook.prolog_wait"], LONGEST_WAIT)
         return _wait_for(talk, state, wait) if talk else _wait_status(state, wait)
     except BaseException as error:
-        reason, hint = explained(error)
-        fields = {"reason": f"{reason}; {hint}" if hint else reason, "blame": SITE}
+        fields = {"reason": in_one_line(error), "blame": SITE}
         if job is not None:
             fields.update(job=job.id, uid=str(job.uid), node=job.node)
             with contextlib.suppress(OSError):

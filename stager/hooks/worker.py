@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any, Callable, NoReturn
 from stager import events, fsutil, jobstate, lease, privilege, schedulers
 from stager.config import Config
 from stager.errors import JOB, NODE, SITE, StagerError
-from stager.hooks.common import as_user, detach, emit, explained, how_it_ended, is_strict, stores
+from stager.hooks.common import (
+    as_user,
+    detach,
+    emit,
+    explained,
+    how_it_ended,
+    in_one_line,
+    is_strict,
+    stores,
+)
 from stager.jobstate import (
     FAILED,
     FAULTY,
@@ -328,14 +337,14 @@ class Worker:
     def _failed(self, error: BaseException) -> bool:
         """Write down why; returns whether the node is to be drained."""
         self._kill()
-        reason, hint = explained(error)
+        reason, _ = explained(error)
         blame = error.blame if isinstance(error, StagerError) else SITE
         fault = blame == NODE and self.proven and self.config["hook.on_node_fault"] == "drain"
         fault = fault and privilege.is_broken(os.path.dirname(self.config["store"]))
         with contextlib.suppress(OSError):
             if fault:
                 self.state.write(FAULTY, events.clean(reason, 300) + "\n")
-            text = f"{reason}; {hint}" if hint else reason
+            text = in_one_line(error)
             self._unlink()
             self._tell_first_node(text)
             self.state.finish(FAILED, text)
