@@ -49,15 +49,15 @@ def write_session(
         lines.append("exit 125")
     else:
         changed, unset = envpatch.changes(before, after)
-        names = (*changed, *unset)
         # A rank that started from other values would end up with ours.
         lines += [
-            f'[ "${{{name}-}}" = {quote(before.get(name, ""))} ] || return 1' for name in names
+            f'[ "${{{name}-}}" = {quote(before.get(name, ""))} ] || return 1'
+            for name in (*changed, *unset)
         ]
         if prefix:
             lines.append(f"alive {quote(prefix)} || return 1")
-        lines += [f"unset {name}" for name in unset if name in names]
-        lines += [f"export {name}={quote(changed[name])}" for name in names if name in changed]
+        lines += [f"unset {name}" for name in unset]
+        lines += [f"export {name}={quote(value)}" for name, value in changed.items()]
     try:
         fsutil.write_atomic(path, ("\n".join(lines) + "\n").encode(), mode=0o600, durable=False)
         _sweep(os.path.dirname(path))
