@@ -248,11 +248,11 @@ def _take_in_editables(survey: Survey, environment: Environment, config: Config)
         survey.moves.append((source.path, at))
         reason = f"an editable install: a copy of {source.path} is included"
         survey.findings.append(Finding(named_by, "editable", reason, "note"))
-    if any(at.startswith(SNAPSHOTS) for _, at in survey.moves):
-        now = next(entry for entry in survey.entries if entry.path == ".")
-        parents = {os.path.dirname(at) for _, at in survey.moves if at.startswith(SNAPSHOTS)}
+    if survey.moves:
+        top = next(entry for entry in survey.entries if entry.path == ".")
+        parents = {os.path.dirname(at) for _, at in survey.moves}
         for path in (".stager", SNAPSHOTS, *sorted(parents)):
-            survey.entries.append(now._replace(path=path, mode=0o755))
+            survey.entries.append(top._replace(path=path, mode=0o755))
 
 
 def _snapshot(source: editables.Source, at: str) -> Iterator[Entry]:
