@@ -345,10 +345,6 @@ def load(
     return config
 
 
-def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)
-
-
 _parsed: dict[str, tuple[str, Any]] = {}
 """What each file says, and what it was when it was read: one that is as it was is not read again.
 
@@ -376,8 +372,7 @@ def _keep(cache: str) -> None:
 
 def _merge_file(config: Config, path: str, *, trusted: bool) -> None:
     try:
-        # A pipe must not make us wait for its writer.
-        file = open(path, encoding="utf-8", opener=_open_at_once)  # noqa: SIM115 - below
+        file = open(path, encoding="utf-8", opener=fsutil.at_once)  # noqa: SIM115 - below
     except (FileNotFoundError, NotADirectoryError):
         config.files[path] = warm.ABSENT
         return

@@ -60,6 +60,11 @@ def explain(error: OSError, doing: str, *, blame: str | None = None) -> StagerEr
     return StagerError(message, hint="check that path and the disk it is on", blame=blame)
 
 
+def at_once(path: str, flags: int) -> int:
+    """An opener for :func:`open`: a pipe in the place of a file is not waited for."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 def write_atomic(path: str, data: bytes, *, mode: int = 0o666, durable: bool = True) -> None:
     """Write a file so that readers see the old content or the new, never half.
 

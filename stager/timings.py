@@ -12,6 +12,8 @@ import tempfile
 import time
 from collections.abc import Sequence
 
+from stager import fsutil
+
 _SAMPLES = 24
 _BLOCK = 4 << 20
 _LONGEST = 1.0
@@ -71,7 +73,7 @@ def reading(paths: Sequence[str]) -> float:
     """
     done, taken = 0, 0.0
     for path in paths:
-        with open(path, "rb", buffering=0, opener=_at_once) as file:
+        with open(path, "rb", buffering=0, opener=fsutil.at_once) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise OSError(errno.EINVAL, "not a regular file", path)
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -83,11 +85,6 @@ def reading(paths: Sequence[str]) -> float:
                 done += got
             taken += time.perf_counter() - started
     return done / taken if done else 0.0
-
-
-def _at_once(path: str, flags: int) -> int:
-    """Open; a FIFO in the place of a file would else be waited for."""
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def writing(directory: str) -> float:
