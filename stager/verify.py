@@ -131,7 +131,9 @@ def verify(
         if method == STRACE:
             with open(trace, encoding="utf-8", errors="surrogateescape") as file:
                 paths = set(_traced(file, scratch))
-    return _sort(paths, results, config, scratch, method, said["failed"])
+    absolute = {path for path in paths if path.startswith("/")}
+    origin, outside = _sort(absolute, results, config, scratch)
+    return Verified(method, len(absolute), origin, outside, dict(said["failed"]))
 
 
 def _can_trace() -> bool:
@@ -162,13 +164,9 @@ def _unescape(match: re.Match[str]) -> str:
 
 
 def _sort(
-    paths: Iterable[str],
-    results: Sequence[Staged],
-    config: Config,
-    scratch: str,
-    method: str,
-    failed: Mapping[str, str],
-) -> Verified:
+    paths: Iterable[str], results: Sequence[Staged], config: Config, scratch: str
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The paths of the original or its base, and the others that are not on the node."""
     store = os.path.dirname(os.path.dirname(results[0].prefix))
     origins = {
         path
@@ -177,8 +175,7 @@ def _sort(
     }
     local = (store, scratch, *_SYSTEM, *config["local_prefixes"])
     origin, outside = set(), set()
-    absolute = {path for path in paths if path.startswith("/")}
-    for path in absolute:
+    for path in paths:
         if is_within(path, (store,)):
             continue
         if is_within(path, origins):
@@ -189,9 +186,7 @@ def _sort(
             or _is_landmark(path, store)
         ):
             outside.add(path)
-    return Verified(
-        method, len(absolute), tuple(sorted(origin)), tuple(sorted(outside)), dict(failed)
-    )
+    return tuple(sorted(origin)), tuple(sorted(outside))
 
 
 def _is_landmark(path: str, store: str) -> bool:
