@@ -193,16 +193,7 @@ class Network:
         self, client: Any, channel: Any, wanted: Mapping[str, Any], user: str, port: int
     ) -> None:
         paramiko = self._paramiko
-        host = str(wanted.get("hostkeyalias") or wanted["hostname"])
-        if port != 22 and "hostkeyalias" not in wanted:
-            host = f"[{host}]:{port}"
-        known, revoked = self._known_keys(wanted, host)
-        keys = client.get_host_keys()
-        for kind, key in known.items():
-            keys.add(host, kind, key)
-        lenient = str(wanted.get("stricthostkeychecking", "yes")) in ("no", "off", "accept-new")
-        otherwise = paramiko.AutoAddPolicy() if lenient else paramiko.RejectPolicy()
-        client.set_missing_host_key_policy(_NotRevoked(revoked, otherwise))
+        host, revoked = self._expect(client, wanted, port)
         files = [os.path.expanduser(one) for one in wanted.get("identityfile", ())]
         limit = self._settings.connect_timeout
         try:
@@ -247,6 +238,20 @@ class Network:
             raise BusyError(
                 f"the connection broke while logging in: {error}", blame=NODE
             ) from error
+
+    def _expect(self, client: Any, wanted: Mapping[str, Any], port: int) -> tuple[str, set[bytes]]:
+        """Tell a client which keys to expect; its host's name among them, and the revoked ones."""
+        host = str(wanted.get("hostkeyalias") or wanted["hostname"])
+        if port != 22 and "hostkeyalias" not in wanted:
+            host = f"[{host}]:{port}"
+        known, revoked = self._known_keys(wanted, host)
+        keys = client.get_host_keys()
+        for kind, key in known.items():
+            keys.add(host, kind, key)
+        lenient = str(wanted.get("stricthostkeychecking", "yes")) in ("no", "off", "accept-new")
+        otherwise = self._paramiko.AutoAddPolicy if lenient else self._paramiko.RejectPolicy
+        client.set_missing_host_key_policy(_NotRevoked(revoked, otherwise()))
+        return host, revoked
 
     def _known_keys(
         self, wanted: Mapping[str, Any], host: str
