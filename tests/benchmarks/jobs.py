@@ -88,7 +88,8 @@ def start(
     """Run a job on all nodes that have metafs.
 
     Args:
-        way: ``direct``, ``hook`` or ``stage-run``; ``empty`` imports nothing of the environment.
+        way: ``direct``, ``hook``, ``stage-run`` or ``sbcast``; ``empty`` imports nothing of the
+            environment.
         ref: the packed environment.
         ranks: on each node.
         python: with ``-P`` it does not look for modules in the working directory.
@@ -100,6 +101,7 @@ def start(
         "empty": f"srun /usr/bin/python3 -I -c {shlex.quote(_IMPORT.format(modules='sys'))}",
         "direct": f". {ENVIRONMENT}/bin/activate\nsrun {importing}",
         "hook": f"srun {importing}",
+        "sbcast": f'eval "$({BIN}/stager activate --via sbcast {ref})"\nsrun {importing}',
         "stage-run": f"srun {BIN}/stage-run --env {ref} {importing}",
     }[way]
     arguments = [f"-N{len(nodes)}", f"--ntasks-per-node={ranks}", "--exclusive"]

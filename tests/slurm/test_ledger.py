@@ -151,6 +151,22 @@ def test_at_most_ten_more_than_an_empty_job(site: Site, image_format: str, ranks
         assert 0 < more <= 10
 
 
+def test_sent_by_sbcast(site: Site) -> None:
+    """One node reads the image; each other one asks for the manifest, and for nothing else."""
+    digest, image = shown(site, "measured-squashfs")
+    site.clear_stores()
+    with mounted(site, *NODES) as shared:
+        started = start(site, shared, "sbcast", ref=f"measured-squashfs@sha256:{digest}")
+    tell("activate --via sbcast, pinned, cold", started)
+    sender, other = (started.ledger.of(node) for node in NODES)
+    read_once = sender.below(f"{REPOSITORY}/images/{image}")
+    assert read_once.kinds()["open"] == 1
+    assert read_once.bytes() > 1 << 20
+    manifest = f"{REPOSITORY}/manifests/{digest}.json"
+    assert asked(other) == Counter(WAY_TO_REPOSITORY + read(manifest))
+    assert other.bytes() < 1 << 16
+
+
 def looking(site: Site) -> list[tuple[str, str]]:
     """What a look whether the original changed asks for."""
     (library,) = (site.home("alice") / "envs/measured/lib").iterdir()
