@@ -404,9 +404,32 @@ def _parse(path: str, file: TextIO) -> Any:
     import yaml
 
     try:
-        return yaml.safe_load(file)
+        loader = yaml.SafeLoader(file)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _require_once(path, node)
+        return loader.construct_document(node)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not YAML: {error}", blame=SITE) from error
+
+
+def _require_once(path: str, node: Any) -> None:
+    """Refuse a mapping in which a key is twice: YAML's reader would take the last without a word.
+
+    Raises:
+        UsageError: one is.
+    """
+    seen = set()
+    for key, value in node.value if node.id == "mapping" else ():
+        if key.value in seen:
+            raise UsageError(
+                f"{path} has the key `{key.value}` twice (line {key.start_mark.line + 1})",
+                hint="put what is below both into one",
+                blame=SITE,
+            )
+        seen.add(key.value)
+        _require_once(path, value)
 
 
 def _flatten(document: Mapping[Any, Any], prefix: str = "") -> Iterable[tuple[str, object]]:

@@ -133,6 +133,9 @@ def pack(
         environment = describe(request, config)
     except OSError as error:
         raise explain(error, f"look through {request.paths[0]}", blame=JOB) from error
+    repository = Repository(config["repository"])
+    if name is None:
+        repository.require_name(environment.name, environment.prefix)
     # Before anything is looked through: what changes from here on may not be in the image.
     watches = [freshness.watch(path) for path in environment.watched if not check]
     surveys = _surveys(environment, config, check=check)
@@ -143,7 +146,6 @@ def pack(
         outcomes = layers.check()
         findings = [*layers.findings, *(one for outcome in outcomes for one in outcome.findings)]
         return _packed(None, environment, findings, (), outcomes, started)
-    repository = Repository(config["repository"])
     with _told(repository), repository.workspace() as directory:
         written = layers.write(repository, directory)
         told = (Finding(**one) for record in written for one in record["findings"])

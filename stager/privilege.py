@@ -66,8 +66,8 @@ def private_directory(path: str, uid: int) -> bool:
         uid: whose it becomes; mode 0700.
 
     Returns:
-        Whether root could do it safely. False: somebody else may write above it, as in /tmp, and
-        the user has to make it.
+        Whether root could do it safely. False: somebody else may write above it, as straight in
+        /tmp, and the user has to make it.
 
     Raises:
         DeniedError: what is there already is not the user's own directory.
@@ -76,6 +76,7 @@ def private_directory(path: str, uid: int) -> bool:
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     parent = os.open("/", flags)
     try:
+        sticky = False
         for part in [one for one in os.path.dirname(path).split("/") if one]:
             try:
                 below = os.open(part, flags, dir_fd=parent)
@@ -84,8 +85,13 @@ def private_directory(path: str, uid: int) -> bool:
             os.close(parent)
             parent = below
             info = os.fstat(parent)
-            if info.st_uid != 0 or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            open_to_others = info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+            sticky = bool(open_to_others and info.st_mode & stat.S_ISVTX)
+            # Above what is root's: in a sticky directory nobody else can rename or replace that.
+            if info.st_uid != 0 or (open_to_others and not sticky):
                 return False
+        if sticky:
+            return False
         name = os.path.basename(path)
         with contextlib.suppress(FileExistsError):
             os.mkdir(name, 0o700, dir_fd=parent)

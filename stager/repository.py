@@ -254,7 +254,7 @@ class Repository:
         """
         with self._lock("lock"):
             if not replace:
-                self._check_name(value)
+                self.require_name(value.name, value.origin)
             for layer in value.layers:
                 if not os.path.exists(self.image(layer)):
                     raise StagerError(
@@ -286,12 +286,17 @@ class Repository:
         data = self._read_manifest(self._path(*parts))
         return f"{manifest.digest(data)}.json" if data is not None else ""
 
-    def _check_name(self, value: Manifest) -> None:
+    def require_name(self, name: str, origin: str) -> None:
+        """Refuse a name that another environment has.
+
+        Raises:
+            StagerError: one that was packed from elsewhere has it.
+        """
         with contextlib.suppress(IntegrityError):
-            known = self.find(Ref(name=value.name))
-            if known is not None and known.manifest.origin != value.origin:
+            known = self.find(Ref(name=name))
+            if known is not None and known.manifest.origin != origin:
                 raise StagerError(
-                    f"the name `{value.name}` already stands for {known.manifest.origin}",
+                    f"the name `{name}` already stands for {known.manifest.origin}",
                     hint="choose another one with --name",
                     blame=JOB,
                 )

@@ -119,11 +119,19 @@ def verify(
                 timeout=TIMEOUT,
                 check=False,
             )
-            with open(answer, encoding="utf-8") as file:
-                said = json.load(file)
-        except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        except (OSError, subprocess.TimeoutExpired) as error:
             raise StagerError(
                 f"the imports did not finish: {error}", hint="name fewer modules with --import"
+            ) from error
+        try:
+            with open(answer, encoding="utf-8") as file:
+                said = json.load(file)
+        except (OSError, ValueError) as error:
+            lines = done.stderr.decode(errors="replace").split("\n")
+            reason = next(filter(None, lines[::-1]), f"status {done.returncode}")
+            raise StagerError(
+                f"the imports did not finish: {reason}",
+                hint="does the staged Python start? `stage-run --strict --env REF python -V`",
             ) from error
         if done.returncode != 0 and not said["failed"]:
             raise StagerError(f"the imports ended with status {done.returncode}")

@@ -27,6 +27,9 @@ exit codes: 0 ok, 1 failed, 2 usage, 3 some nodes failed, 10 not found, 11 busy 
 _ON_STALE = ("repack", "warn", "fallback", "ignore")
 """Of the key `stage.on_stale`; reading the configuration's table takes longer than --help may."""
 
+_SHELLS = {"bash": "sh", "dash": "sh", "ksh": "sh", "zsh": "sh", "tcsh": "csh"}
+"""Shells that read what another one's code is."""
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
@@ -153,7 +156,13 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--on-stale", choices=_ON_STALE)
     as_json(stage)
     activate.add_argument("--strict", action="store_true", help="fail where staging fails")
-    activate.add_argument("--shell", choices=("sh", "csh", "fish", "json"), default="sh")
+    activate.add_argument(
+        "--shell",
+        choices=("sh", "csh", "fish", "json"),
+        type=lambda name: _SHELLS.get(name, name),
+        default="sh",
+        help="bash, dash, ksh and zsh are sh, tcsh is csh",
+    )
 
     def in_allocation(command: argparse.ArgumentParser) -> None:
         command.add_argument(

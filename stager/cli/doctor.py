@@ -11,6 +11,7 @@ import shutil
 import stat
 import subprocess
 
+from stager import config as configuration
 from stager import fsutil, sitestore
 from stager.cli.common import load_config, print_json, size
 from stager.config import Config
@@ -31,8 +32,10 @@ def doctor(arguments: argparse.Namespace) -> int:
     """Tell what this machine can do; exit 1 where staging cannot work at all."""
     config = load_config(arguments)
     checks = [_python(), _packing(), _mounting(), _extracting()]
-    checks += _stores(config) if os.geteuid() == 0 else _store(config["store"])
-    checks += _site_store(config) if os.geteuid() == 0 else []
+    if os.geteuid() == 0:
+        checks += [*_configuration(), *_stores(config), *_site_store(config)]
+    else:
+        checks += _store(config["store"])
     checks += _cleared(config["store"])
     checks += _repository(config["repository"], config["stripe_count"])
     checks += _slurm(config)
@@ -97,7 +100,23 @@ def _extracting() -> Check:
     return OK, f"extracts images on {len(os.sched_getaffinity(0))} processors", ""
 
 
+def _configuration() -> list[Check]:
+    """Whether hooks take the site's configuration, and users can read it."""
+    try:
+        files = configuration.load(trusted_only=True).files
+    except StagerError as error:
+        return [(BAD, f"hooks refuse it: {error.message}", error.hint or "")]
+    closed = [
+        path for path in files if os.path.exists(path) and not os.stat(path).st_mode & stat.S_IROTH
+    ]
+    return [(BAD, f"users cannot read {path}", f"chmod 644 {path}") for path in closed]
+
+
 def _store(path: str) -> list[Check]:
+    parent = os.path.dirname(path)
+    if not os.path.lexists(path) and os.path.isdir(parent) and not os.access(parent, os.W_OK):
+        what = f"the store {path} is not there, and you cannot make it in {parent}"
+        return [(WORSE, what, "where jobs run hooks make it; elsewhere name another with --store")]
     try:
         node = Store(path)
     except StagerError as error:

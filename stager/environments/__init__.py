@@ -131,9 +131,10 @@ class Request(NamedTuple):
     def again(cls, manifest: Manifest) -> Request:
         """What to pack for an environment to be packed again as it was."""
         beside = {layer.origin for layer in manifest.layers if layer.role == PATH}
+        bases = [layer.origin for layer in manifest.layers if layer.role == "base"]
         original = manifest.activated([layer.origin for layer in manifest.layers])
         search = {
-            name: ":".join(item for item in items if item in beside)
+            name: ":".join(one for one in items if one in beside or is_within(one, bases))
             for name, items in original.prepend.items()
         }
         if manifest.kind not in (USER, TREE):

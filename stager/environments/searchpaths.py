@@ -16,7 +16,8 @@ from stager.errors import UsageError
 from stager.manifest import Finding
 from stager.paths import is_within
 
-VARIABLES = ("PYTHONPATH", "LD_LIBRARY_PATH")
+_LIBRARIES = "LD_LIBRARY_PATH"
+VARIABLES = ("PYTHONPATH", _LIBRARIES)
 
 
 def settle(environment: Environment, variables: Mapping[str, str], config: Config) -> Environment:
@@ -30,6 +31,8 @@ def settle(environment: Environment, variables: Mapping[str, str], config: Confi
         variables: where it was packed.
         config: ``local_prefixes`` and the store are on the node.
     """
+    trees = tuple(_with_libraries(tree, variables) for tree in environment.trees)
+    environment = environment._replace(trees=trees)
     found = _beside(environment, variables, config)
     if config["pack.module_paths"] != "include":
         loaded = variables.get("LOADEDMODULES", "").replace(":", ", ")
@@ -39,15 +42,31 @@ def settle(environment: Environment, variables: Mapping[str, str], config: Confi
         own = [spelling for tree in environment.trees for spelling in tree.spellings]
         for path, names in found.items():
             _require_modules(path, names, (*own, config["repository"], os.path.expanduser("~")))
-        trees = [_tree(path, names) for path, names in found.items()]
+        taken = [_tree(path, names) for path, names in found.items()]
         base = [tree for tree in environment.trees if tree.role == "base"]
         above = environment.trees[len(base) :]
         environment = environment._replace(
             # The first one to be searched is the upper one.
-            trees=(*base, *trees[::-1], *above),
+            trees=(*base, *taken[::-1], *above),
             watched=(*environment.watched, *found),
         )
     return _searched(environment)
+
+
+def _with_libraries(tree: Tree, variables: Mapping[str, str]) -> Tree:
+    """A base, searched for libraries where the loader is told to search the original.
+
+    A Python that was linked without a search path of its own finds its libpython by that alone.
+    """
+    if tree.role != "base":
+        return tree
+    search = [
+        (_LIBRARIES, os.path.relpath(item, spelling))
+        for item in variables.get(_LIBRARIES, "").split(":")
+        for spelling in tree.spellings
+        if os.path.isdir(item) and is_within(os.path.normpath(item), [spelling])
+    ]
+    return tree._replace(search=(*tree.search, *dict.fromkeys(search)))
 
 
 def _beside(

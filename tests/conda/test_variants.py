@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import workbench
-from environments import Environment, run, strace_files
+from environments import VENV, Environment, run, strace_files
 from workbench import Bench, Staged
 
 from . import channel
@@ -282,6 +282,26 @@ def test_venv_over_conda(
                 assert checksum == path["sha256_in_prefix"], file
     assert workbench.traces(above, [over_conda.prefix, conda_env.prefix, conda_env.cache]) == {}
     assert workbench.modules_from_source(above, "numpy", "requests", "only_here") == []
+
+
+def test_libraries_are_searched_for_in_the_base_that_was_moved(
+    bench: Bench, over_conda: Environment, conda_env: CondaEnvironment
+) -> None:
+    """A module's Python may find its own libpython by ``LD_LIBRARY_PATH`` alone."""
+    bench.settings["LD_LIBRARY_PATH"] = f"{conda_env.prefix}/lib"
+    bench.pack(over_conda)
+    bench.settings.clear()  # the job loads no modules
+    code = "import os; print(os.environ['LD_LIBRARY_PATH'])"
+    command = [VENV / "bin" / "stage-run", "--strict", "--env", "it"]
+    new = over_conda.site_packages / "one_more.py"
+    try:
+        for change in (lambda: None, lambda: new.write_text("")):  # packed again there
+            change()
+            staged = bench.stage()
+            said = run([*command, "python", "-c", code], env=bench.environ()).stdout
+            assert said == f"{staged.trees[0]}/lib\n"
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def test_venv_over_conda_looks_nowhere_else(

@@ -17,6 +17,7 @@ import pytest
 import environments
 import workbench
 from environments import VENV, Environment, run
+from stager import privilege
 from workbench import NOBODY, Bench, until
 
 STAGE_RUN = VENV / "bin" / "stage-run"
@@ -153,6 +154,23 @@ def test_killed_maker_is_replaced(bench: Bench, packed: Environment, opens: Open
     assert len(results) == 9
     assert list(bench.store.glob("tmp/*")) == []
     assert len(workbench.servers(bench.root)) <= 1
+
+
+def test_root_makes_stores_below_its_own_directory_in_a_sticky_one(tmp_path: Path) -> None:
+    """As /local/stager in a /local that is as open as /tmp: nobody else can replace it."""
+    local = tmp_path / "local"
+    for path, mode in ((tmp_path, 0o755), (local, 0o1777), (local / "stager", 0o755)):
+        path.mkdir(exist_ok=True)
+        path.chmod(mode)
+    store = local / "stager" / str(NOBODY)
+    assert privilege.private_directory(str(store), NOBODY)
+    assert (store.stat().st_uid, store.stat().st_mode & 0o7777) == (NOBODY, 0o700)
+    assert not privilege.private_directory(str(local / str(NOBODY)), NOBODY)
+    os.chown(local / "stager", NOBODY, NOBODY)
+    assert not privilege.private_directory(str(store), NOBODY)
+    os.chown(local / "stager", 0, 0)
+    local.chmod(0o777)
+    assert not privilege.private_directory(str(store), NOBODY)
 
 
 @pytest.mark.parametrize("way", ["mount"], indirect=True)

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +19,7 @@ import tiny
 from environments import VENV, clean_environ, strace_files
 from stager import cli, estimate, fsutil, lookup, timings
 from stager.cli import doctor
+from stager.errors import StagerError
 from stager.store import Stamp, Store, boot_id
 
 pytestmark = pytest.mark.unit
@@ -143,6 +145,19 @@ def test_packing_listing_and_removing(bare: Machine) -> None:
     removed = bare("remove", "tiny")
     assert (removed.status, removed.out) == (0, "")
     assert bare("list").out == ""
+
+
+def test_a_name_that_is_taken_is_told_before_anything_is_packed(bare: Machine) -> None:
+    bare("pack", "environments/tiny")
+    other = bare.root / "others" / "tiny"
+    tiny.environment(other)
+    images = os.listdir(bare.root / "repository" / "images")
+    for argv in (["pack", str(other)], ["pack", "--check", str(other)]):
+        found = bare(*argv)
+        assert found.status == 1
+        assert "the name `tiny` already stands for" in found.err and "--name" in found.err
+    assert os.listdir(bare.root / "repository" / "images") == images
+    assert bare("pack", "--check", str(other), "--name", "another").status == 0
 
 
 def test_packing_what_is_active_or_here(bare: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -550,6 +565,41 @@ def test_the_doctor_fails_where_staging_cannot_work_at_all(
     bad = machine("doctor", "--json")
     assert bad.status == 1
     assert "bad" in {one["verdict"] for one in bad.json["checks"]}  # type: ignore[attr-defined]
+
+
+def test_the_doctor_knows_that_a_store_may_be_made_for_us(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a login node, where no hook makes it."""
+    path = str(machine.root / "made-by-root" / "7")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    os.mkdir(os.path.dirname(path))
+    ((verdict, what, advice),) = doctor._store(path)
+    assert (verdict, os.path.exists(path)) == ("worse", False)
+    assert path in what and "hooks make it" in advice
+
+
+@pytest.mark.parametrize(
+    ("mode", "told"), [(0o644, ""), (0o666, "hooks refuse it"), (0o600, "users cannot read")]
+)
+def test_the_doctor_of_root_reads_the_configuration_as_hooks_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int, told: str
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("stage.timeout: 5m\n")
+    path.chmod(mode)
+
+    def load(*, trusted_only: bool) -> SimpleNamespace:
+        if path.stat().st_mode & 0o022:
+            raise StagerError("it can be changed by others than root")
+        return SimpleNamespace(files={str(path): "", str(tmp_path / "none"): ""})
+
+    monkeypatch.setattr(doctor.configuration, "load", load)
+    found = doctor._configuration()
+    assert [what.partition(f" {path}")[0].partition(":")[0] for _, what, _ in found] == [
+        *filter(None, [told])
+    ]
+    assert all(verdict == "bad" for verdict, _, _ in found)
 
 
 @pytest.mark.parametrize(

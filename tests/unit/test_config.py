@@ -81,6 +81,21 @@ def test_an_empty_file_or_variable_says_nothing(site: Path) -> None:
     assert found.sources["store"] == "default"
 
 
+@pytest.mark.parametrize(
+    ("text", "key", "line"),
+    [
+        ("stage: {timeout: 5m}\nstage: {how: extract}\n", "stage", 2),
+        ("stage:\n  timeout: 5m\n  timeout: 6m\n", "timeout", 3),
+    ],
+)
+def test_a_key_that_is_twice_in_a_file_is_an_error(
+    site: Path, text: str, key: str, line: int
+) -> None:
+    (site / "config.yaml").write_text(text)
+    with pytest.raises(UsageError, match=rf"has the key `{key}` twice \(line {line}\)"):
+        load(site)
+
+
 def test_an_unknown_key_is_an_error_with_a_suggestion_and_its_place(site: Path) -> None:
     path = site / "config.yaml"
     path.write_text("pack: {fromat: squashfs}")
