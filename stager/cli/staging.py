@@ -170,6 +170,12 @@ def status(arguments: argparse.Namespace) -> int:
 
         return pushing.everywhere(arguments, ["status"], lambda one: "\n".join(_status(one)))
     config = load_config(arguments)
+    if not os.path.lexists(config["store"]):  # looking makes none
+        if arguments.json:
+            print_json({"store": config["store"], "free": 0, "trees": []})
+        else:
+            print(f"nothing is staged: there is no store {config['store']}")
+        return 0
     shared = config["store"] == config["site_store"]
     node = SiteStore(config["store"]) if shared else Store(config["store"])
     entries: list[dict[str, Any]] = []

@@ -267,6 +267,14 @@ def test_the_state_of_the_store(machine: Machine) -> None:
     assert not os.path.exists(prefix)
 
 
+def test_the_state_of_a_store_that_is_not_there(machine: Machine) -> None:
+    path = machine.root / "mistyped"
+    assert f"there is no store {path}" in machine("status", "--store", str(path)).out
+    found = machine("status", "--store", str(path), "--json")
+    assert json.loads(found.out)["trees"] == []
+    assert not path.exists()
+
+
 def test_collecting_keeps_to_the_given_bounds(machine: Machine) -> None:
     node = Store(f"{machine.root}/store")
     for name in ("a" * 16, "b" * 16):
