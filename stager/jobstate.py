@@ -1,16 +1,18 @@
 """What a job's Prolog leaves on the node for its tasks and its Epilog.
 
-The format is specified in ``docs/formats/job-state.md``. Everything is owned by root, readable
-by all, and written by rename; what came from a user was checked before.
+The format is specified in ``docs/formats/job-state.md``. Everything is owned by root and written
+by rename; what came from a user was checked before, and is read by that user alone.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
 import signal
+import struct
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -25,6 +27,8 @@ from stager.store import boot_id
 ROOT = "/run/stager"
 PENDING, READY, FAILED, CANCELLED = "pending", "ready", "failed", "cancelled"
 STAGED, ORIGINAL, FAULTY, STRICT = "staged", "original", "fault", "strict"
+_OF_THE_USER = (STAGED, ORIGINAL, "message")
+"""Files with what may be secret: an environment's variables have tokens in them."""
 MAX_MESSAGE = 65536
 """Bytes of one message of the process that works as the user."""
 
@@ -263,13 +267,40 @@ def link_name(part: int, layer: int, layers: int) -> str:
     return name if layer == layers - 1 else f"{name}.base{layer}"
 
 
-def _write(path: str, text: str) -> None:
+def _write(path: str, text: str, *, reader: int | None = None) -> None:
+    """Write a file by rename.
+
+    Args:
+        path: the file.
+        text: its content.
+        reader: the only user who may read it, besides us; None: everybody may.
+    """
     temporary = f"{path}.new"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open(temporary, flags, 0o644)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(temporary, flags, 0o644 if reader is None else 0o600)
     with open(fd, "w", encoding="utf-8", errors="surrogateescape") as file:
+        if reader:
+            _let_read(fd, reader)
         file.write(text)
     os.rename(temporary, path)
+
+
+def _let_read(fd: int, uid: int) -> None:
+    """Let a user read a file that stays ours: an entry in its access control list, see acl(5)."""
+    user, mask = 0x02, 0x10
+    nobody = 0xFFFFFFFF
+    entries = [
+        (0x01, 6, nobody), (user, 4, uid), (0x04, 0, nobody), (mask, 4, nobody), (0x20, 0, nobody),
+    ]  # fmt: skip
+    packed = b"".join(struct.pack("<HHI", *one) for one in entries)
+    try:
+        os.setxattr(fd, "system.posix_acl_access", struct.pack("<I", 2) + packed)
+    except OSError as error:
+        if error.errno != errno.ENOTSUP:
+            raise
+        os.fchown(fd, uid, -1)
 
 
 def _end(pid: int, start: str) -> None:
@@ -320,7 +351,7 @@ class State:
             os.mkdir(os.path.join(partial, "holders"), 0o755)
             _write(os.path.join(partial, "holders", job.id), "")
             known = {**job._asdict(), "boot": boot_id(), **record}
-            _write(os.path.join(partial, "record.json"), json.dumps(known))
+            _write(os.path.join(partial, "record.json"), json.dumps(known), reader=0)
             if strict:
                 _write(os.path.join(partial, STRICT), "")
             _write(os.path.join(partial, "status"), f"{PENDING} 0\n")
@@ -349,8 +380,9 @@ class State:
         return os.path.isdir(self.path)
 
     def write(self, name: str, text: str) -> None:
-        """Write one file by rename."""
-        _write(os.path.join(self.path, name), text)
+        """Write one file by rename; what may tell the user's secrets, for that user alone."""
+        owner = self.record().get("uid") if name in _OF_THE_USER else None
+        _write(os.path.join(self.path, name), text, reader=owner)
 
     def link(self, name: str, target: str) -> None:
         """Let a link lead to a tree, by rename; root never goes where it leads.

@@ -19,6 +19,8 @@ from stager.errors import SITE, StagerError, known
 from stager.jobstate import Job, State
 
 _LONGEST = 1 << 20
+_RELEASE = 5.0
+"""Seconds that giving up a user's claims may take."""
 """Bytes of an answer of a user's process: a few hundred for each node of the largest jobs."""
 
 
@@ -123,7 +125,9 @@ def release(
             try:  # where others than root could have been there, that is told
                 dropped = _release_shared(str(record.get("site_store") or ""), holder)
             finally:
-                dropped += int(as_user(owner, record.get("gid"), _release, store, holder))
+                # A claim that stays is dropped by the next collection; an Epilog must not be late.
+                work = as_user(owner, record.get("gid"), _release, store, holder, limit=_RELEASE)
+                dropped += int(work)
     finally:
         state.remove()
     config: Config | None = None
@@ -232,7 +236,13 @@ def collect_all_users(config: Config, *, everything: bool = False) -> dict[int, 
         if match is None:
             continue
         uid, path = int(match[1]), os.path.join(parent, entry)
-        info = os.lstat(path)
+        try:
+            info = os.lstat(path)
+        except OSError as error:  # the user has mounted something there
+            fields = {"uid": uid, "reason": f"collect: {path}: {error.strerror}", "blame": SITE}
+            emit(events.FAIL, fields, config, jobstate.ROOT)
+            result[uid] = -1
+            continue
         if uid == 0 or info.st_uid != uid or not os.path.isdir(path) or os.path.islink(path):
             continue  # planted by somebody else; nobody uses it
         work = functools.partial(as_user, uid, None, _collect, limit=600)

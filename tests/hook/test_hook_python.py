@@ -21,7 +21,7 @@ from stager.cli import doctor
 from stager.errors import LIMITS, StagerError
 from stager.hooks import common, pbs
 from stager.hooks import slurm as hook
-from stager.jobstate import Activation, Job, State
+from stager.jobstate import STAGED, Activation, Job, State
 from stager.store import boot_id
 
 VARIABLES = {
@@ -234,14 +234,19 @@ def test_a_message_is_one_harmless_line(tmp_path: Path) -> None:
     assert len(text) < 1100
 
 
-def test_everybody_can_read_and_only_the_owner_write(tmp_path: Path) -> None:
+def test_only_the_owner_writes_and_secrets_are_the_users(tmp_path: Path) -> None:
     before = os.umask(0o022)
     try:
-        State(str(tmp_path), "7").begin(Job.of_prolog(VARIABLES), {})
+        state = State(str(tmp_path), "7")
+        state.begin(Job.of_prolog(VARIABLES), {})
+        state.write(STAGED, "env export TOKEN=x\n")
+        state.finish("ready", "told")
     finally:
         os.umask(before)
+    closed = {"record.json": 0o600, STAGED: 0o640, "message": 0o640}  # 0o040 is the list's mask
     for path in (tmp_path / "jobs").rglob("*"):
-        assert stat.S_IMODE(path.stat().st_mode) == (0o755 if path.is_dir() else 0o644)
+        expected = 0o755 if path.is_dir() else closed.get(path.name, 0o644)
+        assert stat.S_IMODE(path.stat().st_mode) == expected, path
 
 
 # -- events

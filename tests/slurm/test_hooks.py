@@ -12,6 +12,7 @@ from .site import BIN, HOOKS, NODES, SHOW, STORE, UID, Site, idle, until
 
 # Runs a program as the root of a process tree; prints what all of it took, even the processes that
 # detached themselves, once they have ended.
+USERS = ["alice", "bob"]
 _TIMED = """
 import ctypes, os, resource, subprocess, sys
 assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0  # PR_SET_CHILD_SUBREAPER
@@ -273,6 +274,19 @@ def test_verbose(site: Site) -> None:
     assert re.fullmatch(
         r"stager: n\d: staged demo@sha256:[0-9a-f]{64} \((hit|mounted), [\d.]+ s\)", line
     ), line
+
+
+def test_nobody_else_reads_what_an_environment_sets(site: Site) -> None:
+    """Its variables may be tokens: ``conda env config vars`` keeps such, for its owner alone."""
+    run_hook(site, "prolog", "n2")
+    try:
+        for name, readers in (("staged", ["alice"]), ("record.json", []), ("status", USERS)):
+            for user in USERS:
+                argv = ["cat", f"/run/stager/jobs/900001/{name}"]
+                done = site.cluster.exec("n2", user, argv, check=False)
+                assert (done.returncode == 0) == (user in readers), (name, user, done.stderr)
+    finally:
+        run_hook(site, "epilog", "n2")
 
 
 def test_that_an_environment_changed_is_told_by_one_node(site: Site) -> None:
