@@ -50,7 +50,7 @@ from stager.errors import JOB, SITE, NotFoundError, StagerError, UsageError, kno
 from stager.jobstate import MAX_MESSAGE, Job
 from stager.manifest import Layer, Manifest
 from stager.ref import KEYS, Directive, Ref
-from stager.repository import Published
+from stager.repository import Published, Repository
 from stager.stage import HIT, Staged, slowest
 from stager.store import MOUNTED, Store
 
@@ -256,8 +256,12 @@ def _published(
             raise missing
         note = jobnotes.path(config, job)
         if job.first:
+            origin = published.manifest.origin if published is not None else wish.path
+            own = Repository(config["repository"])
             try:
-                return lookup.fresh(wish, config)[0], ""
+                # Jobs of an array would pack it a thousand times: who waited looks again.
+                with own.alone(origin, timeout=max(0.0, until - time.monotonic())):
+                    return lookup.fresh(wish, config)[0], ""
             except Exception as error:
                 jobnotes.leave(note, error)
                 raise

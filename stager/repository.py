@@ -195,6 +195,20 @@ class Repository:
                 stack.enter_context(self._lock(lock))
             yield directory
 
+    @contextlib.contextmanager
+    def alone(self, origin: str, *, timeout: float) -> Iterator[None]:
+        """Keep others who would pack the same original waiting, as far as they ask for this.
+
+        Args:
+            origin: the original's path.
+            timeout: seconds to wait for who is at it.
+
+        Raises:
+            BusyError: somebody is, for longer.
+        """
+        with self._lock(f"tmp/packing-{_origin_key(origin)}", timeout=timeout):
+            yield
+
     def _sweep(self) -> None:
         for name in self._listdir("tmp"):
             directory = self._path("tmp", name)

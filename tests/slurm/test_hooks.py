@@ -314,6 +314,32 @@ def test_an_environment_that_changed_is_packed_by_one_node(site: Site) -> None:
     assert done.prefixes() == {node: {after} for node in NODES}
 
 
+def test_jobs_at_once_pack_an_environment_once(site: Site) -> None:
+    site.make_environment("alice", "array")
+    script = "echo v=2 >$(echo envs/array/lib/*/site-packages)/new.py"
+    site.cluster.exec("ctl", "alice", ["sh", "-c", script])
+    code = (
+        "_pack = pack\n"
+        "def pack(*args, **kwargs):\n"
+        "    with open('/home/alice/packs', 'a') as file:\n"
+        "        file.write('x')\n"
+        "    time.sleep(3)\n"
+        "    return _pack(*args, **kwargs)\n"
+    )
+    with site.patched("pack", code):
+        jobs = [
+            site.cluster.sbatch(
+                f"#!/bin/sh\nsrun {SHOW}\n",
+                args=["-o", "/home/alice/job.%j", "-w", node, "--comment=pyenv:array"],
+            )
+            for node in NODES
+        ]
+        ended = [site.ended(job) for job in jobs]
+    assert (site.home("alice") / "packs").read_text() == "x"
+    after = tree_of(site, "alice", "array")
+    assert [done.prefixes() for done in ended] == [{node: {after}} for node in NODES]
+
+
 def test_an_environment_that_was_never_packed(site: Site) -> None:
     site.cluster.exec("ctl", "alice", ["python3", "-m", "venv", "--without-pip", "envs/raw"])
     done = site.batch(f"srun -N4 {SHOW}", "-N4", comment="pyenv:~/envs/raw")
