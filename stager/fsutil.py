@@ -19,6 +19,7 @@ TOO_LARGE = "a limit on the size of a file is in force: see `ulimit -f`, or the 
 """What to do where a file may not be as large as it should."""
 _CREATED_SUFFIX = ".new"
 _ABANDONED = 86400.0
+"""Seconds after which nobody is at work on something any more."""
 _STILL_WRITTEN = 5.0
 """Seconds for which a directory that fills up again is emptied again."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -100,10 +100,10 @@ def _extracting() -> Check:
     return OK, f"extracts images on {len(os.sched_getaffinity(0))} processors", ""
 
 
-def _configuration() -> list[Check]:
+def _configuration(site_directory: str = configuration.SITE_DIRECTORY) -> list[Check]:
     """Whether hooks take the site's configuration, and users can read it."""
     try:
-        files = configuration.load(trusted_only=True).files
+        files = configuration.load(trusted_only=True, site_directory=site_directory).files
     except StagerError as error:
         return [(BAD, f"hooks refuse it: {error.message}", error.hint or "")]
     closed = [

@@ -323,7 +323,7 @@ def test_jobs_at_once_pack_an_environment_once(site: Site) -> None:
         "def pack(*args, **kwargs):\n"
         "    with open('/home/alice/packs', 'a') as file:\n"
         "        file.write('x')\n"
-        "    time.sleep(3)\n"
+        "    time.sleep(3)\n"  # all jobs are there meanwhile
         "    return _pack(*args, **kwargs)\n"
     )
     with site.patched("pack", code):
