@@ -289,14 +289,18 @@ def _write(path: str, text: str, *, reader: int | None = None) -> None:
 
 def _let_read(fd: int, uid: int) -> None:
     """Let a user read a file that stays ours: an entry in its access control list, see acl(5)."""
-    user, mask = 0x02, 0x10
-    nobody = 0xFFFFFFFF
-    entries = [
-        (0x01, 6, nobody), (user, 4, uid), (0x04, 0, nobody), (mask, 4, nobody), (0x20, 0, nobody),
-    ]  # fmt: skip
+    undefined = 0xFFFFFFFF
+    entries = (  # tag, permissions, id: include/uapi/linux/posix_acl.h
+        (0x01, 6, undefined),  # the owner
+        (0x02, 4, uid),
+        (0x04, 0, undefined),  # the group
+        (0x10, 4, undefined),  # the most that the user or the group may
+        (0x20, 0, undefined),  # others
+    )
+    version = struct.pack("<I", 2)
     packed = b"".join(struct.pack("<HHI", *one) for one in entries)
     try:
-        os.setxattr(fd, "system.posix_acl_access", struct.pack("<I", 2) + packed)
+        os.setxattr(fd, "system.posix_acl_access", version + packed)
     except OSError as error:
         if error.errno != errno.ENOTSUP:
             raise
