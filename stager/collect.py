@@ -58,7 +58,7 @@ def collect(
         if held.leases or (enough and not everything and not abandoned):
             continue
         try:
-            if _evict(node, held):
+            if evict(node, held):
                 evicted.append(held.id)
                 used = node.size()
         except OSError as error:
@@ -75,7 +75,12 @@ def _drop_dead(node: Store, exists: Callable[[str, str], bool | None] | None) ->
     return dropped
 
 
-def _evict(node: Store, held: Held) -> bool:
+def idle(node: Store) -> list[Held]:
+    """The trees that nobody claims, in no order."""
+    return [held for held in node.held() if not held.leases]
+
+
+def evict(node: Store, held: Held) -> bool:
     """Remove one tree unless somebody claims it now.
 
     A stage writes its lease first and looks at the stamp then; we take the stamp away first and

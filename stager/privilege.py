@@ -8,12 +8,14 @@ import pwd
 import resource
 import stat
 
+from stager import mounts
 from stager.errors import SITE, DeniedError, StagerError
 
+_NOGROUP = 65534
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
-def become(uid: int, gid: int | None = None) -> None:
+def become(uid: int, gid: int | None = None, *, known: bool = True) -> None:
     """Become a user for good, in a process made for that: ids, all groups, variables, umask.
 
     Must be called before anything is opened that the user controls.
@@ -21,6 +23,8 @@ def become(uid: int, gid: int | None = None) -> None:
     Args:
         uid: the user.
         gid: the group of the job; None is the user's own.
+        known: whether they must be in the node's user database. Who has left still has files, and
+            is given no group of anybody's, and no home.
 
     Raises:
         StagerError: there is no such user, it is root, or the kernel refuses.
@@ -30,9 +34,11 @@ def become(uid: int, gid: int | None = None) -> None:
     try:
         entry = pwd.getpwuid(uid)
     except KeyError as error:
-        raise StagerError(
-            f"uid {uid} is unknown on this node", hint="the node's user database is incomplete"
-        ) from error
+        if known:
+            raise StagerError(
+                f"uid {uid} is unknown on this node", hint="the node's user database is incomplete"
+            ) from error
+        entry = pwd.struct_passwd((str(uid), "x", uid, _NOGROUP, "", "/", "/bin/false"))
     gid = entry.pw_gid if gid is None else gid
     try:
         # slurmd protects itself from the kernel's out-of-memory killer; a user must not be.
@@ -70,7 +76,8 @@ def private_directory(path: str, uid: int) -> bool:
         /tmp, and the user has to make it.
 
     Raises:
-        DeniedError: what is there already is not the user's own directory.
+        DeniedError: what is there already is not the user's own directory, or they have mounted
+            something on it: its server need not answer whoever looks.
         OSError: the file system failed.
     """
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -95,6 +102,11 @@ def private_directory(path: str, uid: int) -> bool:
         name = os.path.basename(path)
         with contextlib.suppress(FileExistsError):
             os.mkdir(name, 0o700, dir_fd=parent)
+        if path in mounts.of_users():
+            raise DeniedError(
+                f"something is mounted on the store {path}",
+                hint=f"its user has to unmount it: fusermount3 -u {path}",
+            )
         try:
             fd = os.open(name, flags, dir_fd=parent)
         except NotADirectoryError as error:

@@ -15,13 +15,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import re
 import stat
 from collections.abc import Iterable
 from typing import Any
 
+from stager import mounts, trees
 from stager import stage as staging
-from stager import trees
 from stager.config import Config
 from stager.errors import SITE, DeniedError, NotFoundError, StagerError
 from stager.formats import squashfs
@@ -191,8 +190,7 @@ def require_trusted(path: str) -> None:
         NotFoundError: there is no such path.
         DeniedError: somebody can, or not all may; the message says where.
     """
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        users = mounted_by_users(file)
+    users = {*mounts.of_users().values()}
     for one in _steps(path):
         try:
             info = os.lstat(one)
@@ -217,22 +215,6 @@ def require_trusted(path: str) -> None:
                 f"not all may read {one}, as all could in the site's store", hint=_READABLE,
                 blame=SITE,
             )  # fmt: skip
-
-
-def mounted_by_users(mounts: Iterable[str]) -> set[int]:
-    """Device numbers of FUSE file systems whose server is a user's, and tells what they like.
-
-    Args:
-        mounts: lines of mountinfo, see proc(5).
-    """
-    found = set()
-    for line in mounts:
-        words = line.split()
-        user = re.search(r"(?:^|,)user_id=(\d+)", words[-1])
-        if user and user[1] != "0":
-            major, minor = map(int, words[2].split(":"))
-            found.add(os.makedev(major, minor))
-    return found
 
 
 def _steps(path: str) -> Iterable[str]:

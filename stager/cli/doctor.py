@@ -33,7 +33,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     config = load_config(arguments)
     checks = [_python(), _packing(), _mounting(), _extracting()]
     if os.geteuid() == 0:
-        checks += [*_configuration(), *_stores(config), *_site_store(config), *_fuse()]
+        checks += [*_configuration(), *_stores(config), *_site_store(config)]
     else:
         checks += _store(config["store"])
     checks += _cleared(config["store"])
@@ -110,17 +110,6 @@ def _configuration(site_directory: str = configuration.SITE_DIRECTORY) -> list[C
         path for path in files if os.path.exists(path) and not os.stat(path).st_mode & stat.S_IROTH
     ]
     return [(BAD, f"users cannot read {path}", f"chmod 644 {path}") for path in closed]
-
-
-def _fuse(path: str = "/etc/fuse.conf") -> list[Check]:
-    """Whether root could be made to wait for a user's FUSE server."""
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            allowed = any(line.strip() == "user_allow_other" for line in file)
-    except OSError:
-        return []
-    what = f"{path} has user_allow_other: a user's mount over a store can keep the hooks waiting"
-    return [(WORSE, what, "take it out, unless something else needs it")] if allowed else []
 
 
 def _store(path: str) -> list[Check]:

@@ -145,7 +145,7 @@ def _collect_elsewhere(arguments: argparse.Namespace) -> int:
 
 def _collect_all_users(arguments: argparse.Namespace) -> int:
     from stager import config as configuration
-    from stager.hooks import common
+    from stager.hooks import collecting
 
     config = configuration.load(trusted_only=True)
     for key, value in (
@@ -154,7 +154,7 @@ def _collect_all_users(arguments: argparse.Namespace) -> int:
     ):
         if value is not None:
             config.set(key, value, "command line")
-    found = common.collect_all_users(config, everything=arguments.all)
+    found = collecting.for_all_users(config, everything=arguments.all)
     if arguments.json:
         print_json({"users": {str(uid): count for uid, count in found.items()}})
     else:

@@ -2,7 +2,7 @@
 
 ::
 
-    Slurm   hooks/slurm/prolog, epilog      -> prolog, epilog        stager/hooks/slurm.py
+    Slurm   hooks/slurm/prolog, epilog      -> prolog, store, epilog stager/hooks/slurm.py
     PBS     hooks/pbs/stager_hook.py        -> pbs-begin, pbs-...    stager/hooks/pbs.py
 
 A hook never keeps a job hostage. It starts a worker that survives it (see
@@ -43,5 +43,5 @@ def main(argv: Sequence[str]) -> int:
         return pbs.main(argv[0][len("pbs-") :], root)
     from stager.hooks import slurm
 
-    verbs = {"prolog": slurm.prolog, "epilog": slurm.epilog}
+    verbs = {"prolog": slurm.prolog, "store": slurm.store, "epilog": slurm.epilog}
     return verbs[argv[0]](os.environ, root) if argv[0] in verbs else 2

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
-import re
 import select
 import signal
 import time
 from collections.abc import Mapping
-from typing import Any, Callable
+from typing import Any
 
 from stager import config as configuration
-from stager import events, jobstate, lease, privilege, schedulers
+from stager import events, lease, privilege
 from stager.config import Config
-from stager.errors import SITE, StagerError, known
+from stager.errors import StagerError, known
 from stager.jobstate import Job, State
 
 _LONGEST = 1 << 20
+"""Bytes of an answer of a user's process: a few hundred for each node of the largest jobs."""
 _RELEASE = 5.0
 """Seconds that giving up a user's claims may take."""
-"""Bytes of an answer of a user's process: a few hundred for each node of the largest jobs."""
 
 
 def load(uid: int, root: str, site_directory: str) -> Config:
@@ -153,8 +151,23 @@ def _release_shared(store: str, holder: str) -> int:
 # -- Working as other users ------------------------------------------------------------------
 
 
-def as_user(uid: int, gid: int | None, work: Any, *arguments: Any, limit: float = 20.0) -> str:
+def as_user(
+    uid: int,
+    gid: int | None,
+    work: Any,
+    *arguments: Any,
+    limit: float = 20.0,
+    known: bool = True,
+) -> str:
     """Call a function in a process that has become the user; its result is a text.
+
+    Args:
+        uid: the user.
+        gid: as :func:`stager.privilege.become` has it; so has ``known``.
+        work: the function.
+        arguments: of the function.
+        limit: seconds it may take.
+        known: whether the node must know the user.
 
     Raises:
         StagerError: it failed, or took longer than ``limit`` seconds.
@@ -166,7 +179,7 @@ def as_user(uid: int, gid: int | None, work: Any, *arguments: Any, limit: float 
             os.setsid()
             detach(writer)
             try:
-                privilege.become(uid, gid)
+                privilege.become(uid, gid, known=known)
                 answer = f"+{work(*arguments)}"
             except BaseException as error:
                 answer = "-" + events.clean(explained(error)[0])
@@ -203,75 +216,3 @@ def _answer(reader: int, limit: float) -> bytes | None:
             break
         data += piece
     return data
-
-
-def collect_all_users(config: Config, *, everything: bool = False) -> dict[int, int]:
-    """Collect the site's store, and that of every user on this node, each as that user.
-
-    Args:
-        config: loaded with ``trusted_only``.
-        everything: evict every unclaimed tree.
-
-    Returns:
-        For each uid the number of trees evicted, or -1 where it failed; the site's store is root's.
-
-    Raises:
-        StagerError: we are not root, or the store is not one directory for each user.
-    """
-    if os.geteuid() != 0:
-        raise StagerError("only root can collect for all users", hint="sudo stager collect ...")
-    result = {}
-    if os.path.isdir(config["site_store"]):
-        result[0] = _evicted(0, config, _collect, config["site_store"], config, everything)
-    template = config.store_template
-    if template.count("{uid}") != 1 or "{uid}" not in os.path.basename(template):
-        raise StagerError(
-            f"the store {template} does not end in one directory for each user",
-            hint="set the key `store` to something like /var/lib/stager/{uid}",
-        )
-    parent, name = os.path.split(template)
-    pattern = re.compile(re.escape(name).replace(r"\{uid\}", "([0-9]+)"))
-    for entry in sorted(os.listdir(parent)):
-        match = pattern.fullmatch(entry)
-        if match is None:
-            continue
-        uid, path = int(match[1]), os.path.join(parent, entry)
-        try:
-            info = os.lstat(path)
-        except OSError as error:  # the user has mounted something there
-            fields = {"uid": uid, "reason": f"collect: {path}: {error.strerror}", "blame": SITE}
-            emit(events.FAIL, fields, config, jobstate.ROOT)
-            result[uid] = -1
-            continue
-        if uid == 0 or info.st_uid != uid or not os.path.isdir(path) or os.path.islink(path):
-            continue  # planted by somebody else; nobody uses it
-        work = functools.partial(as_user, uid, None, _collect, limit=600)
-        result[uid] = _evicted(uid, config, work, path, config, everything)
-    return result
-
-
-def _evicted(uid: int, config: Config, work: Callable[..., Any], *arguments: Any) -> int:
-    """How many trees were evicted; -1 where that failed, which is told."""
-    try:
-        return int(work(*arguments))
-    except (StagerError, OSError) as error:
-        fields = {"uid": uid, "reason": f"collect: {explained(error)[0]}", "blame": SITE}
-        emit(events.FAIL, fields, config, jobstate.ROOT)
-        return -1
-
-
-def _collect(path: str, config: Config, everything: bool) -> int:
-    from stager.collect import collect
-    from stager.sitestore import SiteStore
-    from stager.store import Store
-
-    done = collect(
-        SiteStore.of_root(path) if path == config["site_store"] else Store(path),
-        max_size=config["collect.max_size"],
-        min_free=config["collect.min_free"],
-        everything=everything,
-        exists=schedulers.job_exists,
-    )
-    if done.failed:
-        raise StagerError("could not be removed: " + "; ".join(done.failed))
-    return len(done.trees)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping
 
 from stager import config as configuration
-from stager import events, jobstate
+from stager import events, jobstate, privilege
 from stager.config import Config
 from stager.errors import SITE, StagerError
 from stager.hooks import worker
@@ -87,6 +87,24 @@ def _wait_status(state: State, seconds: float) -> int:
     until = time.monotonic() + seconds
     while state.read("status").startswith(PENDING) and time.monotonic() < until:
         time.sleep(0.1)
+    return 0
+
+
+def store(
+    environ: Mapping[str, str],
+    root: str = jobstate.ROOT,
+    site_directory: str = configuration.SITE_DIRECTORY,
+) -> int:
+    """Make the store of a job's user, for what may stage inside the job."""
+    config: Config | None = None
+    fields: dict[str, object] = {}
+    try:
+        job = Job.of_prolog(environ)
+        fields = {"job": job.id, "uid": job.uid, "node": job.node}
+        config = load(job.uid, root, site_directory)
+        privilege.private_directory(config["store"], job.uid)
+    except BaseException as error:
+        emit(events.FAIL, {**fields, "reason": in_one_line(error), "blame": SITE}, config, root)
     return 0
 
 

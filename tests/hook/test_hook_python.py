@@ -522,7 +522,7 @@ def test_install_again_and_without_a_trace(tmp_path: Path) -> None:
     assert files() == {*first, "mine"}
     assert kept.read_text() == "store: /mine/{uid}\n"
     prolog = (tmp_path / "usr/libexec/stager/slurm/prolog").read_text()
-    assert "store=/mine/${SLURM_JOB_UID-}" in prolog
+    assert "set -- /mine/*\n" in prolog
     spared = (tmp_path / "usr/lib/tmpfiles.d/stager.conf").read_text()
     assert spared.endswith("\nx /mine/[0-9]*\nx /tmp/stager-[0-9]*\n")
     # What is installed never writes bytecode, and finds its own for every module.

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from stager.errors import StagerError
+from stager import mounts, privilege
+from stager.errors import DeniedError, StagerError
 from stager.hooks.common import as_user
 
 pytestmark = pytest.mark.root
@@ -53,3 +58,61 @@ def test_it_may_answer_and_not_end() -> None:
         return "done"
 
     assert as_user(NOBODY, NOBODY, answer) == "done"
+
+
+# -- who has left
+
+
+def test_a_user_whom_the_node_does_not_know() -> None:
+    with pytest.raises(StagerError, match="uid 29999 is unknown on this node"):
+        as_user(29999, None, os.getresuid)
+    told = as_user(
+        29999, None, lambda: (os.getresuid(), os.getresgid(), os.getgroups()), known=False
+    )
+    assert told == str(((29999,) * 3, (65534,) * 3, [65534]))
+
+
+# -- the store
+
+
+def test_a_store_that_its_user_has_mounted_something_on_is_not_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "20001"
+    assert privilege.private_directory(str(store), 20001)
+    assert (store.stat().st_uid, store.stat().st_mode & 0o7777) == (20001, 0o700)
+    monkeypatch.setattr(mounts, "of_users", lambda: {str(store): 1})
+    with pytest.raises(DeniedError, match=f"something is mounted on the store {store}"):
+        privilege.private_directory(str(store), 20001)
+
+
+# -- what is left running
+
+_LEAVING = """
+import subprocess, sys
+from stager.hooks import orphans
+orphans.adopt()
+subprocess.run(["sh", "-c", sys.argv[1]], check=True)
+orphans.end()
+"""
+
+
+def test_what_is_left_running_is_ended_but_for_servers(tmp_path: Path) -> None:
+    server = tmp_path / "squashfuse_ll"
+    shutil.copy("/bin/sleep", server)
+    # In sessions of their own, and one of them started by what the other one started.
+    script = f"""
+        setsid sh -c 'sleep 600 & echo $! >{tmp_path}/below; exec sleep 600' &
+        echo $! >{tmp_path}/left
+        setsid {server} 600 &
+        echo $! >{tmp_path}/server
+        while ! [ -s {tmp_path}/below ]; do sleep 0.01; done
+    """
+    # A process of its own: ours would stay the parent of orphans.
+    subprocess.run([sys.executable, "-c", _LEAVING, script], check=True, timeout=60)
+    runs = {
+        name: Path("/proc", (tmp_path / name).read_text().strip()).exists()
+        for name in ("below", "left", "server")
+    }
+    os.kill(int((tmp_path / "server").read_text()), signal.SIGKILL)
+    assert runs == {"below": False, "left": False, "server": True}

@@ -585,16 +585,6 @@ def test_the_doctor_knows_that_a_store_may_be_made_for_us(
     assert path in what and "hooks make it" in advice
 
 
-def test_the_doctor_tells_where_users_may_let_root_into_their_mounts(tmp_path: Path) -> None:
-    path = tmp_path / "fuse.conf"
-    assert doctor._fuse(str(path)) == []
-    path.write_text("#user_allow_other\n")
-    assert doctor._fuse(str(path)) == []
-    path.write_text("mount_max = 9\nuser_allow_other\n")
-    ((verdict, what, _),) = doctor._fuse(str(path))
-    assert verdict == "worse" and "user_allow_other" in what
-
-
 @pytest.mark.parametrize(
     ("mode", "told"), [(0o644, ""), (0o666, "hooks refuse it"), (0o600, "users cannot read")]
 )

@@ -1,0 +1,215 @@
+"""Collection for all users of a node: root looks for their stores, each works in their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, Callable, NamedTuple
+
+from stager import collect, events, jobstate, mounts, schedulers
+from stager.config import Config
+from stager.errors import SITE, StagerError
+from stager.hooks.common import as_user, emit, explained
+from stager.sitestore import SiteStore
+from stager.store import Store
+
+_LONG, _SHORT = 600.0, 30.0
+"""Seconds that a user's process may take: by the clock, and while a job waits."""
+
+Exists = Callable[[str, str], "bool | None"]
+"""Asks the scheduler about jobs, see :func:`stager.lease.is_alive`."""
+
+
+class Place(NamedTuple):
+    """One of the stores of this node.
+
+    Attributes:
+        uid: whose it is; 0 is the site's.
+        path: where it is.
+        parent: root's directory above it, by which its disk is asked: the user cannot mount
+            anything there.
+    """
+
+    uid: int
+    path: str
+    parent: str
+
+    def store(self) -> Store:
+        """Open it; for its owner."""
+        return Store(self.path) if self.uid else SiteStore.of_root(self.path)
+
+
+class Idle(NamedTuple):
+    """A tree that nobody claims, and when it was last used, in seconds after the epoch."""
+
+    used: float
+    place: Place
+    id: str
+
+
+def for_all_users(config: Config, *, everything: bool = False) -> dict[int, int]:
+    """Collect in every store of this node, each as its owner.
+
+    Each keeps to ``collect.max_size``; for ``collect.min_free`` the trees of all are evicted, the
+    least recently used first.
+
+    Args:
+        config: loaded with ``trusted_only``.
+        everything: evict every unclaimed tree.
+
+    Returns:
+        For each uid the number of trees evicted, or -1 where it failed; the site's store is root's.
+
+    Raises:
+        StagerError: we are not root, or the store is not one directory for each user.
+    """
+    if os.geteuid() != 0:
+        raise StagerError("only root can collect for all users", hint="sudo stager collect ...")
+    round_ = _Round(config, _LONG)
+    for place in _places(config, round_.failed):
+        round_.tidy(place, config["collect.max_size"], everything, schedulers.job_exists)
+    round_.evict_oldest(config["collect.min_free"], 0)
+    return round_.evicted
+
+
+def make_room(config: Config, size: int, inodes: int) -> int:
+    """Evict trees that nobody claims, whoever's, until a job's own fits on the users' disk.
+
+    Args:
+        config: loaded with ``trusted_only``; the store is the job's user's.
+        size: bytes that are to be free.
+        inodes: that are to be free.
+
+    Returns:
+        How many trees.
+    """
+    disk = os.stat(os.path.dirname(config["store"])).st_dev
+    round_ = _Round(config, _SHORT)
+    for place in _places(config, round_.failed):
+        if os.stat(place.parent).st_dev == disk:
+            # Thousands of nodes may do this at once: no scheduler is asked. Nor is its bound kept.
+            round_.tidy(place, sys.maxsize, False, None)
+    round_.evict_oldest(size, inodes)
+    return sum(max(0, one) for one in round_.evicted.values())
+
+
+class _Round:
+    """One collection, in several stores; what fails in one is told, and no reason to end.
+
+    Args:
+        config: the site's.
+        limit: seconds that a user's process may take.
+
+    Attributes:
+        evicted: for each uid the number of trees evicted, or -1 where anything failed.
+    """
+
+    def __init__(self, config: Config, limit: float) -> None:
+        self._config, self._limit = config, limit
+        self._idle: list[Idle] = []
+        self.evicted: dict[int, int] = {}
+
+    def failed(self, uid: int, reason: str) -> None:
+        """Tell what failed."""
+        fields = {"uid": uid, "reason": f"collect: {reason}", "blame": SITE}
+        emit(events.FAIL, fields, self._config, jobstate.ROOT)
+        self.evicted[uid] = -1
+
+    def tidy(self, place: Place, max_size: int, everything: bool, exists: Exists | None) -> None:
+        """Collect one store to its own bound, and note what could still be evicted."""
+        self.evicted[place.uid] = 0
+        try:
+            done = self._as_owner(place, _tidy, max_size, everything, exists)
+            self.evicted[place.uid] = int(done["evicted"])
+            now = time.time()
+            for used, layer_id in done["idle"]:  # what a user's process says
+                self._idle.append(Idle(max(0.0, min(now, float(used))), place, str(layer_id)))
+            if done["failed"]:
+                self.failed(place.uid, f"could not be removed: {done['failed']}")
+        except (StagerError, OSError, ValueError, TypeError, KeyError) as error:
+            self.failed(place.uid, explained(error)[0])
+
+    def evict_oldest(self, size: int, inodes: int) -> None:
+        """Evict what is idle, the least recently used first, until disks have so much free."""
+        for tree in sorted(self._idle):
+            info = os.statvfs(tree.place.parent)
+            has_inodes = not info.f_files or info.f_favail >= inodes
+            if info.f_bavail * info.f_frsize >= size and has_inodes:
+                continue
+            try:
+                gone = int(self._as_owner(tree.place, _evict, tree.id))
+                self.evicted[tree.place.uid] += gone if self.evicted[tree.place.uid] >= 0 else 0
+            except (StagerError, OSError, ValueError, TypeError) as error:
+                self.failed(tree.place.uid, explained(error)[0])
+
+    def _as_owner(self, place: Place, work: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function with a store, as whoever it belongs to; what it returns, by way of JSON.
+
+        Raises:
+            StagerError, OSError: it failed.
+            ValueError: what came back is no JSON.
+        """
+        if place.uid == 0:
+            return work(place, *arguments)
+        told = as_user(
+            place.uid, None, _in_json, work, place, *arguments, limit=self._limit, known=False
+        )
+        return json.loads(told)
+
+
+def _in_json(work: Callable[..., Any], *arguments: Any) -> str:
+    return json.dumps(work(*arguments))
+
+
+def _tidy(place: Place, max_size: int, everything: bool, exists: Exists | None) -> dict[str, Any]:
+    node = place.store()
+    done = collect.collect(
+        node, max_size=max_size, min_free=0, everything=everything, exists=exists
+    )
+    idle = [(one.used, one.id) for one in collect.idle(node)]
+    return {"evicted": len(done.trees), "failed": "; ".join(done.failed), "idle": idle}
+
+
+def _evict(place: Place, layer_id: str) -> int:
+    node = place.store()
+    return sum(collect.evict(node, one) for one in collect.idle(node) if one.id == layer_id)
+
+
+def _places(config: Config, failed: Callable[[int, str], None]) -> Iterator[Place]:
+    """The stores on this node; which of them cannot be looked into, is told.
+
+    Raises:
+        StagerError: the store is not one directory for each user.
+    """
+    site = config["site_store"]
+    if os.path.isdir(site):
+        yield Place(0, site, os.path.dirname(site))
+    template = config.store_template
+    if template.count("{uid}") != 1 or "{uid}" not in os.path.basename(template):
+        raise StagerError(
+            f"the store {template} does not end in one directory for each user",
+            hint="set the key `store` to something like /var/lib/stager/{uid}",
+        )
+    parent, name = os.path.split(template)
+    pattern = re.compile(re.escape(name).replace(r"\{uid\}", "([0-9]+)"))
+    covered = mounts.of_users()
+    for entry in sorted(os.listdir(parent)):
+        match = pattern.fullmatch(entry)
+        if match is None:
+            continue
+        uid, path = int(match[1]), os.path.join(parent, entry)
+        if path in covered:  # whose server need not answer
+            failed(uid, f"something is mounted on {path}")
+            continue
+        try:
+            info = os.lstat(path)
+        except OSError as error:
+            failed(uid, f"{path}: {error.strerror}")
+            continue
+        # What somebody else has planted nobody uses.
+        if uid != 0 and info.st_uid == uid and os.path.isdir(path) and not os.path.islink(path):
+            yield Place(uid, path, parent)
