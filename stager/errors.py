@@ -67,10 +67,15 @@ class IntegrityError(StagerError):
 
 
 class NoSpaceError(StagerError):
-    """No bytes or no inodes left where something had to be written."""
+    """No bytes or no inodes left where something had to be written.
+
+    Attributes:
+        needed: the bytes and inodes that have to be free, where they were counted beforehand.
+    """
 
     exit_code = 13
     blame = SITE
+    needed: tuple[int, int] | None = None
 
 
 class DeniedError(StagerError):

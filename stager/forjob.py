@@ -13,6 +13,9 @@ which is root and believes nothing, what came out: one JSON object for each mess
     {"shared": {"name", "digest", "pinned", "repository"}}
                                                         stage this into the site's store; answered
                                                         with {"layers": {id: how}} or an error
+    {"room": [bytes, inodes]}                           evict others' unclaimed trees until so much
+                                                        is free; answered with {"evicted": number}
+                                                        or an error
     {"may": "mount"}                                    answered with one byte, ``y`` or ``n``
     {"staged": activation, "how": ..., ...}             the end, or
     {"error": reason, "hint": ..., "blame": ...}        the end, or
@@ -22,12 +25,13 @@ which is root and believes nothing, what came out: one JSON object for each mess
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 from stager import (
     activate,
@@ -46,7 +50,7 @@ from stager import (
 from stager import config as configuration
 from stager.config import Config
 from stager.envpatch import EnvPatch
-from stager.errors import JOB, SITE, NotFoundError, StagerError, UsageError, known
+from stager.errors import JOB, SITE, NoSpaceError, NotFoundError, StagerError, UsageError, known
 from stager.jobstate import MAX_MESSAGE, Job
 from stager.manifest import Layer, Manifest
 from stager.ref import KEYS, Directive, Ref
@@ -173,10 +177,8 @@ def _work(order: Order, talk: socket.socket) -> dict[str, Any]:
         if place is not node:
             results.append(_shared(wish, published, talk))
             continue
-        if config["stage.how"] != "extract":
-            config.values["stage.how"] = _how(published, node, config, talk, order.mounts, until)
-        # Not on a mount that ends with another job's step.
-        results.append(allocation.stage_here(published, config, holder=order.holder))
+        stage = functools.partial(_staged, published, node, config, talk, order, until)
+        results.append(_with_room(stage, talk))
     staged = beforehand or activation(directive, list(map(activate.Part.staged, results)), config)
     warning = "; ".join(changed for _, changed in looked if changed)
     return {**_outcome(staged, directive, found, results), "warning": warning}
@@ -332,6 +334,33 @@ def _how(
             _fetch(published, layer, node, config, until)
     _send(talk, {"may": "mount"})
     return wanted if talk.recv(1) == b"y" else "extract"
+
+
+def _staged(
+    published: Published,
+    node: Store,
+    config: Config,
+    talk: socket.socket,
+    order: Order,
+    until: float,
+) -> Staged:
+    """Stage an environment into the user's store, not on a mount that ends with another's step."""
+    if config["stage.how"] != "extract":
+        config.values["stage.how"] = _how(published, node, config, talk, order.mounts, until)
+    return allocation.stage_here(published, config, holder=order.holder)
+
+
+def _with_room(stage: Callable[[], Staged], talk: socket.socket) -> Staged:
+    """Stage; where space is short, have root evict what others have left, and try once more."""
+    try:
+        return stage()
+    except NoSpaceError as error:
+        if error.needed is None:
+            raise
+        _send(talk, {"room": error.needed})
+        if not json.loads(talk.recv(MAX_MESSAGE)).get("evicted"):
+            raise
+        return stage()
 
 
 def _shared(wish: Ref, published: Published, talk: socket.socket) -> Staged:

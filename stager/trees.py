@@ -263,18 +263,18 @@ def make_room(layer: Layer, how: str, node: Store, config: Config, *, present: i
         return
     from stager import collect
 
+    needed = (size + _MARGIN, files + _MARGIN_INODES if files else 0)
     collect.collect(
-        node,
-        max_size=config["collect.max_size"],
-        min_free=size + _MARGIN,
-        min_inodes=files + _MARGIN_INODES if files else 0,
+        node, max_size=config["collect.max_size"], min_free=needed[0], min_inodes=needed[1]
     )
     lacking = _lacking(node, size, files)
     if lacking:
-        raise NoSpaceError(
+        error = NoSpaceError(
             f"not enough {lacking}",
             hint="`stager collect` frees what no job uses; or choose another store (--store)",
         )
+        error.needed = needed
+        raise error
 
 
 def _lacking(node: Store, size: int, files: int) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Callable, NoReturn
 from stager import events, fsutil, jobstate, lease, privilege, schedulers
 from stager.config import Config
 from stager.errors import JOB, NODE, SITE, StagerError
+from stager.hooks import orphans
 from stager.hooks.common import (
     as_user,
     detach,
@@ -38,7 +39,7 @@ from stager.jobstate import (
 )
 
 if TYPE_CHECKING:
-    from stager.hooks.sharing import Sharing
+    from stager.hooks.aside import Aside
 
 # An Epilog loads this module too: what only staging needs is imported there.
 
@@ -103,8 +104,9 @@ class Worker:
         self.proven = False  # whether root could look at the store's parent
         self.child = 0  # works as the user
         self.holder = lease.of_job(job.scheduler, job.key)
-        self.sharing: Sharing | None = None  # works in the site's store
-        self.shares = 0  # how often one did
+        self.aside: Aside | None = None  # works as root, for the user
+        self.shares = 0  # how often that was for the site's store
+        self.made_room = False  # whether it was for room
         self.visible = False  # whether the job sees a mount made later
         self.started = time.monotonic()
         self.until = self.started + config["hook.deadline"]
@@ -122,10 +124,12 @@ class Worker:
         except BaseException as error:
             fault = self._failed(error)
         self._tell(FAULT if fault else DONE)
+        orphans.end()
 
     def _ended(self, number: int, frame: object) -> NoReturn:
         """The Epilog ends us: the job is over."""
         self._kill()
+        orphans.end()
         os._exit(0)
 
     def _work(self) -> dict[str, Any]:
@@ -158,6 +162,7 @@ class Worker:
             finally:
                 os._exit(0)
         theirs.close()
+        orphans.adopt()  # by now, for it takes as long as the child takes to begin
         self._note_processes()
         return self._listen(ours)
 
@@ -169,7 +174,7 @@ class Worker:
 
     def _helpers(self) -> list[int]:
         """The processes that work for us; each leads a group of its own."""
-        return [pid for pid in (self.child, self.sharing.pid if self.sharing else 0) if pid]
+        return [pid for pid in (self.child, self.aside.pid if self.aside else 0) if pid]
 
     def _listen(self, talk: socket.socket) -> dict[str, Any]:
         """Take messages until the last one; beat meanwhile, and keep the deadline."""
@@ -183,12 +188,12 @@ class Worker:
                     hint="is shared storage slow? pack before you submit; the limit is the"
                     " directive's ?timeout= or the key hook.deadline",
                 )
-            sources = [talk] if self.sharing is None else [self.sharing, talk]
+            sources = [talk] if self.aside is None else [self.aside, talk]
             ready = select.select(sources, [], [], min(1.0, self.until - now))[0]
-            if self.sharing is not None and self.sharing in ready:
+            if self.aside is not None and self.aside in ready:
                 with contextlib.suppress(OSError):  # who asked has ended: how, is told next
-                    talk.send(self.sharing.answer())
-                self.sharing = None
+                    talk.send(self.aside.answer())
+                self.aside = None
             elif ready:
                 data = talk.recv(jobstate.MAX_MESSAGE + 1)
                 if not data:
@@ -214,8 +219,12 @@ class Worker:
             value = Activation.checked(message["beforehand"], below=(self.state.path,))
             self.state.write(STAGED, value.lines())
             self._tell(BEFOREHAND + json.dumps(message["beforehand"]).encode())
+        elif self.aside is not None and "error" not in message:
+            raise ValueError("more, while root has something to do")
         elif "shared" in message:
             self._share(message["shared"])
+        elif "room" in message:
+            self._make_room(message["room"], talk)
         elif "may" in message:
             talk.send(self._may_mount())
         elif "error" in message:
@@ -225,25 +234,46 @@ class Worker:
                 hint=events.clean(message.get("hint") or "", 300),
                 blame=blame if blame in (JOB, SITE, NODE) else SITE,
             )
-        elif self.sharing is not None or ("nothing" in message and self.shares):
-            raise ValueError("the end, while root has something to do")
+        elif "nothing" in message and self.shares:
+            raise ValueError("nothing, after something was shared")
         else:
             return False
         return True
 
     def _share(self, wanted: Any) -> None:
         """Start staging into the site's store."""
-        from stager.hooks.sharing import Sharing
+        from stager.hooks import sharing
 
         self.shares += 1
-        if self.sharing is not None or self.shares > _MOST_SHARED:
-            raise ValueError("one environment of the site's at a time, and not so many")
+        if self.shares > _MOST_SHARED:
+            raise ValueError("not so many environments of the site's")
         # A mount that the job's own namespace may not be told of is no use to it.
         config = self.config if self.visible else self.config.changed({"stage.how": "extract"})
+        work = sharing.ordered(wanted, config, self.holder)
+        self._begin_aside("stages into the site's store", work)
+
+    def _make_room(self, wanted: Any, talk: socket.socket) -> None:
+        """Start evicting what others have left on the disk, once for a job."""
+        from stager.hooks import collecting
+
+        size, inodes = (int(one) for one in wanted)
+        if self.made_room:
+            talk.send(json.dumps({"evicted": 0}).encode())
+            return
+        self.made_room = True
+
+        def work() -> dict[str, Any]:
+            return {"evicted": collecting.make_room(self.config, size, inodes)}
+
+        self._begin_aside("makes room in the stores", work)
+
+    def _begin_aside(self, what: str, work: Callable[[], dict[str, Any]]) -> None:
+        from stager.hooks.aside import Aside
+
         # The Epilog ends what is written down, and nobody else.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
-            self.sharing = Sharing(wanted, config, self.holder)
+            self.aside = Aside(what, work)
             self._note_processes()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -336,6 +336,46 @@ def test_a_broken_disk_drains_a_node_only_where_the_site_wants_it(site: Site, as
     assert site.settled() == idle("n2")
 
 
+def test_a_disk_that_is_full_of_what_others_have_left(site: Site) -> None:
+    """Of what no job claims the least recently used goes, whoever's it is, and no more."""
+    for name in ("old", "new"):
+        site.make_environment("bob", name, size=6 << 20)
+    # 16 MiB are to be left to jobs: with one of bob's there is room for alice's, with both not.
+    with mounted(site, "-t", "tmpfs", "-o", "size=32m,mode=0755", "stager-test", STORE):
+        for name in ("old", "new"):
+            site.batch(SHOW, "-w", "n2", comment=f"pyenv:{name}", user="bob")
+            site.settled()
+        before = ready(site, "20002")
+        done = site.batch(SHOW, "-w", "n2", comment="pyenv:demo")
+        left, mine = ready(site, "20002"), ready(site, "20001")
+        print(done.output, site.root("n2", "df", "-k", STORE), site.syslog("n2"))
+    assert len(before) == 2
+    assert len(left) == len(mine) == 1
+    assert done.prefixes() == {"n2": {f"{STORE}/20001/envs/{mine[0]}"}}
+    again = site.batch(SHOW, "-w", "n1", comment="pyenv:new", user="bob")
+    assert again.prefixes() == {"n1": {f"{STORE}/20002/envs/{left[0]}"}}
+
+
+def ready(site: Site, uid: str) -> list[str]:
+    """The trees of a user on n2; by the node, for what is mounted there is not seen from here."""
+    return site.root("n2", "ls", f"{STORE}/{uid}/ready").split()
+
+
+def test_the_store_of_a_user_who_has_left(site: Site) -> None:
+    script = f"""
+        mkdir -p {STORE}/29999/envs/0123456789abcdef
+        touch {STORE}/29999/envs/0123456789abcdef/file
+        chown -R 29999:29999 {STORE}/29999
+        chmod 700 {STORE}/29999
+        {BIN}/stager collect --all-users --json
+    """
+    told = site.root("n2", "sh", "-ec", script)
+    left = site.root("n2", "ls", f"{STORE}/29999/envs")
+    site.root("n2", "rm", "-r", f"{STORE}/29999")
+    assert json.loads(told)["users"]["29999"] == 1
+    assert left == ""
+
+
 @pytest.mark.parametrize("cause", [full_disk, staging_segfault, unknown_key, damaged_image])
 def test_nothing_else_drains_a_node_even_there(
     site: Site, cause: Callable[[Site], AbstractContextManager[None]]

@@ -160,6 +160,68 @@ def test_a_store_in_a_directory_of_everybody(site: Site, planted: str) -> None:
     assert re.search(rf"the store {path} (belongs to uid 20002|is a symbolic link)", line), line
 
 
+@pytest.fixture
+def silent_server(site: Site) -> Iterator[None]:
+    """Alice has mounted a file system on her store whose server does not answer, for all to ask."""
+    path = f"{STORE}/20001"
+    allow = "echo user_allow_other >/run/fuse.conf; mount --bind /run/fuse.conf /etc/fuse.conf"
+    site.root("n1", "sh", "-ec", allow)
+    only(site, "")  # makes the store
+    script = f"""
+        mksquashfs . image -noappend -quiet -no-progress -e .local >/dev/null
+        squashfuse -o allow_other image {path}
+        kill -STOP $(pidof squashfuse)
+    """
+    try:
+        site.cluster.exec(
+            "n1", "alice", ["sh", "-ec", "mkdir -p /tmp/mine; cd /tmp/mine;" + script]
+        )
+        yield
+    finally:
+        site.root(
+            "n1", "sh", "-c", f"kill -9 $(pidof squashfuse); umount -l {path}; rm -r /tmp/mine"
+        )
+        site.root("n1", "umount", "/etc/fuse.conf")
+
+
+def test_root_does_not_wait_for_a_users_file_system(site: Site, silent_server: None) -> None:
+    looked = ["timeout", "1", "stat", f"{STORE}/20001"]
+    assert site.cluster.exec("n1", "root", looked, check=False).returncode != 0  # it would wait
+    assert only(site, "")[1] == []
+    _, (line,) = only(site, "pyenv:mine")
+    assert f"something is mounted on the store {STORE}/20001" in line
+    assert only(site, "pyenv:mine", user="bob")[1] == []
+    done = site.cluster.exec(
+        "n1", "root", [f"{BIN}/stager", "collect", "--all", "--all-users", "--json"], check=False
+    )
+    assert json.loads(done.stdout)["users"] == {"20001": -1, "20002": 1}
+    assert done.returncode == 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_runs_for_a_user_leaves_nothing_running(site: Site, *, fails: bool) -> None:
+    """Such as an environment's own Python, in a session of its own: it is in no job's cgroup."""
+    evil = (
+        "_before = _work\n"
+        "def _work(*arguments):\n"
+        "    import subprocess\n"
+        "    subprocess.Popen(['sh', '-c', 'touch /tmp/ran; exec sleep 4242'],\n"
+        "                     start_new_session=True, close_fds=True)\n"
+        "    while not os.path.exists('/tmp/ran'):\n"
+        "        time.sleep(0.01)\n"
+        f"    return {'1 / 0' if fails else '_before(*arguments)'}\n"
+    )
+    with site.patched("forjob", evil, "n1"):
+        told = only(site, "pyenv:mine")[1]
+    site.settled()
+    running = site.root("n1", "ps", "-eo", "args")
+    site.root("n1", "rm", "/tmp/ran")
+    site.cluster.exec("n1", "root", ["pkill", "-f", "sleep 4242"], check=False)
+    assert len(told) == fails
+    assert "sleep 4242" not in running
+    assert ("squashfuse" in running) is not fails
+
+
 # -- the comment
 
 
