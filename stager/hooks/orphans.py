@@ -50,6 +50,13 @@ def _children() -> Iterator[int]:
         with contextlib.suppress(OSError):
             with open(f"/proc/{name}/stat", "rb") as file:
                 words = file.read().rpartition(b")")[2].split()
-            server = os.path.basename(os.readlink(f"/proc/{name}/exe")).startswith("squashfuse")
-            if words[1] == me and words[0] != b"Z" and not server:
+            if words[1] == me and words[0] != b"Z" and not _is_server(name):
                 yield int(name)
+
+
+def _is_server(pid: str) -> bool:
+    """Tell whether a process serves a mount; one that is ending, and has no program, does not."""
+    try:
+        return os.path.basename(os.readlink(f"/proc/{pid}/exe")).startswith("squashfuse")
+    except OSError:
+        return False
