@@ -264,6 +264,8 @@ def _stores(config: Config) -> list[Check]:
 
 _ADVISED = "/var/lib/stager/{uid}"
 _HOOKS = ("Prolog", "Epilog", "TaskProlog")
+_EPILOG = 15.0
+"""Seconds: 3 for each of the three processes that staging may have, 6 for the claims in a store."""
 _IMPLY_ALLOC = {"alloc", "contain", "nohold", "x11", "runinjob", "forcerequeueonfail"}
 
 
@@ -353,6 +355,16 @@ def _timing(settings: dict[str, list[str]], config: Config) -> list[Check]:
                 f"Slurm ends a Prolog after {limit:.0f} s and drains the node then; ours waits"
                 f" {wait:.0f} s (hook.prolog_wait)",
                 "set hook.prolog_wait to 10 s less than Slurm's limit",
+            )
+        ]
+    limit = _seconds(_one(settings, "EpilogTimeout") or _one(settings, "PrologEpilogTimeout"))
+    if limit and limit < _EPILOG + 5:
+        return [
+            (
+                BAD,
+                f"Slurm ends an Epilog after {limit:.0f} s and drains the node then; ours may take"
+                f" {_EPILOG:.0f} s where storage hangs",
+                f"a limit of {_EPILOG + 5:.0f} s or more will do",
             )
         ]
     message = _seconds(_one(settings, "MessageTimeout")) or 10

@@ -131,6 +131,8 @@ def main() -> None:
     once = set(filter(None, arguments.once.split("|")))
     for name in {*wanted, *skip, *once} - {*known}:
         parser.error(f"no strategy {name!r}; there are: {' | '.join(known)}")
+    for name in {*arguments.settings.split(",")} - {*ALL}:
+        parser.error(f"no setting {name!r}; there are: {', '.join(ALL)}")
     chosen = [known[name] for name in wanted if name not in skip]
     machine = (
         f"{platform.machine()}, {os.cpu_count()} processors, load {os.getloadavg()[0]:.1f},"

@@ -98,6 +98,14 @@ def test_the_directive(cluster: Cluster, packed: str) -> None:
     _runs_staged(cluster, script)
 
 
+def test_what_slurm_would_miss_is_not_uninstalled(cluster: Cluster) -> None:
+    uninstall = [f"{REPO}/deploy/install", "--uninstall"]
+    refused = cluster.exec("n4", "root", uninstall, check=False)
+    assert refused.returncode == 1
+    assert "Slurm drains a node whose Prolog is not there" in refused.stderr
+    cluster.exec("n4", "root", ["test", "-x", "/usr/libexec/stager/slurm/prolog"])
+
+
 def _runs_staged(cluster: Cluster, script: str) -> None:
     job = cluster.sbatch(script, "alice", ["--output=/home/alice/job.out"])
     state = cluster.wait(job)

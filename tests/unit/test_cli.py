@@ -17,6 +17,7 @@ import pytest
 import tiny
 from environments import VENV, clean_environ, strace_files
 from stager import cli, estimate, fsutil, lookup, timings
+from stager import config as configuration
 from stager.cli import doctor
 from stager.store import Stamp, Store, boot_id
 
@@ -623,6 +624,22 @@ def test_the_doctor_tells_what_clears_a_store_by_age(
     told = [what for _, what, _ in doctor._cleared("/scratch/stager-7")]
     assert [what.split()[-1] for what in told] == cleared
     assert doctor._cleared("/elsewhere/stager-7") == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ("PrologEpilogTimeout = 65534", ""),
+        ("PrologEpilogTimeout = 30 sec", ""),
+        ("PrologEpilogTimeout = 19 sec", "ends an Epilog after 19 s"),
+        ("PrologTimeout = 30 sec\nEpilogTimeout = 8 sec", "ends an Epilog after 8 s"),
+        ("PrologTimeout = 8 sec\nEpilogTimeout = 30 sec", "ends a Prolog after 8 s"),
+    ],
+)
+def test_the_doctor_tells_which_limits_drain_nodes(settings: str, told: str) -> None:
+    found = doctor._timing(doctor.slurm_settings(settings), configuration.load())
+    assert len(found) == bool(told)
+    assert all(verdict == "bad" and told in what for verdict, what, _ in found)
 
 
 def test_a_repository_that_cannot_be_made(bare: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
