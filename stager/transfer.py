@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import zlib
 from queue import SimpleQueue
 from typing import Callable
 
 from stager import fsutil
+from stager.checksum import crc32
 from stager.errors import JOB, LIMITS, NODE, IntegrityError, NotFoundError, StagerError
 from stager.manifest import Image
 
@@ -150,7 +150,7 @@ def _pump(
                     hint="it was written to while it was read; pack the environment again",
                 )
             piece = memoryview(buffer)[:count]
-            total = zlib.crc32(piece, total)
+            total = crc32(piece, total)
             _write(writer, piece, target)
             free.put(buffer)
             if advance is not None:
@@ -203,7 +203,7 @@ def _summed(path: str) -> tuple[int, int]:
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(buffer):
             size += count
-            total = zlib.crc32(memoryview(buffer)[:count], total)
+            total = crc32(memoryview(buffer)[:count], total)
     return size, total
 
 

@@ -15,11 +15,11 @@ import os
 import select
 import threading
 import time
-import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Callable
 
 from stager import allocation, fitness, fsutil, lease, manifest, store, trees
+from stager.checksum import crc32
 from stager.config import Config
 from stager.errors import NODE, BusyError, IntegrityError, NoSpaceError, StagerError
 from stager.manifest import Layer, Manifest
@@ -134,7 +134,7 @@ class Receiver:
             os.ftruncate(fd, 0)
         total, offset = 0, 0
         while piece := os.read(fd, _PIECE):  # what an earlier push has brought
-            total, offset = zlib.crc32(piece, total), offset + len(piece)
+            total, offset = crc32(piece, total), offset + len(piece)
         trees.make_room(layer, MOUNTED, node, self._config, present=offset)
         self._arrivals.begin(layer, fd, offset)
         self._answer({"layer": layer.id, "send": offset})
@@ -144,7 +144,7 @@ class Receiver:
                 raise StagerError(
                     f"the connection ended after {offset} of {size} bytes", hint="push again"
                 )
-            total, offset = zlib.crc32(piece, total), offset + len(piece)
+            total, offset = crc32(piece, total), offset + len(piece)
             view = memoryview(piece)
             while view:
                 view = view[os.write(fd, view) :]

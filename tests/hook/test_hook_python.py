@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import venv
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -571,9 +572,9 @@ def put_packages(directory: Path, *names: str) -> None:
         shutil.copytree(ours / name, directory / name)
 
 
-def spoil(directory: Path) -> None:
-    """Make a copy of our zstandard one that was compiled for another Python."""
-    for file in (directory / "zstandard").glob("*.so"):
+def spoil(directory: Path, name: str = "zstandard") -> None:
+    """Make a copy of a package of ours one that was compiled for another Python."""
+    for file in (directory / name).glob("*.so"):
         file.rename(file.with_name(f"{file.name.partition('.')[0]}.cpython-20-other.so"))
 
 
@@ -668,9 +669,35 @@ def test_own_packages_of_the_python_come_first(tmp_path: Path, bare: Path) -> No
 
 
 def test_the_installer_wants_the_packages_of_the_project() -> None:
-    wanted = re.findall(r"wheel=(\w+) least=([0-9.]+)", (REPO / "deploy/install").read_text())
-    dependencies = [f'"{name}>={version}"' for name, version in wanted]
-    assert f"dependencies = [{', '.join(dependencies)}, " in (REPO / "pyproject.toml").read_text()
+    installer = (REPO / "deploy/install").read_text()
+    wanted = re.findall(r"(?:wheel|name)=(\w+) least=([0-9.]+)", installer)
+    assert [name for name, _ in wanted] == ["PyYAML", "zstandard", "isal"]
+    project = (REPO / "pyproject.toml").read_text()
+    assert all(f'    "{name}>={version}' in project for name, version in wanted)
+
+
+def test_what_makes_checksums_faster_is_taken_where_it_can_be_used(
+    tmp_path: Path, bare: Path
+) -> None:
+    packages, root = tmp_path / "packages", tmp_path / "root"
+    put_packages(packages, "yaml", "zstandard", "isal")
+    summing = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from stager.checksum import crc32
+print(crc32(b"x"), crc32.__module__.partition(".")[0])
+"""
+    for spoilt in (False, True):
+        if spoilt:
+            spoil(packages, "isal")
+        done = install_below(root, bare, "--packages", packages)
+        assert (done.returncode, done.stderr) == (0, "")
+        (program,) = re.findall(r" -B /(\S+) ", (root / "usr/bin/stager").read_text())
+        told = subprocess.run(
+            [bare, "-I", "-S", "-B", "-c", summing, root / program],
+            check=True, capture_output=True, text=True,
+        )  # fmt: skip
+        assert told.stdout.split() == [str(zlib.crc32(b"x")), "zlib" if spoilt else "isal"]
 
 
 def test_the_state_format_is_documented() -> None:

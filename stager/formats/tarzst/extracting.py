@@ -11,13 +11,13 @@ import signal
 import stat
 import struct
 import warnings
-import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Callable, NoReturn
 
 import zstandard
 
+from stager import checksum as sums
 from stager import errors, fsutil, transfer
 from stager.errors import NODE, IntegrityError, StagerError, UsageError
 from stager.formats import tarstream
@@ -145,7 +145,7 @@ class _Checksum:
 
     def update(self, data: Data) -> None:
         """Take in the next bytes of the image."""
-        self._crc32 = zlib.crc32(data, self._crc32)
+        self._crc32 = sums.crc32(data, self._crc32)
 
     def check(self) -> None:
         """Compare, when all of the image was taken in."""
