@@ -1,7 +1,8 @@
 """CRC-32 of images: by instructions of the processor where the package isal is there.
 
-zlib's takes 0.44 s of processor time for a gigabyte, a third of all that copying one takes; ISA-L's
-0.02 s (x86_64, zlib 1.2.13, isal 1.9.1). The sums are the same.
+An image of 512 MiB in the page cache is copied in 0.106 s with it, in 0.178 s with zlib's (medians of
+8; x86_64, zlib 1.2.13, isal 1.9.1); where the disk reads at 2.8 GB/s, in the same time with less of
+the processor. The sums are the same.
 """
 
 from __future__ import annotations
