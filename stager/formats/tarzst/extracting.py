@@ -12,7 +12,6 @@ import stat
 import struct
 import warnings
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Callable, NoReturn
 
 import zstandard
@@ -173,7 +172,7 @@ def _unpack_all(
     free = list(range(2 * workers + 1))
     slot_size = max(compressed for compressed, _ in frames)
     memory = memoryview(mmap.mmap(-1, len(free) * slot_size))
-    busy: dict[int, Future[None]] = {}
+    busy: set[int] = set()
 
     def frame(number: int, slot: int) -> memoryview:
         return memory[slot * slot_size : slot * slot_size + frames[number][0]]
@@ -184,10 +183,10 @@ def _unpack_all(
     def collect() -> None:
         for number, slot, report in pool.results():
             done.add(number, report)
-            busy.pop(slot).result()
+            busy.remove(slot)
             free.append(slot)
 
-    with _Workers(workers, unpack) as pool, ThreadPoolExecutor(1, "checksum") as thread:
+    with _Workers(workers, unpack) as pool:
         offset = 0
         for number in range(len(frames)):
             while not free:
@@ -195,8 +194,9 @@ def _unpack_all(
             slot = free.pop()
             view = frame(number, slot)
             read_into(fd, offset, view)
-            busy[slot] = thread.submit(checksum.update, view)
+            busy.add(slot)
             pool.submit(number, slot)
+            checksum.update(view)
             offset += len(view)
             if progress is not None:
                 progress(len(view))
