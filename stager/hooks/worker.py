@@ -74,8 +74,10 @@ def start(
             signal.pthread_sigmask(signal.SIG_SETMASK, ())
             ours.close()
             detach(theirs.fileno())
+            worker = Worker(job, state, config, root, mounts, theirs)
+            worker.note_processes()  # should the hook be killed now, its shim sees that we go on
             theirs.send(STARTED)
-            Worker(job, state, config, root, mounts, theirs).run()
+            worker.run()
         finally:
             os._exit(0)
     theirs.close()
@@ -163,10 +165,10 @@ class Worker:
                 os._exit(0)
         theirs.close()
         orphans.adopt()  # by now, for it takes as long as the child takes to begin
-        self._note_processes()
+        self.note_processes()
         return self._listen(ours)
 
-    def _note_processes(self) -> None:
+    def note_processes(self) -> None:
         """Write down whom the Epilog has to end."""
         pids = (os.getpid(), *self._helpers())
         processes = " ".join(f"{pid} {lease.start_time(pid)}" for pid in pids)
@@ -274,7 +276,7 @@ class Worker:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
             self.aside = Aside(what, work)
-            self._note_processes()
+            self.note_processes()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

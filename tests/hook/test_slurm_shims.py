@@ -186,6 +186,17 @@ def test_whatever_happens_the_prolog_succeeds_and_tells_the_tasks(
     ]
 
 
+def test_a_worker_that_lives_has_the_last_word(node: Node) -> None:
+    with subprocess.Popen(["sleep", "60"]) as worker:
+        node.leave("pending 3", worker=f"{worker.pid} 1 2 3\n")
+        node.python("kill -KILL $$")
+        assert node.run("prolog", PYENV).returncode == 0
+        assert (node.state / "status").read_text() == "pending 3\n"
+        worker.kill()
+    assert node.run("prolog", PYENV).returncode == 0
+    assert (node.state / "status").read_text() == "failed\n"
+
+
 @pytest.mark.parametrize(
     ("comment", "strict"),
     [

@@ -314,11 +314,14 @@ def test_the_worker_is_killed(site: Site, wait: str, strict: str) -> None:
 
 
 def test_the_prolog_is_killed(site: Site) -> None:
-    """The worker goes on without it."""
-    with prolog_killed(site):
-        done = site.batch(SYSTEM, "-w", "n2", comment="pyenv:demo")
+    """The worker goes on without it, and all tasks have the environment, the first one too."""
+    with prolog_killed(site), site.slow(2, "n2"):
+        done = site.batch(f"{SHOW}\nsleep 3\nsrun {SHOW}", "-w", "n2", comment="pyenv:demo")
     assert site.settled() == idle()
     assert done.exit == "0:0"
+    assert done.told() == []
+    (prefix,) = done.prefixes()["n2"]
+    assert prefix.startswith(f"{STORE}/20001/envs/")
 
 
 @pytest.mark.parametrize("asked", ["ignore", "drain"])
