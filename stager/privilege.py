@@ -12,6 +12,7 @@ from stager import mounts
 from stager.errors import SITE, DeniedError, StagerError
 
 _NOGROUP = 65534
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -80,25 +81,10 @@ def private_directory(path: str, uid: int) -> bool:
             something on it: its server need not answer whoever looks.
         OSError: the file system failed.
     """
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    parent = os.open("/", flags)
+    parent = trusted_directory(os.path.dirname(path))
+    if parent is None:
+        return False
     try:
-        sticky = False
-        for part in [one for one in os.path.dirname(path).split("/") if one]:
-            try:
-                below = os.open(part, flags, dir_fd=parent)
-            except NotADirectoryError:
-                return False  # a link: the user may go where it leads, we need not
-            os.close(parent)
-            parent = below
-            info = os.fstat(parent)
-            open_to_others = info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-            sticky = bool(open_to_others and info.st_mode & stat.S_ISVTX)
-            # Above what is root's: in a sticky directory nobody else can rename or replace that.
-            if info.st_uid != 0 or (open_to_others and not sticky):
-                return False
-        if sticky:
-            return False
         name = os.path.basename(path)
         with contextlib.suppress(FileExistsError):
             os.mkdir(name, 0o700, dir_fd=parent)
@@ -108,7 +94,7 @@ def private_directory(path: str, uid: int) -> bool:
                 hint=f"its user has to unmount it: fusermount3 -u {path}",
             )
         try:
-            fd = os.open(name, flags, dir_fd=parent)
+            fd = os.open(name, _DIRECTORY, dir_fd=parent)
         except NotADirectoryError as error:
             raise DeniedError(
                 f"the store {path} is a link or a file",
@@ -132,6 +118,42 @@ def private_directory(path: str, uid: int) -> bool:
     return True
 
 
+def trusted_directory(path: str) -> int | None:
+    """Open a directory in which only root can make, rename or replace anything.
+
+    Args:
+        path: absolute and normal.
+
+    Returns:
+        A descriptor; None where others could, or where a link is on the way: the user may go where
+        it leads, we need not.
+
+    Raises:
+        OSError: the file system failed.
+    """
+    here = os.open("/", _DIRECTORY)
+    sticky = False
+    try:
+        for part in filter(None, path.split("/")):
+            below = os.open(part, _DIRECTORY, dir_fd=here)
+            os.close(here)
+            here = below
+            info = os.fstat(here)
+            open_to_others = info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+            sticky = bool(open_to_others and info.st_mode & stat.S_ISVTX)
+            # Above what is root's: in a sticky directory nobody else can rename or replace that.
+            if info.st_uid != 0 or (open_to_others and not sticky):
+                break
+        else:
+            if not sticky:
+                return os.dup(here)
+    except NotADirectoryError:
+        pass
+    finally:
+        os.close(here)
+    return None
+
+
 def is_broken(directory: str) -> bool:
     """Tell whether a file system is broken for root as well: the proof of a fault of the node.
 
@@ -145,9 +167,8 @@ def is_broken(directory: str) -> bool:
 
     broken = (errno.EIO, errno.EROFS, errno.ENODEV, errno.ENXIO, errno.EUCLEAN, errno.ESHUTDOWN)
     name = f".stager-probe-{os.getpid()}"
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        parent = os.open(directory, flags)
+        parent = os.open(directory, _DIRECTORY)
         try:
             mode = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             fd = os.open(name, mode, 0o600, dir_fd=parent)

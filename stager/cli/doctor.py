@@ -12,7 +12,7 @@ import stat
 import subprocess
 
 from stager import config as configuration
-from stager import fsutil, sitestore
+from stager import fsutil, privilege, sitestore
 from stager.cli.common import load_config, print_json, size
 from stager.config import Config
 from stager.errors import StagerError
@@ -243,19 +243,16 @@ def _stores(config: Config) -> list[Check]:
     template = config.store_template
     parent = os.path.dirname(template)
     try:
-        info = os.lstat(parent)
+        directory = privilege.trusted_directory(parent)
     except OSError as error:
         return [
             (BAD, f"{parent} cannot be used: {error.strerror}", "root has to make it: mode 755")
         ]
-    if stat.S_ISLNK(info.st_mode) or info.st_uid != 0 or info.st_mode & 0o022:
-        return [
-            (
-                WORSE,
-                f"others than root can change {parent}: anybody can block anybody's store there",
-                f"set the key `store` to {_ADVISED}",
-            )
-        ]
+    if directory is None:
+        what = f"others than root can change {parent}, or what leads there, or a link does"
+        advice = f"hooks make no store there: set the key `store` to {_ADVISED}, without links"
+        return [(WORSE, what, advice)]
+    os.close(directory)
     free = os.statvfs(parent)
     return [(OK, f"stores {template}: {size(free.f_bavail * free.f_frsize)} free", "")]
 

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from stager import config as configuration
 from stager import mounts, privilege
+from stager.cli import doctor
 from stager.errors import DeniedError, StagerError
 from stager.hooks.common import as_user
 
@@ -84,6 +86,22 @@ def test_a_store_that_its_user_has_mounted_something_on_is_not_opened(
     monkeypatch.setattr(mounts, "of_users", lambda: {str(store): 1})
     with pytest.raises(DeniedError, match=f"something is mounted on the store {store}"):
         privilege.private_directory(str(store), 20001)
+
+
+def test_the_doctor_knows_where_hooks_make_stores(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    tmp_path = tmp_path_factory.mktemp("s")  # a store's path may not be long
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "loose").mkdir()
+    (tmp_path / "loose").chmod(0o775)
+    (tmp_path / "loose/below").mkdir()
+    for parent, made in (("real", True), ("link", False), ("loose/below", False)):
+        assert privilege.private_directory(f"{tmp_path}/{parent}/20001", 20001) is made
+        config = configuration.load(overrides={"store": f"{tmp_path}/{parent}/{{uid}}"})
+        ((verdict, what, _),) = doctor._stores(config)
+        assert (verdict == "ok") is made, what
 
 
 # -- what is left running
