@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # the module typing is not needed for it
 
 def main() -> int:
     """Run the command line, or a scheduler's hook; returns only where next to nothing was done."""
+    _speak_utf8()
     if sys.argv[1:2] == ["hook"]:
         import gc
 
@@ -31,9 +32,29 @@ def main() -> int:
         import gc
 
         gc.disable()  # for all of it: see stager/pack.py
-    from stager import cli
-
+    try:
+        from stager import cli
+    except KeyboardInterrupt:  # the command line says that itself, once it is there
+        os.write(2, b"stager: interrupted\n")
+        _leave(130)
     _leave(cli.main(sys.argv[1:]))
+
+
+def _speak_utf8() -> None:
+    """Begin anew in Python's UTF-8 mode where the locale has another encoding.
+
+    The text of a manifest is UTF-8. Elsewhere a path in it would be that of another file, or none:
+    an original would not be found, and so never have changed.
+    """
+    if sys.getfilesystemencoding() == "utf-8" or not sys.executable:
+        return
+    try:
+        with open("/proc/self/cmdline", "rb") as file:
+            words = file.read().split(b"\0")[1:-1]
+        # An option, and not the variable: that would be handed on to what stage-run starts.
+        os.execv(sys.executable, [os.fsencode(sys.executable), b"-X", b"utf8", *words])  # noqa: S606
+    except OSError:
+        pass  # most paths are ASCII
 
 
 def _leave(status: int) -> NoReturn:

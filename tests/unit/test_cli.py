@@ -439,6 +439,40 @@ def test_json_holds_what_the_text_says(machine: Machine) -> None:
     assert values["repository"]["source"] == "$STAGER_REPOSITORY"  # type: ignore[index]
 
 
+# Where it is run
+
+
+@pytest.mark.parametrize("how", ["pack", "list", "stage", "stage-run"])
+def test_paths_are_the_same_in_every_locale(bare: Machine, how: str) -> None:
+    """Where the locale is not UTF-8, an original with an umlaut in its path was never found."""
+    prefix = tiny.environment(bare.root / "ümläut" / "env")
+    argv = ["pack", "--name", "u", str(prefix)]
+    assert bare.run(*argv, capture_output=True).returncode == 0
+    environ = {**bare.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    probe = [STAGER.with_name("python"), "-c", "import sys; print(sys.getfilesystemencoding())"]
+    said = subprocess.run(probe, env=environ, capture_output=True, check=True, text=True).stdout
+    assert said != "utf-8\n"
+    argv = {
+        "pack": ["stager", *argv],
+        "list": ["stager", "list"],
+        "stage": ["stager", "stage", str(prefix)],
+        "stage-run": ["stage-run", "--env", "u", "--strict", "env"],
+    }[how]
+    done = subprocess.run(
+        [VENV / "bin" / argv[0], *argv[1:]],
+        env=environ, check=False, capture_output=True, encoding="utf-8",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    if how == "pack":
+        assert "unchanged since the last pack: env" in done.stderr
+    elif how == "list":
+        assert done.stdout.splitlines()[1].endswith(str(prefix))
+    elif how == "stage-run":
+        lines = done.stdout.splitlines()
+        assert f"STAGER_ORIGIN={prefix}" in lines
+        assert "PYTHONUTF8=0" in lines  # it is the user's own still
+
+
 # Mistakes
 
 
