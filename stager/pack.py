@@ -204,7 +204,7 @@ def _errors(findings: Iterable[Finding]) -> list[Finding]:
 def _note_replaced(repository: Repository, manifest: Manifest, progress: Progress) -> None:
     with contextlib.suppress(StagerError):  # a damaged one is replaced, too
         known = repository.find(Ref(name=manifest.name))
-        if known is not None and known.manifest.origin != manifest.origin:
+        if known is not None and not known.is_of(manifest.origin):
             progress.note(f"`{manifest.name}` stood for {known.manifest.origin} until now")
 
 

@@ -53,6 +53,10 @@ class Published(NamedTuple):
         """The ref that names exactly this manifest."""
         return f"{self.manifest.name}@sha256:{self.digest}"
 
+    def is_of(self, origin: str) -> bool:
+        """Tell whether it was packed from there, whichever way a path leads there now."""
+        return os.path.realpath(self.manifest.origin) == os.path.realpath(origin)
+
 
 class Repository:
     """One repository.
@@ -308,7 +312,7 @@ class Repository:
         """
         with contextlib.suppress(IntegrityError):
             known = self.find(Ref(name=name))
-            if known is not None and known.manifest.origin != origin:
+            if known is not None and not known.is_of(origin):
                 raise StagerError(
                     f"the name `{name}` already stands for {known.manifest.origin}",
                     hint="choose another one with --name",

@@ -137,6 +137,21 @@ def test_publishing_again_replaces_it_and_the_old_goes(repository: Repository) -
     assert len(os.listdir(os.path.join(repository.root, "manifests"))) == 1
 
 
+def test_a_name_stays_with_an_environment_that_has_two_paths(
+    repository: Repository, public_path: Path
+) -> None:
+    """Homes are often links: what the shell says of them depends on how one came there."""
+    (public_path / "home").mkdir()
+    (public_path / "link").symlink_to("home")
+    mine = named("torch", 1)._replace(origin=f"{public_path}/home/torch")
+    tiny.publish(repository, mine, replace=False)
+    other = named("torch", 2)._replace(origin=f"{public_path}/link/torch")
+    tiny.publish(repository, other, replace=False)
+    found = repository.find(Ref(name="torch"))
+    assert found is not None
+    assert found.manifest == other
+
+
 def test_a_name_of_another_environment_is_not_taken(repository: Repository) -> None:
     mine = named("torch", 1)
     tiny.publish(repository, mine)
