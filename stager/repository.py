@@ -328,13 +328,16 @@ class Repository:
         Raises:
             NotFoundError: there is no such name.
         """
+        missing = NotFoundError(
+            f"`{ref}` is not published in {self.root}", hint="`stager list` shows what is"
+        )
+        if not os.path.isdir(self.root):
+            raise missing  # a lock would make it
         with self._lock("lock"):
             parts = ("origins", _origin_key(ref.path)) if ref.path else ("refs", ref.name)
             target = self._stands_for(*parts)
             if not target.startswith(ref.digest) or not target:
-                raise NotFoundError(
-                    f"`{ref}` is not published in {self.root}", hint="`stager list` shows what is"
-                )
+                raise missing
             # Its name may be another environment's by now: only those of this very manifest go.
             for room in ("refs", "origins"):
                 for name in self._listdir(room):

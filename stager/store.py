@@ -248,7 +248,7 @@ class Store:
         Returns:
             Whether the holder had not claimed it before.
         """
-        name = _holder(holder)
+        name = holder_name(holder)
         with blame_node("claim a tree in the store"):
             return warm.claim(self.root, layer_id, name)
 
@@ -262,7 +262,7 @@ class Store:
     def release(self, holder: str, layer_id: str | None = None) -> int:
         """Drop a holder's claims, on one tree or on all; how many there were."""
         ids = [layer_id] if layer_id else _listdir(os.path.join(self.root, "leases"))
-        name = _holder(holder)
+        name = holder_name(holder)
         dropped = 0
         for one in ids:
             with contextlib.suppress(FileNotFoundError):
@@ -321,7 +321,7 @@ class Store:
         return info.f_favail if info.f_files else sys.maxsize
 
 
-def _holder(text: str) -> str:
+def holder_name(text: str) -> str:
     """A holder, which is to be the name of a file.
 
     Raises:

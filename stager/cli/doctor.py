@@ -113,19 +113,31 @@ def _configuration(site_directory: str = configuration.SITE_DIRECTORY) -> list[C
 
 
 def _store(path: str) -> list[Check]:
-    parent = os.path.dirname(path)
-    if not os.path.lexists(path) and os.path.isdir(parent) and not os.access(parent, os.W_OK):
-        what = f"the store {path} is not there, and you cannot make it in {parent}"
-        return [(WORSE, what, "where jobs run hooks make it; elsewhere name another with --store")]
-    try:
-        node = Store(path)
-    except StagerError as error:
-        return [(BAD, error.message, error.hint or "")]
-    checks = [(OK, f"store {path}: {size(node.free())} free", "")]
-    info = os.statvfs(path)
+    place, told = path, f"store {path}"
+    if not os.path.lexists(path):  # looking makes none
+        while not os.path.lexists(place):
+            place = os.path.dirname(place)
+        if not (os.path.isdir(place) and os.access(place, os.W_OK | os.X_OK)):
+            what = f"the store {path} is not there, and you cannot make it in {place}"
+            if place != os.path.dirname(path) or not os.path.isdir(place):
+                return [(BAD, what, "name another with --store")]
+            advice = "where jobs run hooks make it; elsewhere name another with --store"
+            return [(WORSE, what, advice)]
+        told += " is made by the first stage"
+    else:
+        try:
+            Store(path)
+        except StagerError as error:
+            return [(BAD, error.message, error.hint or "")]
+    info = os.statvfs(place)
+    checks = [(OK, f"{told}: {size(info.f_bavail * info.f_frsize)} free", "")]
     if info.f_flag & os.ST_NOEXEC:
-        checks.append((WORSE, f"{path} is mounted noexec", "only mounted images can be used there"))
-    if fsutil.file_system(path) == "tmpfs":
+        what = f"{path} is mounted noexec"
+        if squashfs.why_not_mount():
+            checks.append((BAD, f"{what}, and nothing can be mounted", "name another with --store"))
+        else:
+            checks.append((WORSE, what, "only mounted images can be used there"))
+    if fsutil.file_system(place) == "tmpfs":
         checks.append(
             (WORSE, f"{path} is in memory", "extracted trees there count against the job's memory")
         )
@@ -282,7 +294,8 @@ def _slurm(config: Config) -> list[Check]:
     except subprocess.TimeoutExpired:
         return [(WORSE, "Slurm's controller does not answer", "")]
     if done.returncode != 0:
-        return [(WORSE, "Slurm does not tell its configuration", done.stderr.strip())]
+        said = done.stderr.strip().splitlines()
+        return [(WORSE, "Slurm does not tell its configuration", said[-1] if said else "")]
     settings = slurm_settings(done.stdout)
     return [*_hooks(settings), *_timing(settings, config), *_private(settings, config)]
 

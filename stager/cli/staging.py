@@ -13,9 +13,10 @@ from stager import activate as activation
 from stager import allocation, envpatch, lease, lookup, notes, schedulers
 from stager.cli.common import count, load_config, options_given, print_json, say, size, table
 from stager.cli.preparing import ask_job, prepare
+from stager.config import Config
 from stager.errors import StagerError
 from stager.sitestore import SiteStore
-from stager.store import RECEIVED, Store
+from stager.store import RECEIVED, Store, holder_name
 
 
 def stage(arguments: argparse.Namespace) -> int:
@@ -84,7 +85,10 @@ def _activation(arguments: argparse.Namespace) -> str:
 def release(arguments: argparse.Namespace) -> int:
     """Drop claims."""
     config = load_config(arguments)
-    holder = arguments.holder or lease.of_job_or_process(os.getppid())
+    holder = holder_name(arguments.holder or lease.of_job_or_process(os.getppid()))
+    if not os.path.lexists(config["store"]):
+        say(f"stager: {_no_store(config)}")
+        return 0
     dropped = Store(config["store"]).release(holder)
     say(f"stager: released {count(dropped, 'tree')} held by {holder}")
     return 0
@@ -99,8 +103,15 @@ def collect(arguments: argparse.Namespace) -> int:
     if arguments.all_users:
         return _collect_all_users(arguments)
     config = load_config(arguments)
+    if not os.path.lexists(config["store"]):
+        if arguments.json:
+            print_json({"trees": [], "freed": 0, "leases": 0, "failed": [], "claimed": 0})
+        else:
+            say(f"stager: {_no_store(config)}")
+        return 0
+    node = Store(config["store"])
     result = collection.collect(
-        Store(config["store"]),
+        node,
         max_size=config["collect.max_size"],
         min_free=config["collect.min_free"],
         everything=arguments.all,
@@ -111,6 +122,7 @@ def collect(arguments: argparse.Namespace) -> int:
         "freed": result.size,
         "leases": result.leases,
         "failed": [*result.failed],
+        "claimed": sum(1 for held in node.held() if held.leases),
     }
     if arguments.json:
         print_json(answer)
@@ -121,6 +133,8 @@ def collect(arguments: argparse.Namespace) -> int:
 
 def _collected(answer: dict[str, Any]) -> str:
     lines = [f"evicted {count(len(answer['trees']), 'tree')}, freed {size(answer['freed'])}"]
+    if answer.get("claimed"):  # an older stager on another node does not tell
+        lines[0] += f"; claimed, and left alone: {answer['claimed']}"
     lines += [f"could not be removed: {one}" for one in answer["failed"]]
     return "\n".join(lines)
 
@@ -174,7 +188,7 @@ def status(arguments: argparse.Namespace) -> int:
         if arguments.json:
             print_json({"store": config["store"], "free": 0, "trees": []})
         else:
-            print(f"nothing is staged: there is no store {config['store']}")
+            print(_no_store(config))
         return 0
     shared = config["store"] == config["site_store"]
     node = SiteStore(config["store"]) if shared else Store(config["store"])
@@ -201,6 +215,11 @@ def status(arguments: argparse.Namespace) -> int:
     for line in _trees(entries, used=True):
         print(line)
     return 0
+
+
+def _no_store(config: Config) -> str:
+    """What is said instead of making one: it may be a slip of the pen."""
+    return f"nothing is staged: there is no store {config['store']}"
 
 
 def _status(answer: dict[str, Any]) -> Iterable[str]:

@@ -274,6 +274,24 @@ def test_the_state_of_a_store_that_is_not_there(machine: Machine) -> None:
     assert not path.exists()
 
 
+@pytest.mark.parametrize("verb", ["collect", "release"])
+def test_clearing_a_store_that_is_not_there_makes_none(machine: Machine, verb: str) -> None:
+    path = machine.root / "mistyped"
+    found = machine(verb, "--store", str(path))
+    assert (found.status, found.out) == (0, "")
+    assert found.err == f"stager: nothing is staged: there is no store {path}\n"
+    assert not path.exists()
+    if verb == "collect":
+        assert machine(verb, "--store", str(path), "--json").json["trees"] == []
+        assert not path.exists()
+
+
+def test_what_is_claimed_is_told_where_it_is_not_evicted(machine: Machine) -> None:
+    machine("stage", "tiny")
+    found = machine("collect", "--all")
+    assert found.err == "stager: evicted 0 trees, freed 0 B; claimed, and left alone: 1\n"
+
+
 def test_collecting_keeps_to_the_given_bounds(machine: Machine) -> None:
     node = Store(f"{machine.root}/store")
     for name in ("a" * 16, "b" * 16):
@@ -618,6 +636,29 @@ def test_the_doctor_knows_that_a_store_may_be_made_for_us(
     ((verdict, what, advice),) = doctor._store(path)
     assert (verdict, os.path.exists(path)) == ("worse", False)
     assert path in what and "hooks make it" in advice
+
+
+def test_the_doctor_makes_no_store(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = machine.root / "local" / "7"
+    ((verdict, what, _), *_) = doctor._store(str(path))
+    assert verdict == "ok" and f"store {path} is made by the first stage" in what
+    assert not path.parent.exists()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    ((verdict, what, _),) = doctor._store(str(path))  # hooks make no parents
+    assert verdict == "bad" and str(path) in what
+
+
+@pytest.mark.parametrize(("why", "verdict"), [("", "worse"), ("there is no FUSE", "bad")])
+def test_the_doctor_fails_where_nothing_can_be_run_from_the_store(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, why: str, verdict: str
+) -> None:
+    class Noexec:
+        f_flag, f_bavail, f_frsize = os.ST_NOEXEC, 1, 1
+
+    monkeypatch.setattr(os, "statvfs", lambda _: Noexec)
+    monkeypatch.setattr(doctor.squashfs, "why_not_mount", lambda: why)
+    checks = doctor._store(f"{machine.root}/store")
+    assert [one for one, what, _ in checks if "noexec" in what] == [verdict]
 
 
 @pytest.mark.parametrize(

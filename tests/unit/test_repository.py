@@ -348,6 +348,13 @@ def test_what_is_not_published_cannot_be_removed(repository: Repository, wish: R
     assert repository.names() == ["torch"]
 
 
+def test_removing_makes_no_repository(public_path: Path) -> None:
+    mistyped = Repository(f"{public_path}/mistyped")
+    with pytest.raises(NotFoundError):
+        mistyped.remove(Ref(name="torch"))
+    assert not os.path.exists(mistyped.root)
+
+
 def test_an_environment_whose_name_was_taken_over_is_removed_by_its_path(
     repository: Repository,
 ) -> None:
