@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -15,8 +16,12 @@ from stager.cli.common import count, load_config, options_given, print_json, say
 from stager.cli.preparing import ask_job, prepare
 from stager.config import Config
 from stager.errors import StagerError
+from stager.ref import Ref
 from stager.sitestore import SiteStore
 from stager.store import RECEIVED, Store, holder_name
+
+_SHOWN = 2
+"""Names of a tree; a base may be that of hundreds."""
 
 
 def stage(arguments: argparse.Namespace) -> int:
@@ -182,7 +187,8 @@ def status(arguments: argparse.Namespace) -> int:
     if arguments.nodes:
         from stager.cli import pushing
 
-        return pushing.everywhere(arguments, ["status"], lambda one: "\n".join(_status(one)))
+        names = _names(load_config(arguments))  # that the nodes need not read the repository
+        return pushing.everywhere(arguments, ["status"], lambda one: "\n".join(_status(one, names)))
     config = load_config(arguments)
     if not os.path.lexists(config["store"]):  # looking makes none
         if arguments.json:
@@ -212,9 +218,28 @@ def status(arguments: argparse.Namespace) -> int:
         print_json({"store": node.root, "free": node.free(), "trees": entries})
         return 0
     print(f"store {node.root}: {size(node.size())} used, {size(node.free())} free")
-    for line in _trees(entries, used=True):
+    for line in _trees(entries, _names(config), used=True):
         print(line)
     return 0
+
+
+def _names(config: Config) -> dict[str, str]:
+    """What layers are called, by their ids: as what is published now and made of them."""
+    found: dict[str, dict[str, None]] = {}
+    for repository in lookup.repositories(config):
+        with contextlib.suppress(StagerError):
+            for name in repository.names():
+                with contextlib.suppress(StagerError):  # a damaged one has no say
+                    published = repository.find(Ref(name=name))
+                    for layer in published.manifest.layers if published else ():
+                        role = "" if layer.role == "env" else f" ({layer.role})"
+                        found.setdefault(layer.id, {})[name + role] = None
+    return {one: _few([*names]) for one, names in found.items()}
+
+
+def _few(names: list[str]) -> str:
+    """Some of the environments that share a layer, as their base."""
+    return ", ".join(names[:_SHOWN]) + (f" +{len(names) - _SHOWN}" if names[_SHOWN:] else "")
 
 
 def _no_store(config: Config) -> str:
@@ -222,17 +247,18 @@ def _no_store(config: Config) -> str:
     return f"nothing is staged: there is no store {config['store']}"
 
 
-def _status(answer: dict[str, Any]) -> Iterable[str]:
+def _status(answer: dict[str, Any], names: dict[str, str]) -> Iterable[str]:
     """What a node has, without what differs on each: when it was used, how much is free."""
     yield f"store {answer['store']}"
-    yield from _trees(answer["trees"], used=False)
+    yield from _trees(answer["trees"], names, used=False)
 
 
-def _trees(entries: list[dict[str, Any]], *, used: bool) -> Iterable[str]:
+def _trees(entries: list[dict[str, Any]], names: dict[str, str], *, used: bool) -> Iterable[str]:
     rows = []
     for one in entries:
         usable = one["ready"] or one["how"] == RECEIVED  # an image for the next stage
         row = [
+            names.get(one["id"], "-"),
             one["id"],
             one["how"] + ("" if usable else " (not usable)"),
             size(one["size"]),
@@ -241,4 +267,6 @@ def _trees(entries: list[dict[str, Any]], *, used: bool) -> Iterable[str]:
         if used:
             row.append(time.strftime("%Y-%m-%d %H:%M", time.localtime(one["used"])))
         rows.append(row)
-    return table(rows, ["TREE", "STATE", "SIZE", "CLAIMS", *(["LAST USED"] if used else [])])
+    return table(
+        rows, ["NAME", "TREE", "STATE", "SIZE", "CLAIMS", *(["LAST USED"] if used else [])]
+    )

@@ -258,7 +258,11 @@ def test_the_state_of_the_store(machine: Machine) -> None:
     prefix = machine("stage", "tiny").out.strip()
     shown = machine("status")
     assert shown.err == ""
-    assert os.path.basename(prefix) in shown.out
+    heading, row = shown.out.splitlines()[1:]
+    assert heading.split()[:2] == ["NAME", "TREE"]
+    assert row.split()[:2] == ["tiny", os.path.basename(prefix)]
+    elsewhere = machine("status", "--repository", "/no/where").out.splitlines()[-1]
+    assert elsewhere.split()[:2] == ["-", os.path.basename(prefix)]
     assert machine("collect", "--all").status == 0
     assert os.path.exists(prefix)  # this process claims it
     assert "released 1 tree" in machine("release").err
