@@ -23,6 +23,7 @@ SITE_DIRECTORY = "/etc/stager"
 MAX_STORE_BYTES = 100
 """Longest store path: shebang lines (127 bytes on old kernels) and padded binaries must hold it."""
 
+_YAML = "a line is `KEY: VALUE`, in UTF-8; `stager config show` lists the keys"
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SECONDS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -126,11 +127,12 @@ def _choice(*names: str) -> Callable[[object], str]:
     return parse
 
 
-def _default_repository() -> str:
+def _default_repository() -> str | None:
+    """Where environments are published if nothing says where; None for users without a home."""
     data = os.environ.get("XDG_DATA_HOME", "")
     if not data.startswith("/"):  # the specification: relative ones are invalid and ignored
         data = os.path.expanduser("~/.local/share")
-    return os.path.join(data, "stager")
+    return os.path.join(data, "stager") if data.startswith("/") else None
 
 
 class Key(NamedTuple):
@@ -317,7 +319,8 @@ def load(
     config = Config(uid)
     for key, entry in KEYS.items():
         default = entry.default if key != "repository" else _default_repository()
-        config.set(key, default, "default")
+        if default is not None:
+            config.set(key, default, "default")
     directory = os.path.join(site_directory, "config.d")
     config.files[directory] = warm.identity(directory)
     files = [
@@ -342,6 +345,11 @@ def load(
     for key, value in (overrides or {}).items():
         if value is not None:
             config.set(key, value, "command line")
+    if "repository" not in config.values:
+        raise UsageError(
+            "there is no home directory for the repository",
+            hint="set HOME, or name a repository (STAGER_REPOSITORY, --repository)",
+        )
     return config
 
 
@@ -378,7 +386,9 @@ def _merge_file(config: Config, path: str, *, trusted: bool) -> None:
         return
     except OSError as error:
         raise UsageError(
-            f"cannot read the configuration file {path}: {error.strerror}", blame=SITE
+            f"cannot read the configuration file {path}: {error.strerror}",
+            hint="make it readable; or do HOME and XDG_CONFIG_HOME name somebody else's directory?",
+            blame=SITE,
         ) from error
     with file:
         info = os.fstat(file.fileno())
@@ -395,7 +405,7 @@ def _merge_file(config: Config, path: str, *, trusted: bool) -> None:
     if document is None:
         return
     if not isinstance(document, dict):
-        raise UsageError(f"{path} is not a mapping of keys to values", blame=SITE)
+        raise UsageError(f"{path} is not a mapping of keys to values", hint=_YAML, blame=SITE)
     for key, value in _flatten(document):
         config.set(key, value, path)
 
@@ -411,7 +421,7 @@ def _parse(path: str, file: TextIO) -> Any:
         _require_once(path, node)
         return loader.construct_document(node)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not YAML: {error}", blame=SITE) from error
+        raise UsageError(f"{path} is not YAML: {error}", hint=_YAML, blame=SITE) from error
 
 
 def _require_once(path: str, node: Any) -> None:

@@ -43,7 +43,7 @@ def wanted(text: str | None, environ: Mapping[str, str]) -> tuple[Ref, ...]:
         return (Ref(path=os.path.abspath(".venv")),)
     raise UsageError(
         "no environment is named and none is active",
-        hint="name one (--env NAME), set STAGER_ENV, or activate one",
+        hint="name one (`stager list` shows which), set STAGER_ENV, or activate one",
     )
 
 
@@ -98,7 +98,11 @@ def find(wish: Ref, config: Config) -> Published:
     import difflib
 
     near = difflib.get_close_matches(wish.name, known, n=1) if wish.name else []
-    if near:
+    if wish.digest and wish.name in known:
+        hint = f"that pack is gone: `stager inspect {wish.name}` shows the one there is"
+    elif wish.path and not os.path.isdir(wish.path):
+        hint = "there is no such directory, nor was an environment packed from there"
+    elif near:
         hint = f"did you mean `{near[0]}`?"
     elif wish.path and os.path.isdir(wish.path):
         hint = f"pack it first: stager pack {wish.path}"

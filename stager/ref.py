@@ -97,6 +97,12 @@ def parse(text: str, *, cwd: str | None = None) -> Ref:
     hint = "a name has letters, digits, '.', '_' and '-', and begins with a letter or digit"
     if "/" in text:
         hint = f"for a path, begin with '/', './' or '~/': ./{text}"
+    elif "@" in text:
+        hint = (
+            "a pinned one is NAME@sha256:DIGITS: 12 or more, as `stager inspect NAME` prints them"
+        )
+    elif "+" in text:
+        hint = "one environment is wanted here, not several"
     raise UsageError(f"{text!r} is not an environment's name", hint=hint)
 
 

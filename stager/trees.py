@@ -257,7 +257,8 @@ def make_room(layer: Layer, how: str, node: Store, config: Config, *, present: i
     if how == EXTRACTED and os.statvfs(node.root).f_flag & os.ST_NOEXEC:
         raise IncompatibleError(
             f"the store {node.root} is on a file system mounted noexec",
-            hint="choose another store (--store, STAGER_STORE), or install squashfuse",
+            hint="choose another store (--store, STAGER_STORE); only what is mounted can be used in"
+            " this one: `stager doctor` tells whether this node can",
         )
     if not _lacking(node, size, files):
         return

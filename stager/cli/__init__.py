@@ -137,6 +137,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     as_json(plan)
 
+    def on_stale(command: argparse.ArgumentParser) -> None:
+        command.add_argument(
+            "--on-stale",
+            choices=_ON_STALE,
+            help="where the original changed: pack again (default), warn, use it, or do not look",
+        )
+
     stage = verb(
         "stage", "staging", "Stage an environment on this node; prints its prefix.", store=True
     )
@@ -153,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
             metavar="DURATION",
             help="longest wait for whoever else stages it, such as 5m",
         )
-        command.add_argument("--on-stale", choices=_ON_STALE)
+        on_stale(command)
     as_json(stage)
     activate.add_argument("--strict", action="store_true", help="fail where staging fails")
     activate.add_argument(
@@ -173,13 +180,17 @@ def _parser() -> argparse.ArgumentParser:
         )
 
     in_allocation(activate)
-    run = verb("run", "running", "Run a command in an environment; see stage-run.", store=True)
+    run = verb("run", "running", "Run a command in an environment; stage-run is this.", store=True)
     run.prog = "stage-run"
     run.add_argument("--env", metavar="REF", help="a published name, or a path")
     run.add_argument("--strict", action="store_true", help="exit 125 where staging fails")
-    run.add_argument("--how", choices=("auto", "mount", "extract"))
-    run.add_argument("--timeout", metavar="DURATION")
-    run.add_argument("--on-stale", choices=_ON_STALE)
+    run.add_argument(
+        "--how", choices=("auto", "mount", "extract"), help="how the tree is made usable"
+    )
+    run.add_argument(
+        "--timeout", metavar="DURATION", help="longest wait for whoever else stages it, such as 5m"
+    )
+    on_stale(run)
     run.add_argument("--user-site", action="store_true", help="let ~/.local be imported from")
     run.add_argument(
         "--same-path",
@@ -268,7 +279,7 @@ def _parser() -> argparse.ArgumentParser:
         const="nothing",
         help="only put the images into the stores",
     )
-    push.add_argument("--on-stale", choices=_ON_STALE)
+    on_stale(push)
     as_json(push)
     verb("receive", "pushing", "Take in what a push sends: what push starts.", store=True)
 

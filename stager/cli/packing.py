@@ -72,7 +72,13 @@ def _request(arguments: argparse.Namespace, config: Config) -> Request:
             "the environment that is active is a staged copy",
             hint="name the original: stager pack DIRECTORY",
         )
-    return Request.here([os.path.abspath(arguments.environment or active or _default())])
+    path = arguments.environment or active or _default()
+    if ref.is_name(path) and not os.path.exists(path):
+        raise NotFoundError(
+            f"there is no environment at {os.path.abspath(path)}",
+            hint=f"give its directory; or what is known by that name: stager pack -n {path}",
+        )
+    return Request.here([os.path.abspath(path)])
 
 
 def _named(name: str, config: Config) -> Request:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from stager import freshness, lookup, ref
 from stager.cli.common import count, load_config, print_json, printable, say, size, table
-from stager.errors import StagerError
+from stager.config import Config
+from stager.errors import NotFoundError, StagerError
 from stager.manifest import plain
 from stager.ref import Ref
 from stager.repository import Repository
@@ -17,6 +19,8 @@ def list(arguments: argparse.Namespace) -> int:
     config = load_config(arguments)
     entries: dict[str, dict[str, object]] = {}
     for repository in lookup.repositories(config):
+        if not os.path.isdir(repository.root):
+            _tell_missing(repository, config)
         for name in repository.names():
             if name in entries:
                 continue  # the user's own comes first
@@ -57,11 +61,25 @@ def list(arguments: argparse.Namespace) -> int:
                 ]
             )
     if not rows:
-        say("stager: nothing is published yet; `stager pack` publishes")
+        say(f"stager: nothing is published in {config['repository']}; `stager pack` publishes")
         return 0
     for line in table(rows, ["NAME", "KIND", "PYTHON", "IMAGES", "PACKED", "ORIGIN"]):
         print(line)
     return 0
+
+
+def _tell_missing(repository: Repository, config: Config) -> None:
+    """Tell of a repository that somebody has named and that is not there.
+
+    Raises:
+        NotFoundError: it was named for this command alone.
+    """
+    if repository.root != config["repository"]:
+        say(f"stager: there is no repository {repository.root} (key `repositories`)")
+    elif config.sources["repository"] == "command line":
+        raise NotFoundError(
+            f"there is no repository {repository.root}", hint="`stager pack` makes it"
+        )
 
 
 def inspect(arguments: argparse.Namespace) -> int:

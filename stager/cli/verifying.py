@@ -57,7 +57,8 @@ def _verify(arguments: argparse.Namespace, config: Config) -> int:
     else:
         good = len(modules) - len(found.failed)
         say(f"stager: imported {count(good, 'module')} from {prefix}")
-        say(f"stager: {found.paths} paths named, seen by {found.method}")
+        leaks = f"{len(found.origin) or 'none'} of the original"
+        say(f"stager: {found.paths} paths named, {leaks}, seen by {found.method}")
         for title, paths in (("of the original", found.origin), ("elsewhere", found.outside)):
             for path in paths[:_SHOWN]:
                 say(f"  {title}: {path}")

@@ -29,6 +29,17 @@ def load(site: Path, **arguments: object) -> Config:
     return config.load(site_directory=str(site), **arguments)  # type: ignore[arg-type]
 
 
+def test_a_user_without_a_home_can_name_a_repository(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", "unknown")
+    with pytest.raises(UsageError) as error:
+        config.load(site_directory=str(tmp_path))
+    assert "set HOME" in str(error.value.hint)
+    named = config.load(overrides={"repository": "/packed"}, site_directory=str(tmp_path))
+    assert named["repository"] == "/packed"
+
+
 def test_defaults_are_valid_and_say_so(site: Path) -> None:
     found = load(site)
     assert set(found.values) == set(found.sources) == set(KEYS)
