@@ -112,6 +112,7 @@ class Bars:
         self._files = self._bytes = 0
         self._drawn = 0.0
         self._waited = 0.0
+        self._said: set[str] = set()
 
     def _open(self, what: str, total: int) -> None:
         from rich import progress
@@ -184,5 +185,8 @@ class Bars:
 
     def note(self, message: str) -> None:
         """Something the user may want to know."""
-        if not self._quiet:
+        if (
+            not self._quiet and message not in self._said
+        ):  # of each layer, and where it is tried again
+            self._said.add(message)
             say(f"stager: {message}")

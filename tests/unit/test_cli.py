@@ -584,6 +584,22 @@ def test_a_repository_that_is_not_there(machine: Machine, monkeypatch: pytest.Mo
     assert f"nothing is published in {path}" in found.err
 
 
+def test_what_is_said_of_each_layer_and_each_try_is_said_once(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STAGER_STAGE_HOW", "auto")
+    disk = os.statvfs(machine.root)
+
+    class Full:
+        f_flag, f_bavail, f_frsize, f_favail, f_files = 0, 0, 4096, disk.f_favail, disk.f_files
+
+    monkeypatch.setattr(os, "statvfs", lambda _: Full)
+    found = machine("stage", "tiny", "--store", f"{machine.root}/elsewhere")
+    shutil.rmtree(machine.root / "elsewhere")
+    assert found.status == 13
+    assert found.err.count("extracting instead of mounting: it was packed for another store") == 1
+
+
 def test_an_environment_whose_python_is_gone(bare: Machine) -> None:
     (bare.prefix / "bin" / "python").unlink()
     (bare.prefix / "bin" / "python").symlink_to("/no/such/python3")
