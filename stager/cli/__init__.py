@@ -318,7 +318,7 @@ def main(argv: Sequence[str]) -> int:
         arguments = _parse(argv)
         module = importlib.import_module(f"stager.cli.{arguments.module}")
         status: int = getattr(module, arguments.function)(arguments)
-        sys.stdout.flush()
+        _flush()
         return status
     except StagerError as error:
         report(error)
@@ -354,8 +354,27 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
             arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         return arguments
     except SystemExit:
-        sys.stdout.flush()  # what --help prints may have no reader either
+        _flush()  # what --help prints may have no reader either
         raise
+
+
+def _flush() -> None:
+    """Write what was printed.
+
+    Raises:
+        BrokenPipeError: nobody reads it.
+        StagerError: it cannot be written.
+    """
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        from stager.fsutil import explain
+
+        failure = explain(error, "write to standard output")
+        failure.hint = "what was asked for is done: look at the disk that its output goes to"
+        raise failure from error
 
 
 def _drop_output() -> None:

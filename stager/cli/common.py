@@ -62,8 +62,19 @@ def print_json(value: dict[str, Any]) -> None:
 
 
 def say(text: str) -> None:
-    """Print lines for people; standard output stays for results."""
-    print("\n".join(map(printable, text.split("\n"))), file=sys.stderr)
+    """Print lines for people; standard output stays for results.
+
+    A job whose log is on a full disk runs all the same.
+
+    Raises:
+        BrokenPipeError: nobody reads them.
+    """
+    try:
+        print("\n".join(map(printable, text.split("\n"))), file=sys.stderr)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass
 
 
 def printable(text: str) -> str:

@@ -466,6 +466,35 @@ def test_json_holds_what_the_text_says(machine: Machine) -> None:
 # Where it is run
 
 
+@pytest.mark.parametrize(
+    ("argv", "status"),
+    [
+        (["stager", "pack", "environments/tiny"], 0),
+        (["stager", "stage", "nope"], 10),
+        (["stage-run", "--env", "nope", "true"], 125),
+        (["stage-run", "--env", "tiny", "--store", "/proc/no", "--strict", "true"], 125),
+        (["stage-run", "--env", "tiny", "--store", "/proc/no", "true"], 0),  # the original
+    ],
+)
+def test_a_log_on_a_full_disk(machine: Machine, argv: list[str], status: int) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [VENV / "bin" / argv[0], *argv[1:]],
+            env=machine.environ, cwd=machine.root, stderr=full, check=False,
+        )  # fmt: skip
+    assert done.returncode == status
+
+
+@pytest.mark.parametrize("argv", [["list"], ["--help"], ["stage", "tiny"]])
+def test_output_to_a_full_disk(machine: Machine, argv: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = machine.run(*argv, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 13
+    first, hint = done.stderr.splitlines()
+    assert first == "stager: error: cannot write to standard output: No space left on device"
+    assert "hint: " in hint and "collect" not in hint
+
+
 @pytest.mark.parametrize("how", ["pack", "list", "stage", "stage-run"])
 def test_paths_are_the_same_in_every_locale(bare: Machine, how: str) -> None:
     """Where the locale is not UTF-8, an original with an umlaut in its path was never found."""
