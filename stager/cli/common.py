@@ -16,6 +16,8 @@ from stager.config import Config
 
 SCHEMA = 1
 """Version of the JSON that reading verbs print; keys are only ever added."""
+_WIDE, _NARROW = 100, 80
+"""Columns of a terminal for all that is told of the progress, and for the bytes at least."""
 
 _ARGUMENTS = {
     "store": "store",
@@ -129,16 +131,20 @@ class Bars:
         from rich import progress
         from rich.console import Console
 
-        self._bar = progress.Progress(
+        console = Console(stderr=True)
+        columns: list[progress.ProgressColumn] = [
             progress.TextColumn("{task.description}"),
             progress.BarColumn(bar_width=20),
             progress.TextColumn("{task.fields[files]}"),
             progress.DownloadColumn(),
             progress.TransferSpeedColumn(),
             progress.TimeRemainingColumn(),
-            console=Console(stderr=True),
-            transient=True,
-        )
+        ]
+        if console.width < _NARROW:  # it would break into several lines, and none could be read
+            columns = [columns[0], progress.BarColumn(bar_width=10), progress.TaskProgressColumn()]
+        elif console.width < _WIDE:
+            del columns[2]
+        self._bar = progress.Progress(*columns, console=console, transient=True)
         self._bar.start()
         self._task = self._bar.add_task(what, total=max(1, total), files="")
         self._files = self._bytes = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -464,6 +465,30 @@ def test_json_holds_what_the_text_says(machine: Machine) -> None:
 
 
 # Where it is run
+
+
+@pytest.mark.parametrize("width", [40, 79, 80, 99, 100])
+def test_progress_is_one_line_on_a_narrow_terminal(width: int) -> None:
+    code = (
+        "from stager.cli.common import Bars\n"
+        "bars = Bars()\n"
+        "bars.start('base', 34348, 3_700_000_000)\n"
+        "bars.advance(12345, 2_100_000_000)\n"
+        "bars._bar.refresh()\n"
+        "bars.finish()\n"
+    )
+    environ = {**clean_environ(), "TERM": "xterm", "COLUMNS": str(width), "PYTHONUTF8": "1"}
+    ours, theirs = os.openpty()
+    subprocess.run([VENV / "bin" / "python", "-c", code], env=environ, stderr=theirs, check=True)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # a terminal that nobody has open any more ends so
+        while piece := os.read(ours, 1 << 16):
+            shown += piece
+    os.close(ours)
+    assert b"packing base Python" in shown
+    assert b"\xe2\x80\xa6" not in shown  # nothing is cut off
+    assert b"\x1b[1A" not in shown.partition(b"packing base Python")[2].rpartition(b"\r")[0]
 
 
 @pytest.mark.parametrize(
