@@ -516,4 +516,14 @@ where they are used.
 {condas}
 
 {notes}
+
+## What the tables do not show
+
+What stager cannot do and they can: their archives need nothing of the packer's where they are
+unpacked, and where that is need not be known when they are packed. conda-pack writes zip and tar of
+several compressions, squashfs and Cloudera's parcels, and has code for Windows. An image of
+stager's is for Linux nodes that have stager, and best used in the store that it was packed for.
+
+How long a job waits with each of them: [performance.md](performance.md), where conda-pack and
+venv-pack2 are the *recipe*.
 """
