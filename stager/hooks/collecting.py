@@ -12,7 +12,7 @@ from typing import Any, Callable, NamedTuple
 
 from stager import collect, events, jobstate, mounts, schedulers
 from stager.config import Config
-from stager.errors import SITE, StagerError
+from stager.errors import SITE, DeniedError, StagerError
 from stager.hooks.common import as_user, emit, explained
 from stager.sitestore import SiteStore
 from stager.store import Store
@@ -65,10 +65,11 @@ def for_all_users(config: Config, *, everything: bool = False) -> dict[int, int]
         For each uid the number of trees evicted, or -1 where it failed; the site's store is root's.
 
     Raises:
-        StagerError: we are not root, or the store is not one directory for each user.
+        DeniedError: we are not root.
+        StagerError: the store is not one directory for each user.
     """
     if os.geteuid() != 0:
-        raise StagerError("only root can collect for all users", hint="sudo stager collect ...")
+        raise DeniedError("only root can collect for all users", hint="sudo stager collect ...")
     round_ = _Round(config, _LONG)
     for place in _places(config, round_.failed):
         round_.tidy(place, config["collect.max_size"], everything, schedulers.job_exists)

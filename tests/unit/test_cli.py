@@ -623,6 +623,14 @@ def test_a_hint_is_about_what_was_typed(machine: Machine, argv: list[str], hint:
     assert hint in machine(*argv).err.splitlines()[-1]
 
 
+def test_stores_of_all_users_are_roots_to_collect(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1)
+    found = machine("collect", "--all-users")
+    assert (found.status, found.error) == (14, "only root can collect for all users")
+
+
 def test_a_repository_that_is_not_there(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     path = str(machine.root / "mistyped")
     found = machine("list", "--repository", path)
