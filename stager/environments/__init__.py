@@ -200,9 +200,10 @@ def _interpreter(executable: str, value: Any) -> Interpreter:
 
 
 def spellings(paths: Iterable[str]) -> tuple[str, ...]:
-    """Every given path and its real path, once each, in order."""
+    """Every given path as it is, without detours, and its real path, once each, in order."""
     found: dict[str, None] = {}
     for path in paths:
+        found[path.rstrip("/") or "/"] = None
         found[os.path.normpath(path)] = None
         found[os.path.realpath(path)] = None
     return tuple(found)

@@ -24,7 +24,10 @@ def in_scripts(path: str) -> Iterator[str]:
         with open(script, "rb") as file:
             interpreter = relocate.shebang(file.read(4096))
         if re.fullmatch(r"/.*/bin/python[\d.]*", interpreter):
-            yield os.path.normpath(os.path.dirname(os.path.dirname(interpreter)))
+            prefix = os.path.dirname(os.path.dirname(interpreter))
+            # As it is written first: `../env/bin/python -m pip` writes /project/../env/bin/python.
+            yield prefix
+            yield os.path.normpath(prefix)
 
 
 def judge(path: str, candidates: Iterable[str], *, marker: str) -> tuple[list[str], list[Finding]]:
@@ -46,6 +49,8 @@ def judge(path: str, candidates: Iterable[str], *, marker: str) -> tuple[list[st
             continue  # a plain interpreter such as /usr/bin/python: not an environment's name
         elif len([part for part in candidate.split("/") if part]) >= relocate.MIN_COMPONENTS:
             names.append(candidate)
+            if candidate != os.path.normpath(candidate):
+                continue  # told by its plain spelling
             findings.append(
                 Finding(
                     candidate,

@@ -182,6 +182,21 @@ def test_environment_that_was_moved_by_hand(bench: Bench, environment: Environme
     assert workbench.traces(staged, [environment.prefix, copy]) == {}
 
 
+@pytest.mark.parametrize("detour", ["project/../origin/env", "origin/env/bin/..", "origin//env"])
+def test_interpreter_that_is_named_by_a_detour(
+    bench: Bench, environment: Environment, detour: str
+) -> None:
+    """``../env/bin/python -m pip install`` writes the path it was called by into scripts."""
+    (bench.root / "project").mkdir()
+    named = f"{bench.root}/{detour}"
+    write_script(environment, "plain", f"#!{named}/bin/python\n{SAYS_PREFIX}\n")
+    (environment.prefix / "note").write_text(f"{named}/share\n")
+    staged = bench.packed_and_staged(environment)
+    assert run_directly(staged, "plain") == f"{staged.prefix}\n"
+    assert (staged.prefix / "note").read_text() == f"{staged.prefix}/share\n"
+    assert staged.told("copied") == {}
+
+
 def test_scripts_keep_their_modes(bench: Bench, environment: Environment) -> None:
     write_script(environment, "executable", f"#!{environment.python}\n")
     (environment.bin / "plain").write_text(f"#!{environment.python}\n")
