@@ -7,7 +7,8 @@ Four mechanisms are in use:
 3. a finder module that maps names to paths: ``MAPPING`` (setuptools, PEP 660), or calls of
    ``map_module`` (the library ``editables``, which hatch and pdm use);
 4. a loader that rebuilds on import (meson-python, scikit-build-core): it needs compilers and a
-   build tree, so no copy of it can work.
+   build tree, so no copy of it can work. That of newer scikit-build-core tells whether it
+   does; where it does not, a path line beside it names the source.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import NamedTuple
 from stager.paths import is_within
 
 _REBUILDS = re.compile(r"_.+_editable(_loader)?\.py\Z")
+_REDIRECTS = re.compile(r"_editable_skbc_.+\.py\Z")
 _CALLS = re.compile(r"_editable_impl_.+\.py\Z")
 _FINDER = re.compile(r"__editable___.+_finder\.py\Z")
 _SKIPPED = {"build", "dist", "node_modules", "__pycache__"}
@@ -69,7 +71,7 @@ def find(site: str, inside: tuple[str, ...]) -> tuple[list[Source], list[Rebuild
             found = _mapping(path)
         elif _CALLS.match(name):
             found = _map_module_calls(path)
-        elif _REBUILDS.match(name):
+        elif _REBUILDS.match(name) or (_REDIRECTS.match(name) and _needs_its_build(path)):
             rebuilding.append(Rebuilding(path))
             continue
         else:
@@ -174,6 +176,25 @@ def _map_module_calls(path: str) -> Iterator[Source]:
         if isinstance(literal, ast.Constant) and isinstance(literal.value, str):
             # A package is mapped by its first file, and is the directory that holds it.
             yield from _mapped(literal.value.removesuffix("/__init__.py"), path)
+
+
+def _needs_its_build(path: str) -> bool:
+    """Tell whether a finder of scikit-build-core builds on import, or finds what it has built."""
+    for node in ast.walk(_parsed(path)):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+            continue
+        try:
+            values = [ast.literal_eval(one) for one in node.args]
+        except (ValueError, TypeError):
+            continue
+        if node.func.id == "install":
+            # Second, compiled modules: by paths relative to the finder if they lie beside it.
+            built = values[1] if len(values) > 1 and isinstance(values[1], dict) else {}
+            if values[5:6] == [True] or any(str(one).startswith("/") for one in built.values()):
+                return True
+        elif node.func.id == "install_inplace" and values[3:4] == [True]:
+            return True
+    return False
 
 
 def _mapped(text: str, path: str) -> Iterator[Source]:

@@ -220,6 +220,42 @@ def test_an_install_that_rebuilds_on_import(project: Project, name: str) -> None
     assert project.find() == ([], [Rebuilding(path)])
 
 
+REDIRECT = "def install(*arguments):\n    pass\n\n\n{call}\n"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "install({'p': '/s'}, {'p._c': 'p/_c.so'}, {'p': []}, [], '/b', True, True, [], [], '')",
+        # Not on import, but it leaves what it has built in the build tree.
+        "install({'p': '/s'}, {'p._c': '/b/p/_c.so'}, {'p': []}, [], '/b', False, True, [], [])",
+        "install_inplace(['p'], ['/s'], '/s', True, True, [])",
+        # From Python 3.15 on it is in a function that a .start file names.
+        "def entrypoint() -> None:\n    install_inplace(['p'], ['/s'], '/s', True, True, [])",
+    ],
+)
+def test_a_redirect_that_needs_its_build(project: Project, call: str) -> None:
+    path = project.write("_editable_skbc_proj.py", REDIRECT.replace("{call}", call))
+    assert project.find() == ([], [Rebuilding(path)])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "install({'p': '/s'}, {'p._c': 'p/_c.so'}, {'p': []}, [], None, False, True, [], [], '')",
+        "install_inplace(['p'], ['/s'], '/s', False, True, [])",
+        "install(one, two)",
+        "install({[]: 1}, {'p._c': '/b/p/_c.so'})",
+        "",
+        "no python",
+    ],
+)
+def test_a_redirect_that_does_not(project: Project, call: str) -> None:
+    project.write("_editable_skbc_proj.py", REDIRECT.replace("{call}", call))
+    path = project.write("_editable_skbc_proj.pth", "import _editable_skbc_proj\n{}/src\n")
+    assert project.sources() == [Source(str(project.tmp / "src"), path, ("proj",))]
+
+
 @pytest.mark.parametrize(
     "name", ["editable.py", "proj_editable.py", "_proj_editable.txt", "_editable.py"]
 )
