@@ -233,6 +233,7 @@ def _take_in_editables(survey: Survey, environment: Environment, config: Config)
                     "note" if policy == "keep" else "error",
                 )
             )
+    sources += editables.scripts(os.path.join(tree.root, "bin"), inside)
     for number, source in enumerate(sources):
         named_by = os.path.relpath(source.named_by, tree.root)
         if policy != "snapshot":

@@ -3,7 +3,8 @@
 Four mechanisms are in use:
 
 1. a path line in a ``.pth`` file (``easy-install.pth``, ``__editable__*.pth``, hatch, flit);
-2. an ``.egg-link`` beside such a line (``setup.py develop``);
+2. an ``.egg-link`` beside such a line (``setup.py develop``), and programs that run a script where
+   it lies in the source;
 3. a finder module that maps names to paths: ``MAPPING`` (setuptools, PEP 660), or calls of
    ``map_module`` (the library ``editables``, which hatch and pdm use);
 4. a loader that rebuilds on import (meson-python, scikit-build-core): it needs compilers and a
@@ -25,6 +26,7 @@ _REBUILDS = re.compile(r"_.+_editable(_loader)?\.py\Z")
 _REDIRECTS = re.compile(r"_editable_skbc_.+\.py\Z")
 _CALLS = re.compile(r"_editable_impl_.+\.py\Z")
 _FINDER = re.compile(r"__editable___.+_finder\.py\Z")
+_DEVELOPED = re.compile(rb"^# EASY-INSTALL-DEV-SCRIPT.*?^__file__ = ([^\n]+)$", re.M | re.S)
 _SKIPPED = {"build", "dist", "node_modules", "__pycache__"}
 
 
@@ -33,10 +35,10 @@ class Source(NamedTuple):
 
     Attributes:
         path: absolute path, as the environment names it: a directory on ``sys.path``, a package's
-            own directory, or a single module's file without its suffix.
+            own directory, a single module's file without its suffix, or a script.
         named_by: the file in site-packages that names it.
         items: what to copy, as names in ``path``; None is the whole directory.
-        module: the file to copy, where it is a single module.
+        module: the file to copy, where it is a single module or script.
     """
 
     path: str
@@ -83,6 +85,29 @@ def find(site: str, inside: tuple[str, ...]) -> tuple[list[Source], list[Rebuild
     return list(sources.values()), rebuilding
 
 
+def scripts(directory: str, inside: tuple[str, ...]) -> list[Source]:
+    """Find the scripts that launchers of ``setup.py develop`` read and run from their source.
+
+    Args:
+        directory: where the environment's programs are.
+        inside: prefixes that are packed anyway.
+    """
+    found: dict[str, Source] = {}
+    for name in sorted(_names(directory)):
+        path = os.path.join(directory, name)
+        named = _DEVELOPED.search(_read(path, 4096))
+        try:
+            value = ast.literal_eval(os.fsdecode(named[1])) if named else None
+        except (SyntaxError, ValueError, TypeError):
+            continue
+        if not (isinstance(value, str) and value.startswith("/") and os.path.isfile(value)):
+            continue
+        target = os.path.normpath(value)
+        if not any(is_within(one, inside) for one in (target, os.path.realpath(target))):
+            found.setdefault(target, Source(target, path, module=target))
+    return list(found.values())
+
+
 def _names(directory: str) -> list[str]:
     try:
         return os.listdir(directory)
@@ -90,13 +115,16 @@ def _names(directory: str) -> list[str]:
         return []
 
 
-def _read(path: str) -> bytes:
-    """The content of a file. What is no file or may not be read says nothing to Python either."""
+def _read(path: str, size: int = -1) -> bytes:
+    """The content of a file, or what it begins with.
+
+    What is no file or may not be read says nothing to Python either.
+    """
     if not os.path.isfile(path):  # opening a pipe would wait for its writer
         return b""
     try:
         with open(path, "rb") as file:
-            return file.read()
+            return file.read(size)
     except OSError:
         return b""
 

@@ -87,6 +87,15 @@ def editables(tmp_path_factory: pytest.TempPathFactory) -> tuple[Environment, Pa
     site = environment.site_packages
     (site / "develop.egg-link").write_text(f"{develop}\n.")
     (site / "easy-install.pth").write_text(f"{develop}\n")
+    (src / "develop" / "tools").mkdir()
+    (src / "develop" / "tools" / "run").write_text("import develop; print(develop.WORD, __file__)")
+    launcher = environment.bin / "develop-script"
+    launcher.write_text(
+        f"#!{environment.python}\n# EASY-INSTALL-DEV-SCRIPT: 'develop==1','run'\n"
+        f"__file__ = {str(src / 'develop' / 'tools' / 'run')!r}\n"
+        "with open(__file__) as f:\n    exec(compile(f.read(), __file__, 'exec'))\n"
+    )
+    launcher.chmod(0o755)
     # A path line as hatchling, flit and maturin write it.
     lines = project(src / "lines", "lines", package=src / "lines" / "src" / "lines")
     (site / "_lines.pth").write_text(f"{lines}/src")
@@ -108,6 +117,8 @@ def test_editables_are_included(
         said = staged.eval(f"{module}.WORD, {module}.__file__", module)
         assert said.startswith(f"{words.get(module, module)} {staged.prefix}/"), said
     assert staged.run(staged.bin / "flat-script").stdout == f"flat {staged.prefix}\n"
+    said = staged.run(staged.bin / "develop-script").stdout
+    assert said.startswith(f"develop {staged.prefix}/") and said.endswith("/run\n")
     assert workbench.modules_from_source(staged, *MODULES) == []
     # Where a package was installed from is a fact about the past, and stays one.
     traces = workbench.traces(staged, [src, environment.prefix])

@@ -140,6 +140,47 @@ def test_only_the_first_line_of_an_egg_link_counts(project: Project) -> None:
     assert [one.path for one in project.sources()] == [str(project.tmp / "src")]
 
 
+LAUNCHER = """#!{}/env/bin/python
+# EASY-INSTALL-DEV-SCRIPT: 'proj==1','run'
+__requires__ = 'proj==1'
+__import__('pkg_resources').require('proj==1')
+__file__ = NAMED
+with open(__file__) as f:
+    exec(compile(f.read(), __file__, 'exec'))
+"""
+
+
+def launcher(project: Project, script: str, text: str = LAUNCHER) -> str:
+    directory = project.env / "bin"
+    directory.mkdir(exist_ok=True)
+    text = text.replace("NAMED", script).replace("{}", str(project.tmp))
+    (directory / "run").write_text(text)
+    return str(directory)
+
+
+def test_a_script_that_is_run_where_it_lies(project: Project) -> None:
+    script = project.tmp / "tools" / "run"
+    script.parent.mkdir()
+    script.write_text("#!/usr/bin/env python\n")
+    directory = launcher(project, "'{}/tools/run'")
+    (project.env / "bin" / "binary").write_bytes(b"\x7fELF\0")
+    (project.env / "bin" / "nowhere").symlink_to("none")
+    assert editables.scripts(directory, (str(project.env),)) == [
+        Source(str(script), f"{directory}/run", module=str(script))
+    ]
+    assert editables.scripts(directory, (str(project.tmp),)) == []
+
+
+@pytest.mark.parametrize("script", ["'{}/none'", "'{}'", "'run'", "7", "name", "'", "b'{}'"])
+def test_a_launcher_that_names_no_script(project: Project, script: str) -> None:
+    assert editables.scripts(launcher(project, script), ()) == []
+
+
+def test_a_program_that_only_reads_a_file(project: Project) -> None:
+    directory = launcher(project, "'{}/src/proj/__init__.py'", "__file__ = NAMED\n")
+    assert editables.scripts(directory, ()) == []
+
+
 # 3. setuptools' finder
 
 
