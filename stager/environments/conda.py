@@ -207,7 +207,8 @@ def called(path: str, library: str) -> tuple[list[str], list[Finding]]:
     # A script may be for another environment's Python, if that is there.
     scripts = (one for one in names.in_scripts(path) if _is_name(one, path))
     original = itertools.chain(_in_history(path), _in_bytecode(path, library))
-    return names.judge(path, itertools.chain(scripts, original), marker=condameta.DIRECTORY)
+    candidates = itertools.chain(scripts, names.in_kernels(path), original)
+    return names.judge(path, candidates, marker=condameta.DIRECTORY)
 
 
 def _is_name(candidate: str, path: str) -> bool:

@@ -6,6 +6,9 @@ where it lies; a packer that does not look there leaves them pointing at the old
 
 from __future__ import annotations
 
+import contextlib
+import glob
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -28,6 +31,20 @@ def in_scripts(path: str) -> Iterator[str]:
             # As it is written first: `../env/bin/python -m pip` writes /project/../env/bin/python.
             yield prefix
             yield os.path.normpath(prefix)
+
+
+def in_kernels(path: str) -> Iterator[str]:
+    """How the Jupyter kernels of an environment call it, which ``ipykernel install`` decides.
+
+    A kernel may well be another environment's: those are left alone.
+    """
+    for kernel in sorted(glob.glob(f"{glob.escape(path)}/share/jupyter/kernels/*/kernel.json")):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            with open(kernel, "rb") as file:
+                python = json.load(file)["argv"][0]
+            prefix = os.path.dirname(os.path.dirname(python))
+            if prefix.startswith("/") and os.path.realpath(prefix) == os.path.realpath(path):
+                yield prefix
 
 
 def judge(path: str, candidates: Iterable[str], *, marker: str) -> tuple[list[str], list[Finding]]:

@@ -51,7 +51,7 @@ def detect(path: str, config: Config) -> Environment | None:
     library = f"lib/{os.path.basename(interpreter.library)}"
     if not os.path.isdir(os.path.join(path, library)):
         library = f"lib/python{major_minor}"
-    candidates = itertools.chain(_in_activate(path), names.in_scripts(path))
+    candidates = itertools.chain(_in_activate(path), names.in_scripts(path), names.in_kernels(path))
     found, findings = names.judge(path, candidates, marker=CONFIG)
     own = Tree(
         role="env",

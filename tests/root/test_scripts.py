@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import stat
 import subprocess
 import zipapp
@@ -194,6 +195,32 @@ def test_interpreter_that_is_named_by_a_detour(
     staged = bench.packed_and_staged(environment)
     assert run_directly(staged, "plain") == f"{staged.prefix}\n"
     assert (staged.prefix / "note").read_text() == f"{staged.prefix}/share\n"
+    assert staged.told("copied") == {}
+
+
+def test_kernels_call_it_by_other_names(bench: Bench, environment: Environment) -> None:
+    """``ipykernel install --sys-prefix`` writes whatever path its Python was called by."""
+    (bench.root / "link").symlink_to(bench.root / "origin")
+    (bench.root / "project").mkdir()
+    other = environments.make_venv(bench.root / "origin" / "other")
+    called = {
+        "link": f"{bench.root}/link/env/bin/python",
+        "detour": f"{bench.root}/project/../origin/env/bin/python",
+        "other": f"{other.bin}/python",
+        "relative": "python",
+    }
+    kernels = environment.prefix / "share" / "jupyter" / "kernels"
+    for name, python in called.items():
+        _made(kernels / name)
+        (kernels / name / "kernel.json").write_text(json.dumps({"argv": [python, "-m", "x"]}))
+    for name, text in (("text", "no JSON"), ("list", "[]"), ("empty", '{"argv": []}')):
+        _made(kernels / name)
+        (kernels / name / "kernel.json").write_text(text)
+    staged = bench.packed_and_staged(environment)
+    kernels = staged.prefix / "share" / "jupyter" / "kernels"
+    for name, python in called.items():
+        expected = f"{staged.prefix}/bin/python" if name in ("link", "detour") else python
+        assert json.loads((kernels / name / "kernel.json").read_text())["argv"][0] == expected
     assert staged.told("copied") == {}
 
 
