@@ -73,6 +73,7 @@ class Verified(NamedTuple):
         origin: paths of the original environment or its base.
         outside: other paths that are neither node-local trees nor the system.
         failed: modules that do not import, and why.
+        before: those of them that do not import from the original either.
     """
 
     method: str
@@ -80,10 +81,16 @@ class Verified(NamedTuple):
     origin: tuple[str, ...]
     outside: tuple[str, ...]
     failed: Mapping[str, str]
+    before: tuple[str, ...] = ()
 
 
 def verify(
-    results: Sequence[Staged], config: Config, environ: Mapping[str, str], *, modules: Sequence[str]
+    results: Sequence[Staged],
+    config: Config,
+    environ: Mapping[str, str],
+    *,
+    modules: Sequence[str],
+    original: Mapping[str, str] | None = None,
 ) -> Verified:
     """Import modules from a staged tree and report every path that is not on the node.
 
@@ -92,6 +99,7 @@ def verify(
         config: ``local_prefixes`` are the node's own.
         environ: the activated environment variables.
         modules: what to import.
+        original: the variables with the original active; None where it is not here.
 
     Raises:
         StagerError: the imports could not be run.
@@ -110,15 +118,7 @@ def verify(
         else:
             command.append("audit")
         try:
-            done = subprocess.run(
-                command,
-                cwd=scratch,
-                env={**environ, "MPLCONFIGDIR": scratch},
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                timeout=TIMEOUT,
-                check=False,
-            )
+            done = _run(command, environ, scratch)
         except (OSError, subprocess.TimeoutExpired) as error:
             raise StagerError(
                 f"the imports did not finish: {error}", hint="name fewer modules with --import"
@@ -141,7 +141,38 @@ def verify(
                 paths = set(_traced(file, scratch))
     absolute = {path for path in paths if path.startswith("/")}
     origin, outside = _sort(absolute, results, config, scratch)
-    return Verified(method, len(absolute), origin, outside, dict(said["failed"]))
+    before: tuple[str, ...] = ()
+    if said["failed"] and original is not None:
+        before = _failing(results[0].manifest.original_python, original, [*said["failed"]])
+    return Verified(method, len(absolute), origin, outside, dict(said["failed"]), before)
+
+
+def _run(
+    command: Sequence[str], environ: Mapping[str, str], directory: str
+) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        command,
+        cwd=directory,
+        env={**environ, "MPLCONFIGDIR": directory},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+
+
+def _failing(python: str, environ: Mapping[str, str], modules: Sequence[str]) -> tuple[str, ...]:
+    """Which modules a Python cannot import; none where it does not get through with them."""
+    with tempfile.TemporaryDirectory(prefix="stager-verify-") as scratch:
+        answer = os.path.join(scratch, "answer")
+        command = [python, "-B", "-c", _IMPORTS, answer, ",".join(modules), "plain"]
+        try:
+            _run(command, environ, scratch)
+            with open(answer, encoding="utf-8") as file:
+                failed = json.load(file)["failed"]
+        except (OSError, ValueError, subprocess.TimeoutExpired):
+            return ()
+    return tuple(name for name in modules if name in failed)
 
 
 def _can_trace() -> bool:

@@ -109,10 +109,28 @@ def test_module_that_does_not_import(bench: Bench, environ: dict[str, str]) -> N
     (environment.site_packages / "broken.py").write_text("import no_such_module\n")
     (environment.site_packages / "leaves.py").write_text("raise SystemExit(7)\n")
     bench.pack(environment)
+    said = bench.stager("verify", "it", env=environ).stderr
+    assert "does not import (nor from the original): broken: ModuleNotFoundError" in said
+    assert "does not import (nor from the original): leaves: SystemExit: 7" in said
+    assert bench.json("verify", "it", env=environ)["before"] == ["broken", "leaves"]
+    for name in ("broken", "nowhere_to_be_found"):
+        bench.expect(1, "verify", "it", "--import", name, env=environ)
+    hidden = environment.prefix.rename(bench.root / "hidden")
     said = bench.expect(1, "verify", "it", env=environ)
-    assert "does not import: broken: ModuleNotFoundError" in said
-    assert "does not import: leaves: SystemExit: 7" in said
-    bench.expect(1, "verify", "it", "--import", "nowhere_to_be_found", env=environ)
+    assert "2 of " in said and "do they import from the original?" in said
+    hidden.rename(environment.prefix)
+
+
+def test_module_that_imports_from_the_original_alone(bench: Bench, environ: dict[str, str]) -> None:
+    environment = environments.make_venv(bench.root / "origin" / "env")
+    text = "import sys\nassert not sys.prefix.startswith('/'.join(%r))\n"
+    where = str(bench.store).split("/")
+    (environment.site_packages / "settled.py").write_text(text % where)
+    (environment.site_packages / "broken.py").write_text("import no_such_module\n")
+    bench.pack(environment)
+    said = bench.expect(1, "verify", "it", env=environ)
+    assert "does not import: settled: AssertionError" in said
+    assert "1 of " in said and "they do from the original" in said
 
 
 def test_interpreter_that_dies(bench: Bench, environ: dict[str, str]) -> None:
