@@ -351,16 +351,16 @@ def _staged(
 
 
 def _with_room(stage: Callable[[], Staged], talk: socket.socket) -> Staged:
-    """Stage; where space is short, have root evict what others have left, and try once more."""
-    try:
-        return stage()
-    except NoSpaceError as error:
-        if error.needed is None:
-            raise
-        _send(talk, {"room": error.needed})
-        if not json.loads(talk.recv(MAX_MESSAGE)).get("evicted"):
-            raise
-        return stage()
+    """Stage; where space is short, have root evict what others have left, and try again."""
+    while True:
+        try:
+            return stage()
+        except NoSpaceError as error:
+            if error.needed is None:
+                raise
+            _send(talk, {"room": error.needed})
+            if not json.loads(talk.recv(MAX_MESSAGE)).get("evicted"):
+                raise
 
 
 def _shared(wish: Ref, published: Published, talk: socket.socket) -> Staged:

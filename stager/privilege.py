@@ -88,13 +88,8 @@ def private_directory(path: str, uid: int) -> bool:
         name = os.path.basename(path)
         with contextlib.suppress(FileExistsError):
             os.mkdir(name, 0o700, dir_fd=parent)
-        if path in mounts.of_users():
-            raise DeniedError(
-                f"something is mounted on the store {path}",
-                hint=f"its user has to unmount it: fusermount3 -u {path}",
-            )
         try:
-            fd = os.open(name, _DIRECTORY, dir_fd=parent)
+            fd = os.open(name, _DIRECTORY | os.O_PATH, dir_fd=parent)
         except NotADirectoryError as error:
             raise DeniedError(
                 f"the store {path} is a link or a file",
@@ -102,9 +97,14 @@ def private_directory(path: str, uid: int) -> bool:
                 blame=SITE,
             ) from error
         try:
+            if mounts.is_users(fd):
+                raise DeniedError(
+                    f"something is mounted on the store {path}",
+                    hint=f"its user has to unmount it: fusermount3 -u {path}",
+                )
             owner = os.fstat(fd).st_uid
             if owner == 0:  # just made: by us, or by a Prolog that runs beside us or was killed
-                os.fchown(fd, uid, -1)
+                os.chown(f"/proc/self/fd/{fd}", uid, -1)
             elif owner != uid:
                 raise DeniedError(
                     f"the store {path} belongs to uid {owner}, not to {uid}",

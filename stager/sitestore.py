@@ -190,7 +190,7 @@ def require_trusted(path: str) -> None:
         NotFoundError: there is no such path.
         DeniedError: somebody can, or not all may; the message says where.
     """
-    users = {*mounts.of_users().values()}
+    users = {one.device for one in mounts.of_users()}
     for one in _steps(path):
         try:
             info = os.lstat(one)

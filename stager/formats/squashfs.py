@@ -215,9 +215,14 @@ def _which(name: str, path: str | None = None) -> str | None:
     return None
 
 
+def helpers(path: str | None = None) -> list[str]:
+    """The programs that mount, the better one first, by a search path; None stands for ours."""
+    return [found for name in _HELPERS if (found := _which(name, path))]
+
+
 def why_not_mount() -> str:
     """Why images cannot be mounted here; empty where they can."""
-    if not any(_which(name) for name in _HELPERS):
+    if not helpers():
         return "squashfuse is not installed"
     if not (_which("fusermount3") or _which("fusermount")):
         return "fusermount is not installed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
@@ -17,8 +18,10 @@ from stager.hooks.common import as_user, emit, explained
 from stager.sitestore import SiteStore
 from stager.store import Store
 
-_LONG, _SHORT = 600.0, 30.0
+_LONG, _SHORT = 600.0, 20.0
 """Seconds that a user's process may take: by the clock, and while a job waits."""
+_WHOLE = 60.0
+"""Seconds that all of it may take while a job waits."""
 
 Exists = Callable[[str, str], "bool | None"]
 """Asks the scheduler about jobs, see :func:`stager.lease.is_alive`."""
@@ -44,11 +47,19 @@ class Place(NamedTuple):
 
 
 class Idle(NamedTuple):
-    """A tree that nobody claims, and when it was last used, in seconds after the epoch."""
+    """A tree that nobody claims.
+
+    Attributes:
+        used: when it last was, in seconds after the epoch.
+        place: where it is.
+        id: which.
+        size: bytes that it takes.
+    """
 
     used: float
     place: Place
     id: str
+    size: int
 
 
 def for_all_users(config: Config, *, everything: bool = False) -> dict[int, int]:
@@ -88,13 +99,15 @@ def make_room(config: Config, size: int, inodes: int) -> int:
     Returns:
         How many trees.
     """
-    disk = os.stat(os.path.dirname(config["store"])).st_dev
-    round_ = _Round(config, _SHORT)
+    parent = os.path.dirname(config["store"])
+    disk = os.stat(parent).st_dev
+    round_ = _Round(config, _SHORT, until=time.monotonic() + _WHOLE)
     for place in _places(config, round_.failed):
         if os.stat(place.parent).st_dev == disk:
             # Thousands of nodes may do this at once: no scheduler is asked. Nor is its bound kept.
             round_.tidy(place, sys.maxsize, False, None)
-    round_.evict_oldest(size, inodes)
+    if _free(parent)[0] + round_.size >= size:  # or it is all in vain
+        round_.evict_oldest(size, inodes)
     return sum(max(0, one) for one in round_.evicted.values())
 
 
@@ -104,15 +117,22 @@ class _Round:
     Args:
         config: the site's.
         limit: seconds that a user's process may take.
+        until: when it is over, whatever is left to do, by the monotonic clock.
 
     Attributes:
-        evicted: for each uid the number of trees evicted, or -1 where anything failed.
+        evicted: for each uid the number of trees evicted, or -1 where anything failed: the store is
+            left alone from there on.
     """
 
-    def __init__(self, config: Config, limit: float) -> None:
-        self._config, self._limit = config, limit
+    def __init__(self, config: Config, limit: float, *, until: float = math.inf) -> None:
+        self._config, self._limit, self._until = config, limit, until
         self._idle: list[Idle] = []
         self.evicted: dict[int, int] = {}
+
+    @property
+    def size(self) -> int:
+        """Bytes that could still be evicted, as their owners' processes say."""
+        return sum(one.size for one in self._idle)
 
     def failed(self, uid: int, reason: str) -> None:
         """Tell what failed."""
@@ -127,25 +147,25 @@ class _Round:
             done = self._as_owner(place, _tidy, max_size, everything, exists)
             self.evicted[place.uid] = int(done["evicted"])
             now = time.time()
-            for used, layer_id in done["idle"]:  # what a user's process says
-                self._idle.append(Idle(max(0.0, min(now, float(used))), place, str(layer_id)))
+            for used, layer_id, size in done["idle"]:
+                used_then = max(0.0, min(now, float(used)))
+                self._idle.append(Idle(used_then, place, str(layer_id), max(0, int(size))))
             if done["failed"]:
                 self.failed(place.uid, f"could not be removed: {done['failed']}")
-        except (StagerError, OSError, ValueError, TypeError, KeyError) as error:
+        except Exception as error:  # whatever a user's process says
             self.failed(place.uid, explained(error)[0])
 
     def evict_oldest(self, size: int, inodes: int) -> None:
         """Evict what is idle, the least recently used first, until disks have so much free."""
         for tree in sorted(self._idle):
-            info = os.statvfs(tree.place.parent)
-            has_inodes = not info.f_files or info.f_favail >= inodes
-            if info.f_bavail * info.f_frsize >= size and has_inodes:
+            uid = tree.place.uid
+            free, free_inodes = _free(tree.place.parent)
+            if self.evicted[uid] < 0 or (free >= size and free_inodes >= inodes):
                 continue
             try:
-                gone = int(self._as_owner(tree.place, _evict, tree.id))
-                self.evicted[tree.place.uid] += gone if self.evicted[tree.place.uid] >= 0 else 0
-            except (StagerError, OSError, ValueError, TypeError) as error:
-                self.failed(tree.place.uid, explained(error)[0])
+                self.evicted[uid] += int(self._as_owner(tree.place, _evict, tree.id))
+            except Exception as error:
+                self.failed(uid, explained(error)[0])
 
     def _as_owner(self, place: Place, work: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function with a store, as whoever it belongs to; what it returns, by way of JSON.
@@ -156,9 +176,10 @@ class _Round:
         """
         if place.uid == 0:
             return work(place, *arguments)
-        told = as_user(
-            place.uid, None, _in_json, work, place, *arguments, limit=self._limit, known=False
-        )
+        limit = min(self._limit, self._until - time.monotonic())
+        if limit <= 0:
+            raise StagerError("there was no time left for it")
+        told = as_user(place.uid, None, _in_json, work, place, *arguments, limit=limit, known=False)
         return json.loads(told)
 
 
@@ -171,7 +192,7 @@ def _tidy(place: Place, max_size: int, everything: bool, exists: Exists | None) 
     done = collect.collect(
         node, max_size=max_size, min_free=0, everything=everything, exists=exists
     )
-    idle = [(one.used, one.id) for one in collect.idle(node)]
+    idle = [(one.used, one.id, one.stamp.size if one.stamp else 0) for one in collect.idle(node)]
     return {"evicted": len(done.trees), "failed": "; ".join(done.failed), "idle": idle}
 
 
@@ -197,20 +218,40 @@ def _places(config: Config, failed: Callable[[int, str], None]) -> Iterator[Plac
         )
     parent, name = os.path.split(template)
     pattern = re.compile(re.escape(name).replace(r"\{uid\}", "([0-9]+)"))
-    covered = mounts.of_users()
     for entry in sorted(os.listdir(parent)):
         match = pattern.fullmatch(entry)
         if match is None:
             continue
         uid, path = int(match[1]), os.path.join(parent, entry)
-        if path in covered:  # whose server need not answer
-            failed(uid, f"something is mounted on {path}")
-            continue
         try:
-            info = os.lstat(path)
-        except OSError as error:
-            failed(uid, f"{path}: {error.strerror}")
+            owner = _owner(path)
+        except (StagerError, OSError) as error:
+            failed(uid, f"{path}: {explained(error)[0]}")
             continue
-        # What somebody else has planted nobody uses.
-        if uid != 0 and info.st_uid == uid and os.path.isdir(path) and not os.path.islink(path):
+        if uid != 0 and owner == uid:  # what somebody else has planted nobody uses
             yield Place(uid, path, parent)
+
+
+def _owner(path: str) -> int:
+    """Whose a directory is; nobody is asked who need not answer. What is none is nobody's.
+
+    Raises:
+        StagerError: a user has mounted something on it.
+        OSError: it cannot be looked at.
+    """
+    try:
+        fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except NotADirectoryError:
+        return -1
+    try:
+        if mounts.is_users(fd):
+            raise StagerError("something is mounted there")
+        return os.fstat(fd).st_uid
+    finally:
+        os.close(fd)
+
+
+def _free(directory: str) -> tuple[int, int]:
+    """Bytes and inodes free there; of inodes that nobody counts, more than enough."""
+    info = os.statvfs(directory)
+    return info.f_bavail * info.f_frsize, info.f_favail if info.f_files else sys.maxsize

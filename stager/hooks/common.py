@@ -86,12 +86,15 @@ def how_it_ended(pid: int) -> str | None:
     Returns:
         The name of the signal that ended it, empty for none; None where it has not ended.
     """
-    for _ in range(20):
+    pause = 0.001
+    while True:
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
             return _signal_name(os.WTERMSIG(status)) if os.WIFSIGNALED(status) else ""
-        time.sleep(0.05)
-    return None
+        if pause > 0.6:  # a second in all
+            return None
+        time.sleep(pause)
+        pause *= 2
 
 
 def _signal_name(number: int) -> str:
@@ -195,10 +198,9 @@ def as_user(
         # What is the user's need not end by itself.
         with contextlib.suppress(OSError):
             os.killpg(child, signal.SIGKILL)
+    how_it_ended(child)  # and no longer: where storage hangs not even SIGKILL ends it
     if data is None:
-        how_it_ended(child)  # and no longer: where storage hangs not even that ends it
         raise StagerError(f"working as uid {uid} took longer than {limit:.0f} s")
-    os.waitpid(child, 0)
     answer = data.decode(errors="replace")
     if not answer.startswith("+"):
         raise StagerError(events.clean(answer[1:]) or f"the process of uid {uid} was ended")

@@ -11,7 +11,10 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
+
+from stager import privilege
+from stager.formats import squashfs
 
 _PR_SET_CHILD_SUBREAPER = 36
 _LIMIT = 1.0
@@ -28,13 +31,14 @@ def adopt() -> None:
 def end() -> None:
     """End all our children but the servers of mounts, for which trees are left to the next job."""
     until = time.monotonic() + _LIMIT
+    servers = {os.path.realpath(one) for one in squashfs.helpers(privilege.PATH)}
     while time.monotonic() < until:
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         except ChildProcessError:
             return
-        left = [*_children()]
+        left = [*_children(servers)]
         for pid in left:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
@@ -43,20 +47,20 @@ def end() -> None:
         time.sleep(0.01)  # what they have started in turn becomes ours
 
 
-def _children() -> Iterator[int]:
+def _children(servers: Container[str]) -> Iterator[int]:
     """Our children that serve no mount."""
     me = str(os.getpid()).encode()
     for name in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
             with open(f"/proc/{name}/stat", "rb") as file:
                 words = file.read().rpartition(b")")[2].split()
-            if words[1] == me and words[0] != b"Z" and not _is_server(name):
+            if words[1] == me and words[0] != b"Z" and _program(name) not in servers:
                 yield int(name)
 
 
-def _is_server(pid: str) -> bool:
-    """Tell whether a process serves a mount; one that is ending, and has no program, does not."""
+def _program(pid: str) -> str:
+    """The program of a process; one that is ending has none any more."""
     try:
-        return os.path.basename(os.readlink(f"/proc/{pid}/exe")).startswith("squashfuse")
+        return os.readlink(f"/proc/{pid}/exe")
     except OSError:
-        return False
+        return ""

@@ -47,6 +47,8 @@ STARTED, MAY_MOUNT, BEFOREHAND, DONE, FAULT = b"s", b"m", b"b", b"d", b"f"
 """What the worker tells the hook that started it."""
 _MOST_SHARED = 16
 """Environments of the site's that a job may have; who names more fills the node's disk."""
+_MOST_ROOMS = 4
+"""How often a job may have others' trees evicted: for each of its layers that lacks room."""
 _NOTE = 10.0
 """Seconds for a small file on shared storage."""
 
@@ -108,7 +110,7 @@ class Worker:
         self.holder = lease.of_job(job.scheduler, job.key)
         self.aside: Aside | None = None  # works as root, for the user
         self.shares = 0  # how often that was for the site's store
-        self.made_room = False  # whether it was for room
+        self.rooms = 0  # how often it was for room
         self.visible = False  # whether the job sees a mount made later
         self.started = time.monotonic()
         self.until = self.started + config["hook.deadline"]
@@ -255,14 +257,14 @@ class Worker:
         self._begin_aside("stages into the site's store", work)
 
     def _make_room(self, wanted: Any, talk: socket.socket) -> None:
-        """Start evicting what others have left on the disk, once for a job."""
+        """Start evicting what others have left on the disk."""
         from stager.hooks import collecting
 
         size, inodes = (int(one) for one in wanted)
-        if self.made_room:
+        self.rooms += 1
+        if self.rooms > _MOST_ROOMS:
             talk.send(json.dumps({"evicted": 0}).encode())
             return
-        self.made_room = True
 
         def work() -> dict[str, Any]:
             return {"evicted": collecting.make_room(self.config, size, inodes)}

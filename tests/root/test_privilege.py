@@ -83,7 +83,7 @@ def test_a_store_that_its_user_has_mounted_something_on_is_not_opened(
     store = tmp_path / "20001"
     assert privilege.private_directory(str(store), 20001)
     assert (store.stat().st_uid, store.stat().st_mode & 0o7777) == (20001, 0o700)
-    monkeypatch.setattr(mounts, "of_users", lambda: {str(store): 1})
+    monkeypatch.setattr(mounts, "is_users", lambda _: True)
     with pytest.raises(DeniedError, match=f"something is mounted on the store {store}"):
         privilege.private_directory(str(store), 20001)
 
@@ -108,7 +108,9 @@ def test_the_doctor_knows_where_hooks_make_stores(
 
 _LEAVING = """
 import subprocess, sys
+from stager import privilege
 from stager.hooks import orphans
+privilege.PATH = sys.argv[2]
 orphans.adopt()
 subprocess.run(["sh", "-c", sys.argv[1]], check=True)
 orphans.end()
@@ -116,21 +118,25 @@ orphans.end()
 
 
 def test_what_is_left_running_is_ended_but_for_servers(tmp_path: Path) -> None:
-    server = tmp_path / "squashfuse_ll"
-    shutil.copy("/bin/sleep", server)
+    server, other = tmp_path / "bin/squashfuse_ll", tmp_path / "squashfuse_ll"
+    server.parent.mkdir()
+    for one in (server, other):
+        shutil.copy("/bin/sleep", one)
     # In sessions of their own, and one of them started by what the other one started.
     script = f"""
         setsid sh -c 'sleep 600 & echo $! >{tmp_path}/below; exec sleep 600' &
         echo $! >{tmp_path}/left
         setsid {server} 600 &
         echo $! >{tmp_path}/server
+        setsid {other} 600 &
+        echo $! >{tmp_path}/other
         while ! [ -s {tmp_path}/below ]; do sleep 0.01; done
     """
     # A process of its own: ours would stay the parent of orphans.
-    subprocess.run([sys.executable, "-c", _LEAVING, script], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", _LEAVING, script, server.parent], check=True, timeout=60)
     runs = {
         name: Path("/proc", (tmp_path / name).read_text().strip()).exists()
-        for name in ("below", "left", "server")
+        for name in ("below", "left", "other", "server")
     }
     os.kill(int((tmp_path / "server").read_text()), signal.SIGKILL)
-    assert runs == {"below": False, "left": False, "server": True}
+    assert runs == {"below": False, "left": False, "other": False, "server": True}
