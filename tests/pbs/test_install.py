@@ -254,16 +254,24 @@ def test_files_for_nodes(tmp_path: Path) -> None:
     (priv / "epilogue").write_text("")
     conf = tmp_path / "conf"
     conf.write_text("PBS_HOME=/var/spool/pbs\n")
-    done = subprocess.run(
-        [str(REPO / "deploy/install"), "--pbs", "--root", str(tmp_path), "--unitdir", ""],
-        env={**os.environ, "PBS_CONF_FILE": str(conf)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "mom_priv/epilogue will not run any more" in done.stdout
-    assert "Prolog=" not in done.stdout
+
+    def install(*more: str) -> str:
+        done = subprocess.run(
+            [str(REPO / "deploy/install"), "--pbs", "--unitdir", "", *more],
+            env={**os.environ, "PBS_CONF_FILE": str(conf)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    told = install("--root", f"{tmp_path}/2", "--store", "/local/s", "--bindir", "/opt/bin")
+    assert told.endswith("pbs/install --set stager=/opt/bin/stager --set stores=/local/s\n")
+    told = install("--root", str(tmp_path))
+    assert told.endswith("pbs/install\n")
+    assert "mom_priv/epilogue will not run any more" in told
+    assert "Prolog=" not in told
     for name in ("etc/profile.d/zz-stager.sh", "etc/profile.d/zz-stager.csh"):
         assert (tmp_path / name).is_file()
     installed = tmp_path / "usr/libexec/stager/pbs"
