@@ -359,7 +359,7 @@ def _with_room(stage: Callable[[], Staged], talk: socket.socket) -> Staged:
             if error.needed is None:
                 raise
             _send(talk, {"room": error.needed})
-            if not json.loads(talk.recv(MAX_MESSAGE)).get("evicted"):
+            if not json.loads(talk.recv(MAX_MESSAGE) or b"{}").get("evicted"):
                 raise
 
 

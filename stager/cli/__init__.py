@@ -52,8 +52,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"stager {stager.__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
 
-    def verb(name: str, module: str, text: str, *, store: bool = False) -> argparse.ArgumentParser:
-        command = verbs.add_parser(name, help=text, description=text)
+    def verb(
+        name: str, module: str, text: str, *, store: bool = False, ours: bool = False
+    ) -> argparse.ArgumentParser:
+        if ours:  # other verbs start it: not in the list
+            command = verbs.add_parser(name, description=text)
+        else:
+            command = verbs.add_parser(name, description=text, help=text)
         command.set_defaults(module=module, function=name.replace("-", "_"), parser=command)
         command.add_argument(
             "--repository", metavar="DIR", help="repository of published environments"
@@ -201,7 +206,11 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("command", nargs=argparse.REMAINDER, metavar="CMD")
 
     keep = verb(
-        "keep", "running", "Stage and hold until the job ends: what stage-run starts.", store=True
+        "keep",
+        "running",
+        "Stage and hold until the job ends: what stage-run starts.",
+        store=True,
+        ours=True,
     )
     keep.add_argument("ref", metavar="REF")
     keep.add_argument("--how", choices=("auto", "mount", "extract"))
@@ -210,7 +219,9 @@ def _parser() -> argparse.ArgumentParser:
         "--received", action="append", default=[], metavar="ID=PATH", help="an image that was sent"
     )
     keep.add_argument("--answers", metavar="DIR", help="where to tell how it went")
-    watch = verb("watch", "running", "Clear up when a PBS job has ended here.", store=True)
+    watch = verb(
+        "watch", "running", "Clear up when a PBS job has ended here.", store=True, ours=True
+    )
     watch.add_argument("--session", required=True, metavar="PROCESS")
     watch.add_argument("--mark", required=True, metavar="FILE")
 
@@ -281,7 +292,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     on_stale(push)
     as_json(push)
-    verb("receive", "pushing", "Take in what a push sends: what push starts.", store=True)
+    verb(
+        "receive", "pushing", "Take in what a push sends: what push starts.", store=True, ours=True
+    )
 
     verify = verb(
         "verify", "verifying", "Import from the staged tree, tracing every open.", store=True
