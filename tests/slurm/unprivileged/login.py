@@ -114,7 +114,7 @@ class Login:
 
     def install(self) -> None:
         """Put stager, a Python with numpy and mpi4py, and the test program into the home."""
-        names = ("numpy", "mpi4py", "PyYAML", "zstandard", "rich")
+        names = ("numpy", "mpi4py", "PyYAML", "zstandard", "rich", "isal")
         shutil.copytree(wheels(*names, version=self.cluster.python()), self.home / "wheels")
         (built,) = (REPO / ".build" / "wheel").glob("*.whl")
         shutil.copy(built, self.home / "wheels")
