@@ -71,9 +71,6 @@ _INHERITED = (
 )  # fmt: skip
 """Traces of an activation that a job may have inherited from where it was submitted."""
 
-_MAKING = ("subprocess", "stager.transfer")
-"""Modules that only making a tree needs: 10 ms of imports."""
-
 
 class Order(NamedTuple):
     """What the worker wants to be done.
@@ -180,7 +177,7 @@ def _work(order: Order, talk: socket.socket) -> dict[str, Any]:
         stage = functools.partial(_staged, published, node, config, talk, order, until)
         results.append(_with_room(stage, talk))
     staged = beforehand or activation(directive, list(map(activate.Part.staged, results)), config)
-    warning = "; ".join(changed for _, changed in looked if changed)
+    warning = "; ".join(filter(None, (changed() for _, changed in looked)))
     return {**_outcome(staged, directive, found, results), "warning": warning}
 
 
@@ -222,13 +219,14 @@ def _send_original(talk: socket.socket, directive: Directive, job: Job) -> None:
 
 def _published(
     wish: Ref, config: Config, job: Job, until: float, node: Store | None
-) -> tuple[Published, str]:
+) -> tuple[Published, Callable[[], str]]:
     """Find an environment, and see to it that it is up to date, by the policy ``stage.on_stale``.
 
     Packing is for the first node of the job; the others wait for what it publishes.
 
     Returns:
-        The environment, and in words what changed where it is used all the same.
+        The environment, and what tells in words what changed where it is used all the same. (Who
+        looks at the original before that has answered may ask some of it twice.)
     """
     from stager import lookup
 
@@ -247,12 +245,12 @@ def _published(
             if not (wish.path and policy == "repack" and os.path.isdir(wish.path)):
                 raise
         if published is not None:
-            reason, is_used = _looked_at(published, wish, config, job, node)
-            if is_used:
-                return published, reason
+            changed, is_used = _looked_at(published, wish, config, job, node)
+            if is_used or not changed():
+                return published, changed
             if policy == "fallback":
-                raise StagerError(reason, hint="pack it again", blame=JOB)
-            missing = NotFoundError(reason, hint="pack it again")
+                raise StagerError(changed(), hint="pack it again", blame=JOB)
+            missing = NotFoundError(changed(), hint="pack it again")
         assert missing is not None
         if not config["hook.pack"]:
             raise missing
@@ -263,7 +261,7 @@ def _published(
             try:
                 # Jobs of an array would pack it a thousand times: who waited looks again.
                 with own.alone(origin, timeout=max(0.0, until - time.monotonic())):
-                    return lookup.fresh(wish, config)[0], ""
+                    return lookup.fresh(wish, config)[0], str
             except Exception as error:
                 jobnotes.leave(note, error)
                 raise
@@ -281,33 +279,35 @@ def _published(
 
 def _looked_at(
     published: Published, wish: Ref, config: Config, job: Job, node: Store | None
-) -> tuple[str, bool]:
-    """Tell in words whether the original changed, and whether the pack is used all the same.
+) -> tuple[Callable[[], str], bool]:
+    """Begin to look whether the original changed, and tell whether the pack is used all the same.
 
     Where it is used in any case, the job's first node looks, for a warning, and no other does.
+    Where it is not, it nearly always is, and the images are fetched meanwhile.
+
+    Returns:
+        What waits for the answers and tells in words what changed, and whether it is used.
     """
     policy = config["stage.on_stale"]
     own = published.repository.root == config["repository"]
     is_used = policy == "warn" or (policy == "repack" and not own)
     if wish.digest or policy == "ignore" or (is_used and not job.first):
-        return "", True
-    changes = _changed(published, node, config)
-    if not changes:
-        return "", True
-    return f"`{wish}` changed since it was packed ({changes[0]})", is_used
-
-
-def _changed(published: Published, node: Store | None, config: Config) -> list[str]:
+        return str, True
     from stager import freshness, lookup
 
-    layers = published.manifest.layers
-    if sitestore.of(published, config) is not None:
-        node = None  # it is not us who stages it
-    cold = node is not None and any(node.stamp(layer.id) is None for layer in layers)
-    wait = lookup.ask_ahead(published, copied=cold)
-    for name in _MAKING if cold else ():
-        __import__(name)  # while the answers are on their way
-    return freshness.changed(published.manifest, wait())
+    answers = lookup.ask_ahead(published)
+
+    @functools.cache
+    def changed() -> str:
+        changes = freshness.changed(published.manifest, answers())
+        return f"`{wish}` changed since it was packed ({changes[0]})" if changes else ""
+
+    if not (is_used or node is None or sitestore.of(published, config)):
+        for layer in published.manifest.layers:
+            if node.stamp(layer.id) is None:
+                with contextlib.suppress(StagerError):  # who stages tells it
+                    _fetch(published, layer, node, config, until=time.monotonic())
+    return changed, is_used
 
 
 def _how(
@@ -330,8 +330,7 @@ def _how(
     if mounts == NEVER:
         return "extract"
     for layer in cold:
-        if layer.image.format == "squashfs" and layer.destination == node.tree(layer.id):
-            _fetch(published, layer, node, config, until)
+        _fetch(published, layer, node, config, until)
     _send(talk, {"may": "mount"})
     return wanted if talk.recv(1) == b"y" else "extract"
 
@@ -379,7 +378,9 @@ def _shared(wish: Ref, published: Published, talk: socket.socket) -> Staged:
 
 
 def _fetch(published: Published, layer: Layer, node: Store, config: Config, until: float) -> None:
-    """See to it that an image is in the store, verified, where staging will find it."""
+    """See to it that an image to mount is in the store, verified, where staging will find it."""
+    if layer.image.format != "squashfs" or layer.destination != node.tree(layer.id):
+        return
     fitness.require(published.manifest)
     with (
         store.blame_node("copy an image into the store"),

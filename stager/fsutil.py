@@ -273,11 +273,17 @@ def close_aside(fd: int) -> None:
         run()
 
 
-def ask(groups: Iterable[Sequence[str]]) -> Callable[[], dict[str, os.stat_result]]:
+def ask(
+    groups: Iterable[Sequence[str]], *, first: str = ""
+) -> Callable[[], dict[str, os.stat_result]]:
     """Have shared storage asked for paths: those of a group in turn, the groups at the same time.
 
     Groups may share no name that is not known yet: two that ask for it at once may both be a
     question (seen with FUSE). So nothing else may look at these paths before all are answered.
+
+    Args:
+        groups: the paths.
+        first: asked for before all of them; what they share.
 
     Returns:
         A function that waits for all the answers and returns them; what cannot be seen has none.
@@ -285,22 +291,30 @@ def ask(groups: Iterable[Sequence[str]]) -> Callable[[], dict[str, os.stat_resul
     answered: list[_thread.LockType] = []
     found: dict[str, os.stat_result] = {}
 
-    def run(paths: Sequence[str], done: _thread.LockType) -> None:
+    def run(paths: Sequence[str], done: _thread.LockType, then: Iterable[Sequence[str]]) -> None:
         try:
             for path in paths:
                 with contextlib.suppress(OSError, ValueError):
                     found[path] = os.stat(path)
+            for group in then:
+                start(group)
         finally:
             done.release()
 
-    for paths in groups:
+    def start(paths: Sequence[str], then: Iterable[Sequence[str]] = ()) -> None:
         done = _thread.allocate_lock()
         done.acquire()
         answered.append(done)
         try:
-            _thread.start_new_thread(run, (paths, done))
+            _thread.start_new_thread(run, (paths, done, then))
         except RuntimeError:  # no more threads
-            run(paths, done)
+            run(paths, done, then)
+
+    if first:
+        start([first], then=groups)
+    else:
+        for group in groups:
+            start(group)
 
     def wait() -> dict[str, os.stat_result]:
         for done in answered:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Callable
@@ -111,28 +110,23 @@ def find(wish: Ref, config: Config) -> Published:
     raise NotFoundError(f"environment `{wish}` is not published", hint=hint)
 
 
-def ask_ahead(published: Published, *, copied: bool = False) -> Callable[[], freshness.Seen]:
+def ask_ahead(published: Published) -> Callable[[], freshness.Seen]:
     """Ask shared storage at once for what it is watched by, which is asked in turn otherwise.
 
     Args:
         published: what was found.
-        copied: whether its images will be asked for next.
 
     Returns:
         A function that waits for the answers, for :func:`stager.freshness.changed`; until then
-        nothing else may ask.
+        nothing else may look at the original.
     """
     origin = f"{published.manifest.origin}/"
     groups: dict[str, list[str]] = {}
     for one in published.manifest.watches:
         inside = one.path[len(origin) :] if one.path.startswith(origin) else ""
         groups.setdefault(inside.partition("/")[0], []).append(one.path)
-    if any(groups):  # all of those inside begin with it
-        with contextlib.suppress(OSError, ValueError):
-            os.stat(origin)
-    # Not the image itself: what is known already is one question more when it is opened.
-    images = os.path.dirname(published.repository.image(published.manifest.top))
-    return fsutil.ask([*groups.values(), *([[images]] if copied else [])])
+    # All of those inside begin with it.
+    return fsutil.ask(groups.values(), first=origin if any(groups) else "")
 
 
 def fresh(

@@ -418,6 +418,31 @@ def test_who_asks_at_once_waits_for_all_answers(
     assert (len(asked), asked.index(first) < asked.index(missing)) == (4, True)
 
 
+@pytest.mark.parametrize("threads", [True, False])
+def test_what_groups_share_is_asked_for_before_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, threads: bool
+) -> None:
+    if not threads:
+        monkeypatch.setattr(_thread, "start_new_thread", no_more_threads)
+    stat, answer = os.stat, threading.Event()
+    shared, below, beside = str(tmp_path), str(tmp_path / "a"), str(tmp_path / "b")
+    asked: list[str] = []
+
+    def late(path: str) -> os.stat_result:
+        assert answer.wait(60)
+        asked.append(path)
+        return stat(path)
+
+    monkeypatch.setattr(os, "stat", late)
+    if not threads:
+        answer.set()
+    wait = fsutil.ask([[below], [beside]], first=shared)
+    assert bool(asked) is not threads
+    answer.set()
+    assert set(wait()) == {shared}
+    assert (asked[0], sorted(asked[1:])) == (shared, [below, beside])
+
+
 def test_settled_is_who_has_no_more_threads() -> None:
     """In a process of its own: this one may have others' threads."""
     code = """

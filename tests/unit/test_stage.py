@@ -19,13 +19,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 import tiny
 from environments import BASE_PYTHON, run
-from stager import collect, fitness, forjob, stage, store, transfer, trees
+from stager import collect, fitness, forjob, lookup, stage, store, transfer, trees
 from stager.config import Config
 from stager.errors import (
     BusyError,
@@ -37,7 +37,9 @@ from stager.errors import (
 )
 from stager.formats import squashfs, tarzst
 from stager.formats.tarzst import extracting, index
+from stager.jobstate import Job
 from stager.manifest import Image, Layer, Manifest
+from stager.ref import Ref
 from stager.repository import Published, Repository
 from stager.stage import EXTRACTED, HIT, Staged
 from stager.store import Store
@@ -122,6 +124,39 @@ def test_an_image_is_whole_before_a_prolog_is_asked_to_wait_for_a_mount(site: Si
         assert trees.is_present(site.layer, site.node)
         worker.send(b"n")
         assert found.result() == "extract"
+
+
+@pytest.mark.parametrize("policy", ["repack", "fallback", "warn"])
+def test_images_are_fetched_while_shared_storage_answers_whether_they_are_up_to_date(
+    site: Site, monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    """Only where that decides about their use; else staging does not even wait for the answers."""
+    published, job = site.published["squashfs"], cast(Job, SimpleNamespace(first=True))
+    config = site.config.changed({"stage.on_stale": policy})
+    fetched: list[bool] = []
+
+    def answers() -> dict[str, os.stat_result]:
+        fetched.append(trees.is_present(site.layer, site.node))
+        return dict.fromkeys((one.path for one in published.manifest.watches), os.stat("/"))
+
+    monkeypatch.setattr(lookup, "ask_ahead", lambda _: answers)
+    wish = Ref(published.manifest.name)
+    changed, is_used = forjob._looked_at(published, wish, config, job, site.node)
+    assert (is_used, fetched) == (policy == "warn", [])
+    assert changed() == changed() == ""  # the original is as it was, as a second look shows
+    assert fetched == [policy != "warn"]
+
+
+def test_what_cannot_be_fetched_ahead_is_told_by_who_stages(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = cast(Job, SimpleNamespace(first=True))
+    monkeypatch.setattr(trees, "_lacking", lambda *_: "space")
+    published = site.published["squashfs"]
+    looked = forjob._looked_at(published, Ref("demo"), site.config, job, site.node)
+    assert (looked[0](), looked[1]) == ("", False)
+    with pytest.raises(NoSpaceError, match="not enough space"):
+        site.stage()
 
 
 def test_what_is_there_already_needs_no_room(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
