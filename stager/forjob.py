@@ -144,8 +144,17 @@ def _work(order: Order, talk: socket.socket) -> dict[str, Any]:
         broken = error
     if broken is not None:
         config.values["hook.pack"] = False
+
+    def meanwhile(published: Published) -> None:
+        if job.scheduler == schedulers.PBS or node is None:
+            return  # PBS wants to know the trees first
+        if len(directive.refs) == 1:  # should the worker be killed now
+            _send(talk, {"original": _original(published.manifest)})
+        if sitestore.of(published, trusted) is None:
+            _fetch_ahead(published, node, config)
+
     try:
-        looked = [_published(wish, config, job, until, node) for wish in directive.refs]
+        looked = [_published(wish, config, job, until, meanwhile) for wish in directive.refs]
     except StagerError as error:
         raise broken or error from error
     found = [published for published, _ in looked]
@@ -153,17 +162,7 @@ def _work(order: Order, talk: socket.socket) -> dict[str, Any]:
     places = [sitestore.of(published, trusted) or node for published in found]
     beforehand = None
     if job.scheduler == schedulers.PBS:
-        trees_below = [
-            os.path.join(config["store"] if place is None else place.root, "envs")
-            for place in places
-        ]
-        _send_trees(talk, found, trees_below, places)
-        parts = [
-            _linked(published.manifest, order.directory, part)
-            for part, published in enumerate(found)
-        ]
-        beforehand = activation(directive, parts, config, bound=tuple(sorted({*trees_below})))
-        _send(talk, {"beforehand": beforehand})
+        beforehand = _beforehand(order, directive, found, places, config, talk)
     elif len(found) == 1:
         _send(talk, {"original": _original(found[0].manifest)})
     if node is None:
@@ -179,6 +178,27 @@ def _work(order: Order, talk: socket.socket) -> dict[str, Any]:
     staged = beforehand or activation(directive, list(map(activate.Part.staged, results)), config)
     warning = "; ".join(filter(None, (changed() for _, changed in looked)))
     return {**_outcome(staged, directive, found, results), "warning": warning}
+
+
+def _beforehand(
+    order: Order,
+    directive: Directive,
+    found: list[Published],
+    places: Sequence[Store | None],
+    config: Config,
+    talk: socket.socket,
+) -> dict[str, Any]:
+    """Tell PBS by which links the job will find what is to be staged."""
+    below = [
+        os.path.join(config["store"] if place is None else place.root, "envs") for place in places
+    ]
+    _send_trees(talk, found, below, places)
+    parts = [
+        _linked(published.manifest, order.directory, part) for part, published in enumerate(found)
+    ]
+    value = activation(directive, parts, config, bound=tuple(sorted({*below})))
+    _send(talk, {"beforehand": value})
+    return value
 
 
 def _timeout(directive: Directive) -> float:
@@ -218,11 +238,18 @@ def _send_original(talk: socket.socket, directive: Directive, job: Job) -> None:
 
 
 def _published(
-    wish: Ref, config: Config, job: Job, until: float, node: Store | None
+    wish: Ref, config: Config, job: Job, until: float, meanwhile: Callable[[Published], None]
 ) -> tuple[Published, Callable[[], str]]:
     """Find an environment, and see to it that it is up to date, by the policy ``stage.on_stale``.
 
     Packing is for the first node of the job; the others wait for what it publishes.
+
+    Args:
+        wish: which.
+        config: the job's.
+        job: the job.
+        until: when there is no more time.
+        meanwhile: called with what was found, while shared storage answers whether it changed.
 
     Returns:
         The environment, and what tells in words what changed where it is used all the same. (Who
@@ -230,33 +257,25 @@ def _published(
     """
     from stager import lookup
 
-    policy = config["stage.on_stale"]
     pause = 0.25
     while True:
-        published, missing = None, None
-        try:
-            published = lookup.find(wish, config)
-        except NotFoundError as error:
-            path = lookup.located(wish, os.environ, cwd=job.work_dir)
-            if path != wish:
-                wish = path
-                continue
-            missing = error
-            if not (wish.path and policy == "repack" and os.path.isdir(wish.path)):
-                raise
-        if published is not None:
-            changed, is_used = _looked_at(published, wish, config, job, node)
+        wish, found = _found(wish, config, job)
+        if isinstance(found, Published):
+            origin = found.manifest.origin
+            changed, is_used = _looked_at(found, wish, config, job)
+            if not is_used:
+                meanwhile(found)
             if is_used or not changed():
-                return published, changed
-            if policy == "fallback":
+                return found, changed
+            if config["stage.on_stale"] == "fallback":
                 raise StagerError(changed(), hint="pack it again", blame=JOB)
             missing = NotFoundError(changed(), hint="pack it again")
-        assert missing is not None
+        else:
+            origin, missing = wish.path, found
         if not config["hook.pack"]:
             raise missing
         note = jobnotes.path(config, job)
         if job.first:
-            origin = published.manifest.origin if published is not None else wish.path
             own = Repository(config["repository"])
             try:
                 # Jobs of an array would pack it a thousand times: who waited looks again.
@@ -277,13 +296,33 @@ def _published(
         pause = min(2.0, pause * 1.5)
 
 
+def _found(wish: Ref, config: Config, job: Job) -> tuple[Ref, Published | NotFoundError]:
+    """Find what is published; or else what is to be packed, and what to say where it cannot be.
+
+    Returns:
+        The path instead of a name that only a tool knows, and what was found.
+    """
+    from stager import lookup
+
+    while True:
+        try:
+            return wish, lookup.find(wish, config)
+        except NotFoundError as error:
+            path = lookup.located(wish, os.environ, cwd=job.work_dir)
+            if path == wish:
+                may_be_packed = wish.path and config["stage.on_stale"] == "repack"
+                if not (may_be_packed and os.path.isdir(wish.path)):
+                    raise
+                return wish, error
+            wish = path
+
+
 def _looked_at(
-    published: Published, wish: Ref, config: Config, job: Job, node: Store | None
+    published: Published, wish: Ref, config: Config, job: Job
 ) -> tuple[Callable[[], str], bool]:
     """Begin to look whether the original changed, and tell whether the pack is used all the same.
 
     Where it is used in any case, the job's first node looks, for a warning, and no other does.
-    Where it is not, it nearly always is, and the images are fetched meanwhile.
 
     Returns:
         What waits for the answers and tells in words what changed, and whether it is used.
@@ -302,11 +341,6 @@ def _looked_at(
         changes = freshness.changed(published.manifest, answers())
         return f"`{wish}` changed since it was packed ({changes[0]})" if changes else ""
 
-    if not (is_used or node is None or sitestore.of(published, config)):
-        for layer in published.manifest.layers:
-            if node.stamp(layer.id) is None:
-                with contextlib.suppress(StagerError):  # who stages tells it
-                    _fetch(published, layer, node, config, until=time.monotonic())
     return changed, is_used
 
 
@@ -375,6 +409,14 @@ def _shared(wish: Ref, published: Published, talk: socket.socket) -> Staged:
     if "error" in answer:
         raise StagerError(answer["error"], hint=answer["hint"], blame=SITE)
     return sitestore.described(published.manifest, answer["layers"])
+
+
+def _fetch_ahead(published: Published, node: Store, config: Config) -> None:
+    """Fetch the images of what will nearly always be staged; who stages tells what goes wrong."""
+    for layer in published.manifest.layers:
+        if node.stamp(layer.id) is None:
+            with contextlib.suppress(StagerError):
+                _fetch(published, layer, node, config, until=time.monotonic())
 
 
 def _fetch(published: Published, layer: Layer, node: Store, config: Config, until: float) -> None:

@@ -127,36 +127,41 @@ def test_an_image_is_whole_before_a_prolog_is_asked_to_wait_for_a_mount(site: Si
 
 
 @pytest.mark.parametrize("policy", ["repack", "fallback", "warn"])
-def test_images_are_fetched_while_shared_storage_answers_whether_they_are_up_to_date(
+def test_something_is_done_while_shared_storage_answers_whether_an_original_changed(
     site: Site, monkeypatch: pytest.MonkeyPatch, policy: str
 ) -> None:
-    """Only where that decides about their use; else staging does not even wait for the answers."""
-    published, job = site.published["squashfs"], cast(Job, SimpleNamespace(first=True))
-    config = site.config.changed({"stage.on_stale": policy})
-    fetched: list[bool] = []
+    """Where that decides nothing, staging itself: nobody waits for the answers."""
+    published, order = site.published["squashfs"], list[str]()
 
     def answers() -> dict[str, os.stat_result]:
-        fetched.append(trees.is_present(site.layer, site.node))
+        order.append("answered")  # with other times: what changed is looked at once more
         return dict.fromkeys((one.path for one in published.manifest.watches), os.stat("/"))
 
     monkeypatch.setattr(lookup, "ask_ahead", lambda _: answers)
-    wish = Ref(published.manifest.name)
-    changed, is_used = forjob._looked_at(published, wish, config, job, site.node)
-    assert (is_used, fetched) == (policy == "warn", [])
-    assert changed() == changed() == ""  # the original is as it was, as a second look shows
-    assert fetched == [policy != "warn"]
-
-
-def test_what_cannot_be_fetched_ahead_is_told_by_who_stages(
-    site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    config = site.config.changed({"stage.on_stale": policy})
     job = cast(Job, SimpleNamespace(first=True))
-    monkeypatch.setattr(trees, "_lacking", lambda *_: "space")
-    published = site.published["squashfs"]
-    looked = forjob._looked_at(published, Ref("demo"), site.config, job, site.node)
-    assert (looked[0](), looked[1]) == ("", False)
-    with pytest.raises(NoSpaceError, match="not enough space"):
-        site.stage()
+    wish = Ref(published.manifest.name)
+    found, changed = forjob._published(
+        wish, config, job, time.monotonic() + 60, lambda one: order.append(one.ref)
+    )
+    assert order == ([] if policy == "warn" else [published.ref, "answered"])
+    assert (found.digest, changed(), changed()) == (published.digest, "", "")
+    assert order.count("answered") == 1
+
+
+def test_images_are_fetched_ahead(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    published, node = site.published["squashfs"], site.node
+    with monkeypatch.context() as patched:
+        patched.setattr(trees, "_lacking", lambda *_: "space")
+        forjob._fetch_ahead(published, node, site.config)
+        assert untouched(node)
+        with pytest.raises(NoSpaceError, match="not enough space"):
+            site.stage()
+    with node.lock(site.layer.id, timeout=0):  # by who stages it already, for whom nobody waits
+        forjob._fetch_ahead(published, node, site.config)
+        assert not trees.is_present(site.layer, node)
+    forjob._fetch_ahead(published, node, site.config)
+    assert trees.is_present(site.layer, node)
 
 
 def test_what_is_there_already_needs_no_room(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
