@@ -280,19 +280,16 @@ def mount(image: str, directory: str) -> None:
             cwd="/",
             start_new_session=True,
         )
-        try:
-            status = mounting.wait(MOUNT_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            mounting.kill()
-            mounting.wait()
-            raise StagerError(f"squashfuse did not mount {image} in time") from None
+        deadline = time.monotonic() + MOUNT_TIMEOUT
+        # Popen.wait(timeout) would sleep longer each time, and notice it after twice as long.
+        while (status := mounting.poll()) is None or (status == 0 and not is_mounted(directory)):
+            if time.monotonic() > deadline:
+                mounting.kill()
+                mounting.wait()
+                raise StagerError(f"squashfuse did not mount {image} in time")
+            time.sleep(0.001)
         said.seek(0)
         message = said.read().decode(errors="replace").strip()
-    deadline = time.monotonic() + MOUNT_TIMEOUT
-    while status == 0 and not is_mounted(directory):
-        if time.monotonic() > deadline:
-            raise StagerError(f"squashfuse said it had mounted {image}, but nothing is there")
-        time.sleep(0.002)
     if status != 0:
         line = message.splitlines()[-1] if message else f"status {status}"
         raise StagerError(f"squashfuse cannot mount {os.path.basename(image)}: {line}")

@@ -164,6 +164,31 @@ def test_images_are_fetched_ahead(site: Site, monkeypatch: pytest.MonkeyPatch) -
     assert trees.is_present(site.layer, node)
 
 
+@pytest.mark.parametrize(
+    ("helper", "reason"),
+    [
+        ("exec sleep 600", "squashfuse did not mount .*image in time"),
+        ("exit 0", "squashfuse did not mount .*image in time"),
+        ("echo no >&2; echo not this one >&2; exit 3", "cannot mount image: not this one"),
+        ("exit 3", "cannot mount image: status 3"),
+    ],
+    ids=["hangs", "mounts-nothing", "says-why", "says-nothing"],
+)
+def test_a_helper_that_does_not_mount(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, helper: str, reason: str
+) -> None:
+    program = tmp_path / "squashfuse_ll"
+    program.write_text(f"#!/bin/sh\necho $$ >{tmp_path}/pid\n{helper}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(squashfs, "MOUNT_TIMEOUT", 0.5)
+    (tmp_path / "tree").mkdir()
+    with pytest.raises(StagerError, match=reason):
+        squashfs.mount(str(tmp_path / "image"), str(tmp_path / "tree"))
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
 def test_what_is_there_already_needs_no_room(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """An image of an earlier boot is summed up once more; nothing is evicted for it."""
     until = time.monotonic() + 60
