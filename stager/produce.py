@@ -32,6 +32,12 @@ _PIECE = 256 << 10
 _LARGEST_TEXT = 256 << 20
 _AHEAD_FILES = 256
 _AHEAD_BYTES = 64 << 20
+_STRAYS = {
+    "interpreter": "is loaded by",
+    "runpath": "looks for libraries in",
+    "script": "is started by",
+}
+"""What can be done by, or in, a place that is not on the node."""
 
 Data = Union[bytes, Iterable[Union[bytes, memoryview]]]
 _Members = list[tuple[Member, Data]]
@@ -235,6 +241,8 @@ class Producer:
     # -- contents ---------------------------------------------------------------------------
 
     def _content(self, item: Item, data: bytes) -> bytes:
+        if data.startswith(b"#!") and item.mode & 0o111:
+            self._look_at_first_line(item.path, data)
         content = self._by_name(item, data)
         if content is None:
             content = self._by_content(item.path, data)
@@ -369,15 +377,33 @@ class Producer:
                 with self._lock:
                     self._strays.setdefault((code, target), []).append(path)
 
+    def _look_at_first_line(self, path: str, data: bytes) -> None:
+        """Note what starts a script from neither a layer nor the node.
+
+        It may be the original in a way that no rewriting knows of: by a link to its Python, or from
+        the directory where the script is called.
+        """
+        target = relocate.shebang(data)
+        if target.startswith("/"):
+            known = is_within(target, self._place.local) or not os.path.exists(target)
+            known = known or self._place.relocation.path(target) is not None
+        else:
+            known = re.fullmatch(r"[^$`]*/python[\d.]*t?", target) is None
+        if not known:
+            with self._lock:
+                self._strays.setdefault(("script", target), []).append(path)
+
     def _tell_strays(self) -> None:
         """One line for each place: many files of one package may name the same."""
-        for (code, target), paths in sorted(self._strays.items()):
-            there = os.path.exists(target)
-            what = "is loaded by" if code == "interpreter" else "looks for libraries in"
+        for (kind, target), paths in sorted(self._strays.items()):
+            there = not target.startswith("/") or os.path.exists(target)
+            where = "which is not on the node" if there else "which does not exist"
+            if not target.startswith("/"):
+                where = "whatever that is in the directory where it is called"
             others = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
-            reason = f"{what} {target}, which is not on the node" if there else ""
-            reason = reason or f"{what} {target}, which does not exist"
-            self._find(min(paths), code, reason + others, "warning" if there else "note")
+            code = "interpreter" if kind == "script" else kind
+            reason = f"{_STRAYS[kind]} {target}, {where}{others}"
+            self._find(min(paths), code, reason, "warning" if there else "note")
 
     def _leftover(self, path: str, data: bytes, what: str) -> None:
         # Any trace of the bytes counts, also where they are part of another path: whoever looks for

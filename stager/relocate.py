@@ -231,8 +231,9 @@ def rewrite_archive(data: bytes, relocation: Relocation) -> bytes:
 def shebang(data: bytes) -> str:
     """The interpreter a script names, through the trampolines that installers write, or empty.
 
-    Recognised: ``#!/path/python``, and ``#!/bin/sh`` followed by a line ``'''exec' path "$0" "$@"``
-    in the dialects of distlib and pip (bare or quoted) and conda (quoted).
+    Recognised: ``#!/path/python``, ``#!/usr/bin/env -S /path/python``, and ``#!/bin/sh`` before a
+    line ``'''exec' path "$0" "$@"`` in the dialects of distlib and pip (bare or quoted) and conda
+    (quoted).
     """
     if not data.startswith(b"#!"):
         return ""
@@ -245,6 +246,9 @@ def shebang(data: bytes) -> str:
         quoted = re.match(rb"\"([^\"]+)\"|'([^']+)'", target)
         word = (quoted[1] or quoted[2]) if quoted else target.split(b" ")[0]
         return os.fsdecode(word)
+    if words[0].endswith(b"/env"):  # which may have options and variables before the program
+        named = (word for word in words[1:] if not re.match(rb"-|\w+=", word))
+        return os.fsdecode(next(named, words[0]))
     return os.fsdecode(words[0])
 
 

@@ -26,7 +26,7 @@ def in_scripts(path: str) -> Iterator[str]:
             continue
         with open(script, "rb") as file:
             interpreter = relocate.shebang(file.read(4096))
-        if re.fullmatch(r"/.*/bin/python[\d.]*", interpreter):
+        if re.fullmatch(r"/.*/bin/python[\d.]*t?", interpreter):
             prefix = os.path.dirname(os.path.dirname(interpreter))
             # As it is written first: `../env/bin/python -m pip` writes /project/../env/bin/python.
             yield prefix

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 import subprocess
 import zipapp
@@ -183,19 +184,61 @@ def test_environment_that_was_moved_by_hand(bench: Bench, environment: Environme
     assert workbench.traces(staged, [environment.prefix, copy]) == {}
 
 
-@pytest.mark.parametrize("detour", ["project/../origin/env", "origin/env/bin/..", "origin//env"])
+@pytest.mark.parametrize("starter", ["", "/usr/bin/env -S "])
+@pytest.mark.parametrize(
+    "detour",
+    [
+        "project/../origin/env/bin/python",
+        "origin/env/bin/../bin/python",
+        "origin//env/bin/python",
+        "link/env/bin/python3.13t",
+    ],
+)
 def test_interpreter_that_is_named_by_a_detour(
-    bench: Bench, environment: Environment, detour: str
+    bench: Bench, environment: Environment, detour: str, starter: str
 ) -> None:
     """``../env/bin/python -m pip install`` writes the path it was called by into scripts."""
     (bench.root / "project").mkdir()
-    named = f"{bench.root}/{detour}"
-    write_script(environment, "plain", f"#!{named}/bin/python\n{SAYS_PREFIX}\n")
+    (bench.root / "link").symlink_to("origin")
+    (environment.bin / "python3.13t").symlink_to("python")
+    python = f"{bench.root}/{detour}"
+    write_script(environment, "plain", f"#!{starter}{python}\n{SAYS_PREFIX}\n")
+    named = os.path.dirname(os.path.dirname(python))
     (environment.prefix / "note").write_text(f"{named}/share\n")
     staged = bench.packed_and_staged(environment)
     assert run_directly(staged, "plain") == f"{staged.prefix}\n"
     assert (staged.prefix / "note").read_text() == f"{staged.prefix}/share\n"
-    assert staged.told("copied") == {}
+    assert staged.told("copied") == staged.told("interpreter") == {}
+
+
+def test_interpreter_that_cannot_be_followed_is_told(
+    bench: Bench, environment: Environment
+) -> None:
+    """A link to the Python itself, and paths that mean something only to who calls the script."""
+    (bench.root / "tools").mkdir()
+    (bench.root / "tools" / "python").symlink_to(environment.python)
+    link = f"{bench.root}/tools/python"
+    lines = {
+        "relative": "../env/bin/python",
+        "relative-env": "/usr/bin/env -S ./env/bin/python3 -s",
+        "link": link,
+        "link-env": f"/usr/bin/env {link}",
+    }
+    known = {"node": "/bin/sh", "found": "/usr/bin/env python", "gone": "/no/bin/python"}
+    for name, line in {**lines, **known}.items():
+        write_script(environment, name, f"#!{line}\n{SAYS_PREFIX}\n")
+    written = (environment.bin / "link").read_text()
+    check = bench.json("pack", environment.prefix, "--check")
+    staged = bench.packed_and_staged(environment)
+    for told in (check["findings"], staged.manifest["findings"]):
+        found = {one["path"]: one for one in told if one["code"] == "interpreter"}
+        assert sorted(found) == ["bin/link", "bin/relative", "bin/relative-env"]
+        assert {one["severity"] for one in found.values()} == {"warning"}
+        reason = f"is started by {link}, which is not on the node (and 1 more)"
+        assert found["bin/link"]["reason"] == reason
+        for name in ("relative", "relative-env"):
+            assert "in the directory where it is called" in found[f"bin/{name}"]["reason"]
+    assert (staged.bin / "link").read_text() == written
 
 
 def test_kernels_call_it_by_other_names(bench: Bench, environment: Environment) -> None:
