@@ -12,7 +12,6 @@ from stager.errors import NotFoundError, UsageError
 from stager.manifest import Manifest
 from stager.ref import Ref
 from stager.repository import Published, Repository
-from stager.store import Store
 
 if TYPE_CHECKING:
     from stager import pack
@@ -180,8 +179,9 @@ def fresh(
 def _is_covered(published: Published, config: Config) -> bool:
     """Whether the original cannot be seen from here: the staged tree is in its place."""
     manifest = published.manifest
+    tree = os.path.join(config["store"], "envs", manifest.top.id)  # looking makes no store
     try:
-        return os.path.samefile(Store(config["store"]).tree(manifest.top.id), manifest.origin)
+        return os.path.samefile(tree, manifest.origin)
     except OSError:
         return False
 

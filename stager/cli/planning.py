@@ -19,7 +19,7 @@ _MOST_NODES = 1_000_000
 
 
 class _Elsewhere(Store):
-    """A store that this node cannot have; others have one there."""
+    """A store that this node does not have, or cannot; others have one there."""
 
     def __init__(self, root: str) -> None:
         self.root = root
@@ -74,14 +74,20 @@ def _node(config: Config) -> tuple[Store, float, str]:
 
     Plans are made on login nodes, too, which may have no place for a store.
     """
+    place: str = config["store"]
+    node: Store = _Elsewhere(place)
+    if os.path.lexists(place):
+        try:
+            node = Store(place)
+        except StagerError as error:
+            return node, 0.0, error.message
+        place = os.path.join(place, "tmp")
+    while not os.path.lexists(place):  # looking makes none: it may be a slip of the pen
+        place = os.path.dirname(place)
     try:
-        node = Store(config["store"])
-    except StagerError as error:
-        return _Elsewhere(config["store"]), 0.0, error.message
-    try:
-        return node, max(timings.writing(os.path.join(node.root, "tmp")), 1.0), ""
+        return node, max(timings.writing(place), 1.0), ""
     except OSError as error:
-        return node, 0.0, explain(error, "write into the store").message
+        return node, 0.0, explain(error, f"write into {place}").message
 
 
 def _layer(layer: manifest.Layer, node: Store, config: Config, *, here: bool) -> Layer:

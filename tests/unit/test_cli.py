@@ -20,6 +20,7 @@ from environments import VENV, clean_environ, strace_files
 from stager import cli, estimate, fsutil, lookup, timings
 from stager import config as configuration
 from stager.cli import doctor
+from stager.ref import Ref
 from stager.store import Stamp, Store, boot_id
 
 pytestmark = pytest.mark.unit
@@ -400,11 +401,29 @@ def test_plan_where_there_is_no_place_for_the_store(machine: Machine) -> None:
     store = machine.root / "environments" / "tiny" / "pyvenv.cfg" / "store"
     found = machine("plan", "tiny", "--store", str(store))
     assert found.status == 0
-    assert f"writes 953.7 MiB/s (assumed: cannot make the store {store}: " in found.err
+    there = store.parent
+    assert f"writes 953.7 MiB/s (assumed: cannot write into {there}: Not a directory" in found.err
     site = machine("plan", "tiny", "--store", str(store), "--json").json["site"]
     assert (site["write"], site["write_timed"]) == (estimate.WRITE, False)  # type: ignore[index]
     timed = machine("plan", "tiny", "--json").json["site"]
     assert timed["write_timed"] is True  # type: ignore[index]
+
+
+def test_plan_makes_no_store(machine: Machine) -> None:
+    store = machine.root / "mistyped" / "7"
+    found = machine("plan", "tiny", "--store", str(store), "--json")
+    assert found.json["site"]["write_timed"] is True  # type: ignore[index]
+    assert sorted(os.listdir(machine.root)) == ["environments", "repository"]
+
+
+def test_a_look_at_what_has_changed_makes_no_store(bare: Machine) -> None:
+    """``stager push`` takes it, on a login node that may have no place for one."""
+    bare("pack", "environments/tiny")
+    shutil.copy(bare.prefix / "bin" / "tiny", bare.prefix / "bin" / "another")
+    config = configuration.load(overrides={"stage.on_stale": "warn"})
+    _, changes = lookup.fresh(Ref(name="tiny"), config)
+    assert changes == [str(bare.prefix / "bin")]
+    assert not (bare.root / "store").exists()
 
 
 def test_plan_where_the_store_cannot_be_written(
@@ -417,7 +436,8 @@ def test_plan_where_the_store_cannot_be_written(
     monkeypatch.setattr(timings, "writing", refuse)
     found = machine("plan", "tiny")
     assert found.status == 0
-    assert "(assumed: cannot write into the store: Read-only file system" in found.err
+    there = f"{machine.root}/store/tmp"
+    assert f"(assumed: cannot write into {there}: Read-only file system" in found.err
     assert "staged on this node already" in found.out
 
 
