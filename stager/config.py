@@ -13,7 +13,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, Callable, NamedTuple, TextIO
 
 from stager import fsutil, warm
@@ -301,6 +301,7 @@ def load(
     site_directory: str = SITE_DIRECTORY,
     uid: int | None = None,
     cache: str | None = None,
+    faults: list[UsageError] | None = None,
 ) -> Config:
     """Load every value with its provenance.
 
@@ -311,6 +312,7 @@ def load(
         site_directory: where the site's files are.
         uid: whose store it is; None is our own user.
         cache: a file of root's in which root keeps what the files say.
+        faults: takes what is wrong in files and variables; it is left out then.
 
     Raises:
         UsageError: a file or value is malformed; the message says where.
@@ -334,14 +336,16 @@ def load(
         _remember(cache)
     before = dict(_parsed)
     for path in files:
-        _merge_file(config, path, trusted=trusted_only)
+        with _put_aside(faults):
+            _merge_file(config, path, trusted=trusted_only, faults=faults)
     if cache and _parsed != before:
         _keep(cache)
     if not trusted_only:
         for key in KEYS:
             variable = "STAGER_" + key.upper().replace(".", "_")
             if environ.get(variable):
-                config.set(key, environ[variable], f"${variable}")
+                with _put_aside(faults):
+                    config.set(key, environ[variable], f"${variable}")
     for key, value in (overrides or {}).items():
         if value is not None:
             config.set(key, value, "command line")
@@ -378,7 +382,19 @@ def _keep(cache: str) -> None:
         fsutil.write_atomic(cache, data, mode=0o644, durable=False)
 
 
-def _merge_file(config: Config, path: str, *, trusted: bool) -> None:
+@contextlib.contextmanager
+def _put_aside(faults: list[UsageError] | None) -> Iterator[None]:
+    try:
+        yield
+    except UsageError as error:
+        if faults is None:
+            raise
+        faults.append(error)
+
+
+def _merge_file(
+    config: Config, path: str, *, trusted: bool, faults: list[UsageError] | None
+) -> None:
     try:
         file = open(path, encoding="utf-8", opener=fsutil.at_once)  # noqa: SIM115 - below
     except (FileNotFoundError, NotADirectoryError):
@@ -407,7 +423,8 @@ def _merge_file(config: Config, path: str, *, trusted: bool) -> None:
     if not isinstance(document, dict):
         raise UsageError(f"{path} is not a mapping of keys to values", hint=_YAML, blame=SITE)
     for key, value in _flatten(document):
-        config.set(key, value, path)
+        with _put_aside(faults):
+            config.set(key, value, path)
 
 
 def _parse(path: str, file: TextIO) -> Any:
@@ -421,7 +438,8 @@ def _parse(path: str, file: TextIO) -> Any:
         _require_once(path, node)
         return loader.construct_document(node)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not YAML: {error}", hint=_YAML, blame=SITE) from error
+        said = " ".join(str(error).split())  # which is of several lines
+        raise UsageError(f"{path} is not YAML: {said}", hint=_YAML, blame=SITE) from error
 
 
 def _require_once(path: str, node: Any) -> None:

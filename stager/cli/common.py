@@ -13,6 +13,7 @@ from typing import Any, Callable
 
 from stager import config as configuration
 from stager.config import Config
+from stager.errors import UsageError
 
 SCHEMA = 1
 """Version of the JSON that reading verbs print; keys are only ever added."""
@@ -37,8 +38,8 @@ _ARGUMENTS = {
 }
 
 
-def load_config(arguments: argparse.Namespace) -> Config:
-    """The configuration, with the command line's values on top."""
+def load_config(arguments: argparse.Namespace, faults: list[UsageError] | None = None) -> Config:
+    """The configuration, with the command line's values on top; see :func:`stager.config.load`."""
     overrides: dict[str, object] = {}
     for name, key in _ARGUMENTS.items():
         value = getattr(arguments, name, None)
@@ -50,7 +51,7 @@ def load_config(arguments: argparse.Namespace) -> Config:
         overrides["run.strict"] = True
     if getattr(arguments, "user_site", False):
         overrides["run.user_site"] = True
-    return configuration.load(overrides=overrides)
+    return configuration.load(overrides=overrides, faults=faults)
 
 
 def options_given(arguments: argparse.Namespace) -> bool:

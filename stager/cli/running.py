@@ -36,10 +36,13 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         if not command:
             raise UsageError("no command is given", hint="stage-run [--env REF] [--strict] CMD...")
-        config = load_config(arguments)
+        faults: list[UsageError] = []
+        config = load_config(arguments, faults)
         strict = config["run.strict"]
         ask_job(arguments, "env", config)
         strict = config["run.strict"]
+        if faults:
+            raise faults[0]
         where = schedulers.allocation(os.environ)
         everywhere = where if allocation.needs_every_node(where, command) else None
         with allocation.lasting(where):
@@ -111,8 +114,8 @@ def _without(
         report(error)
         return None
     original = None
-    with contextlib.suppress(StagerError):  # a broken configuration stands in the way of both
-        original = activation.original(arguments.env, load_config(arguments), os.environ)
+    with contextlib.suppress(StagerError):  # a wrong option stands in the way of both
+        original = activation.original(arguments.env, load_config(arguments, []), os.environ)
     if original is None and not arguments.env and _is_active(os.environ):
         original = dict(os.environ)
     if original is None:

@@ -15,7 +15,7 @@ from stager import allocation, envpatch, lease, lookup, notes, schedulers
 from stager.cli.common import count, load_config, options_given, print_json, say, size, table
 from stager.cli.preparing import ask_job, prepare
 from stager.config import Config
-from stager.errors import StagerError
+from stager.errors import StagerError, UsageError
 from stager.ref import Ref
 from stager.sitestore import SiteStore
 from stager.store import RECEIVED, Store, holder_name
@@ -62,9 +62,12 @@ def activate(arguments: argparse.Namespace) -> int:
 
 def _activation(arguments: argparse.Namespace) -> str:
     where = schedulers.allocation(os.environ)
-    config = load_config(arguments)
+    faults: list[UsageError] = []
+    config = load_config(arguments, faults)
     try:
         ask_job(arguments, "ref", config)
+        if faults:
+            raise faults[0]
         everywhere = where if allocation.needs_every_node(where, []) else None
         with allocation.lasting(where):
             found, results = prepare(

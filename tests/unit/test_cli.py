@@ -241,6 +241,17 @@ def test_activation_that_fails_fails_in_the_shell_too(
     assert found.err.startswith("stager: error: ")
 
 
+def test_activating_under_a_wrong_configuration_activates_the_original(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STAGER_PACK_LEVEL", "high")
+    found = machine("activate", "tiny", "--shell", "json")
+    assert json.loads(found.out)["VIRTUAL_ENV"] == str(machine.prefix)
+    assert found.err.startswith("stager: activating the original environment: `pack.level` cannot")
+    monkeypatch.setenv("STAGER_RUN_STRICT", "yes")
+    assert machine("activate", "tiny").out == "false\n"
+
+
 def test_a_staged_environment_is_found_again_by_what_it_is_called(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

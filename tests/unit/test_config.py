@@ -107,6 +107,21 @@ def test_a_key_that_is_twice_in_a_file_is_an_error(
         load(site)
 
 
+def test_what_is_wrong_can_be_put_aside(site: Path) -> None:
+    (site / "config.yaml").write_text("pack: {fromat: squashfs, level: 5}")
+    (site / "config.d" / "10-a.yaml").write_text("[")
+    (site / "config.d" / "20-b.yaml").write_text("pack.threads: 2")
+    environ = {"STAGER_STORE": "relative", "STAGER_RUN_STRICT": "yes"}
+    faults: list[UsageError] = []
+    found = load(site, environ=environ, faults=faults)
+    places = ["fromat", "10-a.yaml", "$STAGER_STORE"]
+    assert [place in fault.message for place, fault in zip(places, faults)] == [True] * 3
+    assert [found[key] for key in ("pack.level", "pack.threads", "run.strict")] == [5, 2, True]
+    assert found.sources["store"] == "default"
+    with pytest.raises(UsageError):  # what was typed a moment ago is not left out
+        load(site, overrides={"store": "relative"}, faults=faults)
+
+
 def test_an_unknown_key_is_an_error_with_a_suggestion_and_its_place(site: Path) -> None:
     path = site / "config.yaml"
     path.write_text("pack: {fromat: squashfs}")

@@ -334,6 +334,45 @@ def test_where_staging_fails_the_original_runs_and_that_is_told(site: Site, bloc
     assert blocked in line
 
 
+WRONG = ["pack: {fromat: x}\n", "pack: [\n", "collect.max_size: much\n"]
+
+
+@pytest.mark.parametrize("text", WRONG)
+@pytest.mark.parametrize("name", ["tiny", "./environments/tiny"])
+def test_a_wrong_configuration_keeps_no_job_from_the_original(
+    site: Site, tmp_path: Path, name: str, text: str
+) -> None:
+    code = "import sys; print(sys.prefix)"
+    path = wrong(tmp_path, text)
+    done = site.run("--env", name, "python", "-c", code, XDG_CONFIG_HOME=str(tmp_path))
+    assert (done.status, done.out) == (0, f"{site.prefix}\n")
+    (line,) = done.err.splitlines()
+    assert line.startswith("stage-run: running the original environment: ")
+    assert path in line
+    done = site.run("--env", name, "python", "-c", code, STAGER_PACK_LEVEL="high")
+    assert (done.status, done.out) == (0, f"{site.prefix}\n")
+    assert "$STAGER_PACK_LEVEL" in done.err
+
+
+@pytest.mark.parametrize("text", ["run.strict: yes\npack: {fromat: x}\n", *WRONG])
+def test_where_it_must_not_a_wrong_configuration_is_125(
+    site: Site, tmp_path: Path, text: str
+) -> None:
+    wrong(tmp_path, text)
+    options = [] if "strict" in text else ["--strict"]
+    done = site.run(*options, "--env", "tiny", "echo", "ran", XDG_CONFIG_HOME=str(tmp_path))
+    assert (done.status, done.out) == (125, "")
+    done = site.run("--env", "nope", "echo", "ran", XDG_CONFIG_HOME=str(tmp_path))
+    assert (done.status, done.out) == (125, "")
+
+
+def wrong(home: Path, text: str) -> str:
+    """Write a user's configuration, and tell where it is."""
+    (home / "stager").mkdir()
+    (home / "stager" / "config.yaml").write_text(text)
+    return f"{home}/stager/config.yaml"
+
+
 @pytest.mark.parametrize("how", ["--strict", "variable"])
 def test_where_it_must_not_it_fails_with_125(site: Site, blocked: str, how: str) -> None:
     options = ["--strict"] if how == "--strict" else []
@@ -347,7 +386,15 @@ def test_where_it_must_not_it_fails_with_125(site: Site, blocked: str, how: str)
 
 
 @pytest.mark.parametrize(
-    "argv", [[], ["--"], ["--env", "tiny"], ["--no-such-option", "true"], ["--env", "nope", "true"]]
+    "argv",
+    [
+        [],
+        ["--"],
+        ["--env", "tiny"],
+        ["--no-such-option", "true"],
+        ["--timeout", "soon", "--env", "tiny", "true"],
+        ["--env", "nope", "true"],
+    ],
 )
 def test_mistakes_are_125_and_run_nothing(site: Site, argv: list[str]) -> None:
     done = site.run(*argv)
