@@ -153,6 +153,14 @@ def file_system(path: str) -> str:
     return kind
 
 
+def mount_point(path: str) -> str:
+    """The directory that the file system which a path is on is mounted at."""
+    path = os.path.realpath(path)
+    while not os.path.ismount(path):
+        path = os.path.dirname(path)
+    return path
+
+
 def own_directory(path: str, what: str) -> None:
     """Make ``path`` a private directory of ours, or refuse it.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import gc
 import itertools
 import os
@@ -13,14 +14,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import stager
-from stager import freshness, lustre, plan, transfer, walk
+from stager import freshness, fsutil, lustre, plan, transfer, walk
 from stager.bytecode import Compiler
 from stager.config import Config
 from stager.environments import Environment, Request, Tree, describe
-from stager.errors import JOB, IntegrityError, StagerError, UsageError
+from stager.errors import JOB, IntegrityError, NoSpaceError, StagerError, UsageError
 from stager.formats import tarstream
 from stager.formats.tarstream import Member
-from stager.fsutil import explain
 from stager.manifest import (
     TREE,
     USER,
@@ -132,7 +132,7 @@ def pack(
     try:
         environment = describe(request, config)
     except OSError as error:
-        raise explain(error, f"look through {request.paths[0]}", blame=JOB) from error
+        raise fsutil.explain(error, f"look through {request.paths[0]}", blame=JOB) from error
     repository = Repository(config["repository"])
     if name is None:
         repository.require_name(environment.name, environment.prefix)
@@ -167,7 +167,7 @@ def _told(repository: Repository) -> Iterator[None]:
     except BrokenPipeError:
         raise  # nobody reads what is told of the progress
     except OSError as error:
-        raise explain(error, f"pack into the repository {repository.root}") from error
+        raise fsutil.explain(error, f"pack into the repository {repository.root}") from error
 
 
 def _surveys(environment: Environment, config: Config, *, check: bool) -> Iterator[Survey]:
@@ -194,7 +194,7 @@ def _survey(tree: Tree, environment: Environment, config: Config) -> Survey:
     try:
         return look_through(tree, environment, config)
     except OSError as error:
-        raise explain(error, f"look through {tree.root}", blame=JOB) from error
+        raise fsutil.explain(error, f"look through {tree.root}", blame=JOB) from error
 
 
 def _errors(findings: Iterable[Finding]) -> list[Finding]:
@@ -394,6 +394,17 @@ class _Layers:
     @contextlib.contextmanager
     def _image(self, survey: Survey, path: str) -> Iterator[Sink]:
         """An image that is written meanwhile, and given up where that fails."""
+        try:
+            with self._written(survey, path) as sink:
+                yield sink
+        except (NoSpaceError, OSError) as error:
+            told = fsutil.explain(error, "write it") if isinstance(error, OSError) else error
+            if not isinstance(told, NoSpaceError) or told.hint == fsutil.TOO_LARGE:
+                raise
+            raise _full(survey, path, self._config["repository"], told) from error
+
+    @contextlib.contextmanager
+    def _written(self, survey: Survey, path: str) -> Iterator[Sink]:
         options = {"level": self._config["pack.level"], "threads": self._config["pack.threads"]}
         if self._config["pack.format"] == "squashfs":
             from stager.formats import squashfs
@@ -433,6 +444,27 @@ class _Layers:
         producer.outcome.findings[:0] = findings
         self.outcomes.append(producer.outcome)
         return producer.outcome
+
+
+def _full(survey: Survey, path: str, repository: str, error: NoSpaceError) -> NoSpaceError:
+    """Tell which file system has no space for an image, and how much it would take."""
+    directory = os.path.dirname(path)
+    size = sum(entry.size for entry in survey.entries)
+    takes = f"the image of {survey.tree.root} takes up to {-(-size >> 20)} MiB"
+    if os.strerror(errno.EDQUOT) in error.message:  # and nothing tells how much of it is left
+        left = "your quota is used up"
+    else:
+        left = "no space is left"
+        info = os.statvfs(directory)
+        free = info.f_bavail * info.f_frsize
+        with contextlib.suppress(OSError):  # what is written of it goes
+            free += os.stat(path).st_blocks * 512
+        takes += f", {free >> 20} MiB are free"
+    return NoSpaceError(
+        f"{left} on {fsutil.mount_point(directory)}, where the repository {repository} is: {takes}",
+        hint="`stager remove` what you do not need any more, or name another repository"
+        " (--repository, STAGER_REPOSITORY)",
+    )
 
 
 class _Nowhere:

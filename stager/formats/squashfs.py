@@ -169,11 +169,9 @@ class Writer:
 
         self._messages.seek(0)
         said = self._messages.read().decode(errors="replace").strip()
-        if "No space left" in said or "Disk quota" in said:
-            return NoSpaceError(
-                f"no space left while writing {os.path.dirname(self._path)}",
-                hint="`stager remove` old environments, or set the key `repository`",
-            )
+        for full in (errno.ENOSPC, errno.EDQUOT):
+            if os.strerror(full) in said:
+                return fsutil.explain(OSError(full, os.strerror(full)), f"write {self._path}")
         status = self._process.returncode
         line = said.splitlines()[-1] if said else f"status {status}"
         if status < 0:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -344,7 +345,14 @@ def test_full_disk_under_the_repository(
     place = small_disk(bench, "2m")
     bench.settings["STAGER_REPOSITORY"] = str(place / "repository")
     said = bench.expect(13, "pack", environment.prefix, "--format", format_)
-    assert f"{place}/repository" in said
+    told = re.search(
+        f"no space is left on {place}, where the repository {place}/repository is: the image of"
+        rf" {environment.prefix} takes up to (\d+) MiB, (\d+) MiB are free\n",
+        said,
+    )
+    assert told is not None
+    assert int(told[1]) > 4 and int(told[2]) <= 2
+    assert "--repository" in said and "repository/tmp" not in said
     files = [path for path in place.rglob("*") if path.is_file() and path.name != "lock"]
     assert [path for path in files if path.stat().st_size] == []
     assert list(place.glob("repository/tmp/*")) == []

@@ -963,6 +963,24 @@ def test_a_compressor_without_threads_is_not_helped_by_another_format(
     assert "`ulimit -a`" in found.err and "tar.zst" not in found.err
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_compressor_on_a_full_disk(
+    bare: Machine, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    program = bare.root / "mksquashfs"
+    program.write_text(f"#!/bin/sh\necho 'Write failed because {os.strerror(number)}'\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{bare.root}:{os.environ['PATH']}")
+    found = bare("pack", "environments/tiny")
+    assert found.status == 13
+    left = "no space is left" if number == errno.ENOSPC else "your quota is used up"
+    on = fsutil.mount_point(str(bare.root))
+    assert found.error.startswith(f"{left} on {on}, where the repository {bare.root}/repository is")
+    assert f"the image of {bare.prefix} takes up to 1 MiB" in found.error
+    assert ("MiB are free" in found.error) is (number == errno.ENOSPC)
+    assert "--repository" in found.err
+
+
 def test_an_interrupt(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
