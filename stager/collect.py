@@ -7,7 +7,7 @@ from typing import Callable, NamedTuple
 
 from stager import fsutil, lease
 from stager.errors import BusyError, StagerError
-from stager.store import Held, Store
+from stager.store import SENT, Held, Store
 
 
 class Collected(NamedTuple):
@@ -45,8 +45,8 @@ def collect(
         everything: evict every unclaimed tree.
         exists: asks the scheduler about jobs, see :func:`stager.lease.is_alive`.
     """
-    for room in ("", "ready"):  # images that were sent and nobody took in, halves of stamps
-        fsutil.sweep(os.path.join(node.root, room))
+    fsutil.sweep(node.root, beginning=SENT)  # images that nobody took in
+    fsutil.sweep(os.path.join(node.root, "ready"))  # halves of stamps
     dropped = _drop_dead(node, exists)
     before = node.free()
     evicted: list[str] = []

@@ -111,12 +111,12 @@ def replace_link(target: str, path: str) -> None:
     os.rename(temporary, path)
 
 
-def sweep(directory: str) -> None:
-    """Remove files that writers who were killed have left: names with a dot in front, a day old."""
+def sweep(directory: str, beginning: str = ".") -> None:
+    """Remove files that writers who were killed have left: a day old, by how their names begin."""
     with os.scandir(directory) as items:
         for item in items:
             with contextlib.suppress(OSError):
-                if item.name.startswith(".") and is_abandoned(item.path):
+                if item.name.startswith(beginning) and is_abandoned(item.path):
                     os.unlink(item.path)
 
 

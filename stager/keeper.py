@@ -34,7 +34,7 @@ from stager.repository import Published, Repository
 from stager.schedulers import Allocation
 from stager.sessions import session_directory
 from stager.stage import Staged
-from stager.store import EXTRACTED, MOUNTED, Store
+from stager.store import EXTRACTED, MOUNTED, SENT, Store
 from stager.trees import Progress
 
 _INPUT = ("SLURM_", "SRUN_", "SBATCH_", "SALLOC_", "PMI", "OMPI_", "STAGER_SESSION")
@@ -368,7 +368,7 @@ def _send(published: Published, config: Config, progress: Progress) -> list[str]
     for layer in published.manifest.layers:
         if layer.image.format != "squashfs":
             continue  # archives are unpacked as they are read
-        target = os.path.join(place, f".stager-{os.getuid()}-{secrets.token_hex(8)}")
+        target = os.path.join(place, f"{SENT}{os.getuid()}-{secrets.token_hex(8)}")
         done = subprocess.run(
             ["sbcast", published.repository.image(layer), target],
             stdin=subprocess.DEVNULL,

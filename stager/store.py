@@ -32,6 +32,11 @@ from stager.formats import squashfs
 FORMAT = 1
 ROOMS = ("images", "envs", "ready", "leases", "locks", "tmp")
 """The directories of a store."""
+_BESIDE = ("warm", "sessions")
+"""What else of ours may lie in it: notes, and what :mod:`stager.sessions` leaves."""
+SENT = ".stager-"
+"""How the name of an image begins that sbcast brings into a store."""
+_ID = re.compile(r"[0-9a-f]{16}\Z")
 
 boot_id = warm.boot_id
 
@@ -277,13 +282,24 @@ class Store:
         rooms = ("images", "envs", "ready", "leases", "tmp")
         ids = {name for room in rooms for name in _listdir(os.path.join(self.root, room))}
         held = []
-        for layer_id in sorted(name for name in ids if not name.endswith(".new")):
+        for layer_id in sorted(filter(_ID.match, ids)):
             try:
                 used = os.stat(os.path.join(self.root, "leases", layer_id)).st_mtime
             except OSError:
                 used = 0.0
             held.append(Held(layer_id, self.stamp(layer_id), self.leases(layer_id), used))
         return held
+
+    def strangers(self) -> list[str]:
+        """What somebody else has put into the store, as paths in it; it is not ours to remove."""
+        ours = (*ROOMS, *_BESIDE)
+        names = [one for one in _listdir(self.root) if not (one in ours or one.startswith(SENT))]
+        for room in ROOMS:
+            for name in _listdir(os.path.join(self.root, room)):
+                half = room == "ready" and name.startswith(".")
+                if not (half or _ID.match(name)):
+                    names.append(f"{room}/{name}")
+        return sorted(names)
 
     def size(self) -> int:
         """Bytes that all images and extracted trees take."""

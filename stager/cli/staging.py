@@ -12,7 +12,16 @@ from typing import Any
 
 from stager import activate as activation
 from stager import allocation, envpatch, lease, lookup, notes, schedulers
-from stager.cli.common import count, load_config, options_given, print_json, say, size, table
+from stager.cli.common import (
+    count,
+    load_config,
+    options_given,
+    print_json,
+    printable,
+    say,
+    size,
+    table,
+)
 from stager.cli.preparing import ask_job, prepare
 from stager.config import Config
 from stager.errors import StagerError, UsageError
@@ -22,6 +31,7 @@ from stager.store import RECEIVED, Store, holder_name
 
 _SHOWN = 2
 """Names of a tree; a base may be that of hundreds."""
+_SHOWN_STRANGERS = 5
 
 
 def stage(arguments: argparse.Namespace) -> int:
@@ -131,6 +141,7 @@ def collect(arguments: argparse.Namespace) -> int:
         "leases": result.leases,
         "failed": [*result.failed],
         "claimed": sum(1 for held in node.held() if held.leases),
+        "strangers": node.strangers(),
     }
     if arguments.json:
         print_json(answer)
@@ -144,7 +155,13 @@ def _collected(answer: dict[str, Any]) -> str:
     if answer.get("claimed"):  # an older stager on another node does not tell
         lines[0] += f"; claimed, and left alone: {answer['claimed']}"
     lines += [f"could not be removed: {one}" for one in answer["failed"]]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_strangers(answer)])
+
+
+def _strangers(answer: dict[str, Any]) -> Iterable[str]:
+    found = answer.get("strangers")  # an older stager does not tell either
+    if found:
+        yield printable(f"not stager's, and left alone: {_few(found, _SHOWN_STRANGERS)}")
 
 
 def _collect_elsewhere(arguments: argparse.Namespace) -> int:
@@ -217,11 +234,12 @@ def status(arguments: argparse.Namespace) -> int:
                 "prefix": node.tree(held.id),
             }
         )
+    answer = {"store": node.root, "trees": entries, "strangers": node.strangers()}
     if arguments.json:
-        print_json({"store": node.root, "free": node.free(), "trees": entries})
+        print_json({**answer, "free": node.free()})
         return 0
     print(f"store {node.root}: {size(node.size())} used, {size(node.free())} free")
-    for line in _trees(entries, _names(config), used=True):
+    for line in (*_trees(entries, _names(config), used=True), *_strangers(answer)):
         print(line)
     return 0
 
@@ -237,12 +255,11 @@ def _names(config: Config) -> dict[str, str]:
                     for layer in published.manifest.layers if published else ():
                         role = "" if layer.role == "env" else f" ({layer.role})"
                         found.setdefault(layer.id, {})[name + role] = None
-    return {one: _few([*names]) for one, names in found.items()}
+    return {one: _few([*names], _SHOWN) for one, names in found.items()}
 
 
-def _few(names: list[str]) -> str:
-    """Some of the environments that share a layer, as their base."""
-    return ", ".join(names[:_SHOWN]) + (f" +{len(names) - _SHOWN}" if names[_SHOWN:] else "")
+def _few(names: list[str], most: int) -> str:
+    return ", ".join(names[:most]) + (f" +{len(names) - most}" if names[most:] else "")
 
 
 def _no_store(config: Config) -> str:
@@ -254,6 +271,7 @@ def _status(answer: dict[str, Any], names: dict[str, str]) -> Iterable[str]:
     """What a node has, without what differs on each: when it was used, how much is free."""
     yield f"store {answer['store']}"
     yield from _trees(answer["trees"], names, used=False)
+    yield from _strangers(answer)
 
 
 def _trees(entries: list[dict[str, Any]], names: dict[str, str], *, used: bool) -> Iterable[str]:

@@ -321,6 +321,32 @@ def test_collecting_keeps_to_the_given_bounds(machine: Machine) -> None:
     assert machine("collect", "--max-size", "1MiB").err.startswith("stager: evicted 0 trees,")
 
 
+def test_what_is_not_ours_is_told_and_left_alone(machine: Machine) -> None:
+    """A store may be a private directory that has other uses, be it by mistake."""
+    machine("stage", "tiny")
+    machine("release")
+    store = machine.root / "store"
+    told = [".bashrc", "data", "envs/mine", "images/.hidden", "images/x.sqfs", "tmp/a\nb"]
+    for name in told:
+        (store / name).mkdir(mode=0o700)
+    (store / ".bashrc").rmdir()
+    (store / ".bashrc").write_text("keep me")
+    ours = [store / ".stager-7-abc", store / "ready" / f".{'a' * 16}.{'b' * 12}.new"]
+    for path in ours:
+        path.touch()
+    for path in (store / ".bashrc", store / "envs" / "mine", *ours):
+        os.utime(path, (1, 1))
+    (store / "sessions").mkdir()
+    line = f"not stager's, and left alone: {', '.join(told[:5])} +1"
+    assert machine("status").out.splitlines()[-1] == line
+    assert machine("status", "--json").json["strangers"] == told
+    collected = machine("collect", "--all")
+    assert collected.err.splitlines()[-1] == line
+    assert [path.exists() for path in ours] == [False, False]
+    assert all((store / name).exists() for name in told)
+    assert machine("status", "--json").json["trees"] == []
+
+
 def test_what_could_not_be_removed_is_told(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -333,13 +333,13 @@ def test_what_a_killed_stage_has_left_goes_at_once(node: Store) -> None:
     assert node.held() == []
 
 
-@pytest.mark.parametrize("room", ["ready", "."])
-def test_half_a_file_of_who_was_killed_goes_when_it_is_old(node: Store, room: str) -> None:
+@pytest.mark.parametrize("half", [f"ready/.{A}.{{}}.new", ".stager-0-{}"])
+def test_half_a_file_of_who_was_killed_goes_when_it_is_old(node: Store, half: str) -> None:
     made(node, A)
-    old, new = (Path(node.root, room, f".{A}.{name}.new") for name in ("old", "new"))
-    for half, age in ((old, 100_000.0), (new, 0.0)):
-        half.touch()
-        os.utime(half, (time.time() - age,) * 2)
+    old, new = (Path(node.root, half.format(name)) for name in ("old", "new"))
+    for path, age in ((old, 100_000.0), (new, 0.0)):
+        path.touch()
+        os.utime(path, (time.time() - age,) * 2)
     os.utime(Path(node.root, "ready", A), (1, 1))
     assert collecting(node).trees == ()
     assert (old.exists(), new.exists(), is_ready(node, A)) == (False, True, True)
