@@ -12,6 +12,14 @@ if TYPE_CHECKING:  # the module typing is not needed for it
 
 def main() -> int:
     """Run the command line, or a scheduler's hook; returns only where next to nothing was done."""
+    try:
+        return _main()
+    except KeyboardInterrupt:  # while a module was loaded, or an error told
+        os.write(2, b"stager: interrupted\n")
+        _leave(130)
+
+
+def _main() -> int:
     _speak_utf8()
     if sys.argv[1:2] == ["hook"]:
         import gc
@@ -32,11 +40,8 @@ def main() -> int:
         import gc
 
         gc.disable()  # for all of it: see stager/pack.py
-    try:
-        from stager import cli
-    except KeyboardInterrupt:  # the command line says that itself, once it is there
-        os.write(2, b"stager: interrupted\n")
-        _leave(130)
+    from stager import cli
+
     _leave(cli.main(sys.argv[1:]))
 
 

@@ -1016,6 +1016,26 @@ def test_an_interrupt(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None
     assert (found.status, found.out, found.err) == (130, "", "stager: interrupted\n")
 
 
+@pytest.mark.parametrize("module", ["stager.warm", "stager.cli", "stager.cli.staging"])
+def test_an_interrupt_while_modules_are_loaded(
+    machine: Machine, tmp_path: Path, module: str
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == {module!r}:\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Finder())\n"
+    )
+    done = subprocess.run(
+        [STAGER, "stage", "tiny"], env={**machine.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "stager: interrupted\n"
+
+
 OUTPUTS = [["list"], ["inspect", "tiny"], ["config", "show"], ["--help"], ["--version"]]
 
 
