@@ -9,10 +9,14 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-SEARCH_PATHS = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "MANPATH", "PKG_CONFIG_PATH")
+SEARCH_PATHS = (
+    *("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "MANPATH", "PKG_CONFIG_PATH", "CMAKE_PREFIX_PATH"),
+    *("CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH"),
+)
 """Variables that hold lists of directories and may name the original environment."""
 
-_FILES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "JUPYTER_PATH")
+FILES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "JUPYTER_PATH")
+"""Variables that hold one path; hooks/slurm/task_prolog has both lists, too."""
 CONTAINERS = ("APPTAINER", "SINGULARITY")
 """How the variables of container programs begin: ``X_BIND``, and ``XENV_NAME`` for NAME inside.
 
@@ -87,7 +91,7 @@ class EnvPatch(NamedTuple):
                 kept = [_follow(item, origins) for item in items]
             after[variable] = ":".join(kept)
         _leave_containers(after, tuple(leaving))
-        for variable in _FILES:
+        for variable in FILES:
             if variable in after:
                 after[variable] = _follow(after[variable], origins)
         for variable in self.unset:

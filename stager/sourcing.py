@@ -30,8 +30,7 @@ LIMIT = 30.0
 _SHELLS_OWN = ("_", "SHLVL", "PWD", "OLDPWD", "BASH_ENV", "ENV")
 _LISTS = (
     *SEARCH_PATHS,
-    *("LIBRARY_PATH", "CPATH", "CMAKE_PREFIX_PATH", "XDG_DATA_DIRS", "ACLOCAL_PATH", "INFOPATH"),
-    *("PERL5LIB", "GI_TYPELIB_PATH", "QT_PLUGIN_PATH"),
+    *("XDG_DATA_DIRS", "ACLOCAL_PATH", "INFOPATH", "PERL5LIB", "GI_TYPELIB_PATH", "QT_PLUGIN_PATH"),
 )
 _INHERITED = "/.stager-inherited"
 """Stands for what a task has in a list that is not known yet."""

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from environments import REPO
+from stager import envpatch
 
 SHELLS = {"dash": ["dash"], "bash": ["bash", "--posix"], "busybox": ["busybox", "sh"]}
 PREFIX = "/store/20001/envs/0123456789abcdef"
@@ -307,6 +308,14 @@ def test_activation_twice_changes_nothing_more(node: Node) -> None:
     once = node.tasks(PATH="/usr/bin:/bin")
     path = next(line for line in once if line.startswith("export PATH="))[12:]
     assert node.tasks(PATH=path, VIRTUAL_ENV=PREFIX, STAGER_PREFIX=PREFIX) == once
+
+
+def test_what_follows_is_what_follows_elsewhere(node: Node) -> None:
+    node.leave("ready", staged=activation(PREFIX))
+    names = {*envpatch.SEARCH_PATHS, *envpatch.FILES} - {"PATH"}
+    told = node.tasks(**dict.fromkeys(names, "/home/alice/envs/demo/x"))
+    for name in names:
+        assert f"export {name}={PREFIX}/x" in told
 
 
 def test_other_search_paths_are_prepended_to(node: Node) -> None:

@@ -107,6 +107,18 @@ def test_the_original_that_is_active_leaves_everything() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("LD_LIBRARY_PATH", "PKG_CONFIG_PATH", "CMAKE_PREFIX_PATH", "CPATH", "C_INCLUDE_PATH"),
+        *("CPLUS_INCLUDE_PATH", "LIBRARY_PATH"),
+    ],
+)
+def test_where_a_compiler_looks_follows(name: str) -> None:
+    after = EnvPatch().apply({name: "/mine:/h/env/x::/h/env2"}, {"/h/env": "/s/e"})
+    assert after == {name: "/mine:/s/e/x::/h/env2"}
+
+
 def test_another_environment_that_is_active_is_taken_back() -> None:
     before = {
         "PATH": "/conda/envs/a/bin:/conda/condabin:/old/bin:/staged/x/bin:/usr/bin",
