@@ -131,6 +131,8 @@ def test_what_is_left_running_is_ended_but_for_servers(tmp_path: Path) -> None:
         setsid {other} 600 &
         echo $! >{tmp_path}/other
         while ! [ -s {tmp_path}/below ]; do sleep 0.01; done
+        # A server is told by its program, which it is only after two more calls of exec.
+        until [ /proc/$(cat {tmp_path}/server)/exe -ef {server} ]; do sleep 0.01; done
     """
     # A process of its own: ours would stay the parent of orphans.
     subprocess.run([sys.executable, "-c", _LEAVING, script, server.parent], check=True, timeout=60)
