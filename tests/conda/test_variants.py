@@ -28,6 +28,8 @@ def small(bench: Bench, conda_channel: Path) -> CondaEnvironment:
     prefix, cache = bench.root / "conda" / "envs" / "small", bench.root / "conda" / "pkgs"
     packages = ("python", "pip", "cbaked", "prefix-text")
     channel.environment(prefix, *packages, channel=conda_channel, cache=cache, copy=True)
+    for script in prefix.glob("bin/pip3.*"):  # runs the Python that made the package of pip's wheel
+        script.unlink()
     return CondaEnvironment(prefix, prefix, cache)
 
 
