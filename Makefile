@@ -164,7 +164,7 @@ bench-record: setup
 bench-bystander: setup
 	$(VENV)/bin/python tests/benchmarks/bystander.py $(OPTIONS)
 
-# Writes docs/performance.md and its plots from the recorded runs.
+# Writes the tables of docs/performance.md and docs/performance/, and plots, from the recorded runs.
 performance: setup
 	$(VENV)/bin/pip install -q --group bench
 	$(VENV)/bin/python tests/benchmarks/report.py

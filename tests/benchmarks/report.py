@@ -30,6 +30,9 @@ _AFTER_SENDING, _RECEIVING = 3, 4
 """Operations of the node that has sent by sbcast, and of each other, where nobody looked: the same
 for numpy and torch from a venv and for numpy from a conda environment."""
 
+_IN_SHORT = ("starts-summary", "starts-by-run")
+"""What performance.md shows; the rest is in performance/rig.md."""
+
 _ALL_STARTS = """# Starts of jobs: every cell
 
 Written by `make performance` from the recorded runs, `starts-*.jsonl`. What the words mean, and
@@ -382,7 +385,8 @@ def main() -> None:
             f"What the simulation was fed with: `{json.dumps(asdict(one))}`",
         ]
     parts["published"] = published.tables()
-    replace(DOCS / "performance.md", parts)
+    replace(DOCS / "performance.md", {name: parts.pop(name) for name in _IN_SHORT})
+    replace(DATA / "rig.md", parts)
     (DATA / "starts.md").write_text("\n".join(pages) + "\n")
 
 
