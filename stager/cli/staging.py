@@ -123,7 +123,8 @@ def collect(arguments: argparse.Namespace) -> int:
     config = load_config(arguments)
     if not os.path.lexists(config["store"]):
         if arguments.json:
-            print_json({"trees": [], "freed": 0, "leases": 0, "failed": [], "claimed": 0})
+            nothing: dict[str, Any] = {"trees": [], "failed": [], "strangers": []}
+            print_json({**nothing, "freed": 0, "leases": 0, "claimed": 0})
         else:
             say(f"stager: {_no_store(config)}")
         return 0
@@ -212,7 +213,7 @@ def status(arguments: argparse.Namespace) -> int:
     config = load_config(arguments)
     if not os.path.lexists(config["store"]):  # looking makes none
         if arguments.json:
-            print_json({"store": config["store"], "free": 0, "trees": []})
+            print_json({"store": config["store"], "free": 0, "trees": [], "strangers": []})
         else:
             print(_no_store(config))
         return 0
