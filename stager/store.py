@@ -120,7 +120,8 @@ class Store:
     def stamp(self, layer_id: str) -> Stamp | None:
         """The stamp as it is written, or None."""
         try:
-            with open(os.path.join(self.root, "ready", layer_id), "rb") as file:
+            path = os.path.join(self.root, "ready", layer_id)
+            with open(path, "rb", opener=fsutil.at_once) as file:  # root's collection waits for us
                 value = json.load(file)
             return Stamp(**value) if value.get("format") == FORMAT else None
         except (OSError, ValueError, TypeError, AttributeError):

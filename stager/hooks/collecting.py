@@ -159,10 +159,12 @@ class _Round:
         """Evict what is idle, the least recently used first, until disks have so much free."""
         for tree in sorted(self._idle):
             uid = tree.place.uid
-            free, free_inodes = _free(tree.place.parent)
-            if self.evicted[uid] < 0 or (free >= size and free_inodes >= inodes):
+            if self.evicted[uid] < 0:
                 continue
             try:
+                free, free_inodes = _free(tree.place.parent)
+                if free >= size and free_inodes >= inodes:
+                    continue
                 self.evicted[uid] += int(self._as_owner(tree.place, _evict, tree.id))
             except Exception as error:
                 self.failed(uid, explained(error)[0])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -86,6 +89,15 @@ def test_a_store_that_fails_is_left_alone(disk: Disk, config: Config, breaks: st
     assert collecting.make_room(config, 130, 0) == 3
     assert disk.evicted == ["c", "e", "d"]
     assert disk.asked.count(1) == (1 if breaks == "_tidy" else 2)
+
+
+def test_a_disk_that_cannot_be_asked_is_left_alone(
+    disk: Disk, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collecting, "_free", Mock(side_effect=OSError(errno.EIO, "gone")))
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert collecting.for_all_users(config) == {1: -1, 2: -1, 3: -1}
+    assert disk.evicted == []
 
 
 def test_a_waiting_job_does_not_wait_for_ever(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import tiny
 from stager import collect, fsutil, lease, schedulers
 from stager import store as storing
 from stager.collect import Collected
@@ -135,6 +137,15 @@ def test_a_stamp_that_is_not_ours_does_not_count(node: Store, data: bytes) -> No
     Path(node.root, "ready", A).write_bytes(data)
     assert node.stamp(A) is None
     assert not is_ready(node, A)
+
+
+def test_a_stamp_that_is_a_pipe_is_not_waited_for(node: Store) -> None:
+    """Root's collection waits for what works as the store's owner, who can put it there."""
+    made(node, A)
+    os.unlink(Path(node.root, "ready", A))
+    os.mkfifo(Path(node.root, "ready", A))
+    assert tiny.in_child(lambda: (signal.alarm(20), node.stamp(A))) == 0
+    assert node.stamp(A) is None
 
 
 # Claims
