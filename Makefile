@@ -30,7 +30,7 @@ help:
 	@echo 'make test          lint and every tier of tests'
 	@echo 'make lint          ruff, mypy, shellcheck'
 	@echo 'make test-unit     Python and a temporary directory; test-{hook,root,environments,push,slurm,pbs}'
-	@echo 'make bench         starts of jobs by every strategy, 20 minutes; bench-quick: two; bench-record: all of'
+	@echo 'make bench         starts of jobs by every strategy, 22 minutes; bench-quick: one; bench-record: all of'
 	@echo '                   what docs/performance shows, eleven hours; then make performance'
 	@echo 'make bench-bystander  what somebody else waits for while a job starts'
 	@echo 'make performance   docs/performance.md and its plots, from the recorded runs'
