@@ -300,7 +300,9 @@ def _parser() -> argparse.ArgumentParser:
         "verify", "verifying", "Import from the staged tree, tracing every open.", store=True
     )
     verify.add_argument("ref", nargs="?", metavar="REF")
-    verify.add_argument("--import", dest="modules", metavar="A,B", help="what to import")
+    verify.add_argument(
+        "--import", dest="modules", metavar="A,B", action="append", help="what to import"
+    )
     as_json(verify)
 
     as_json(

@@ -46,7 +46,7 @@ def _verify(arguments: argparse.Namespace, config: Config) -> int:
     manifests, prefix = [one.manifest for one in everything], results[0].prefix
     modules = sorted({name for manifest in manifests for name in manifest.modules})
     if arguments.modules:
-        modules = arguments.modules.split(",")
+        modules = ",".join(arguments.modules).split(",")
     environ = activate.staged(results, config, os.environ, ref=lookup.called(None, everything))
     original = activate.original(arguments.ref, config, os.environ)
     try:

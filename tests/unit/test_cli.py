@@ -371,9 +371,13 @@ def test_verification(machine: Machine) -> None:
     assert (found.status, found.out) == (0, "")
     assert "imported 1 module" in found.err
     assert " paths named, none of the original, seen by " in found.err
-    missing = machine("verify", "tiny", "--import", "tiny,no_such_module")
-    assert missing.status == 1
-    assert "no_such_module" in missing.err
+    for names in (
+        ["--import", "tiny,no_such_module"],
+        ["--import", "no_such_module", "--import", "tiny"],
+    ):
+        missing = machine("verify", "tiny", *names)
+        assert missing.status == 1
+        assert "no_such_module" in missing.err
 
 
 # JSON: one object, with a schema, and nothing else on standard output
