@@ -37,6 +37,8 @@ _BESIDE = ("warm", "sessions")
 SENT = ".stager-"
 """How the name of an image begins that sbcast brings into a store."""
 _ID = re.compile(r"[0-9a-f]{16}\Z")
+_LONGEST = 4096
+"""Bytes of a stamp; what we write has some hundred."""
 
 boot_id = warm.boot_id
 
@@ -122,9 +124,9 @@ class Store:
         try:
             path = os.path.join(self.root, "ready", layer_id)
             with open(path, "rb", opener=fsutil.at_once) as file:  # root's collection waits for us
-                value = json.load(file)
+                value = json.loads(file.read(_LONGEST))  # in no job's cgroup: not all the memory
             return Stamp(**value) if value.get("format") == FORMAT else None
-        except (OSError, ValueError, TypeError, AttributeError):
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
             return None
 
     # -- what the site's store does in its own way -------------------------------------------

@@ -148,6 +148,19 @@ def test_a_stamp_that_is_a_pipe_is_not_waited_for(node: Store) -> None:
     assert node.stamp(A) is None
 
 
+def test_a_stamp_that_is_too_long_is_not_read(node: Store) -> None:
+    """Root's collection is in no job's cgroup: it could take all the memory of the node."""
+    made(node, A)
+    os.truncate(os.path.join(node.root, "ready", A), 1 << 42)
+    assert node.stamp(A) is None
+
+
+def test_a_stamp_that_is_too_deep(node: Store) -> None:
+    made(node, A)
+    Path(node.root, "ready", A).write_text("[" * 4000)
+    assert node.stamp(A) is None
+
+
 # Claims
 
 
