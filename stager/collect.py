@@ -51,16 +51,17 @@ def collect(
     before = node.free()
     evicted: list[str] = []
     failed: list[str] = []
-    used = node.size()
-    for held in sorted(node.held(), key=lambda one: one.used):
+    found = [(held, node.size_of(held)) for held in node.held()]
+    used = sum(size for _, size in found)
+    for held, size in sorted(found, key=lambda one: one[0].used):
         abandoned = held.stamp is None  # what a killed stage has left
         enough = used <= max_size and node.free() >= min_free and node.free_inodes() >= min_inodes
         if held.leases or (enough and not everything and not abandoned):
             continue
         try:
-            if evict(node, held):
+            if evict(node, held.id):
                 evicted.append(held.id)
-                used = node.size()
+                used -= size
         except OSError as error:
             failed.append(f"{held.id}: {error}")
     return Collected(tuple(evicted), max(0, node.free() - before), dropped, tuple(failed))
@@ -80,7 +81,7 @@ def idle(node: Store) -> list[Held]:
     return [held for held in node.held() if not held.leases]
 
 
-def evict(node: Store, held: Held) -> bool:
+def evict(node: Store, layer_id: str) -> bool:
     """Remove one tree unless somebody claims it now.
 
     A stage writes its lease first and looks at the stamp then; we take the stamp away first and
@@ -90,18 +91,18 @@ def evict(node: Store, held: Held) -> bool:
         OSError: what is left is no tree any more.
     """
     try:
-        with node.lock(held.id, timeout=0.0):
-            stamp = node.stamp(held.id)
-            node.withdraw(held.id)
-            if node.leases(held.id):
+        with node.lock(layer_id, timeout=0.0):
+            stamp = node.stamp(layer_id)
+            node.withdraw(layer_id)
+            if node.leases(layer_id):
                 if stamp is not None:
-                    node.set_ready(held.id, stamp)
+                    node.set_ready(layer_id, stamp)
                 return False
             try:
-                node.forget(held.id)
+                node.forget(layer_id)
             except StagerError:
                 if stamp is not None:
-                    node.set_ready(held.id, stamp)  # still in use, by somebody without a lease
+                    node.set_ready(layer_id, stamp)  # still in use, by somebody without a lease
                 return False
     except BusyError:
         return False

@@ -306,12 +306,15 @@ class Store:
 
     def size(self) -> int:
         """Bytes that all images and extracted trees take."""
+        return sum(map(self.size_of, self.held()))
+
+    def size_of(self, held: Held) -> int:
+        """Bytes that one tree and its image take."""
         total = 0
-        for held in self.held():
-            if held.stamp is not None and held.stamp.how == EXTRACTED:
-                total += held.stamp.size
-            with contextlib.suppress(FileNotFoundError):
-                total += os.stat(self.image(held.id)).st_blocks * 512
+        if held.stamp is not None and held.stamp.how == EXTRACTED:
+            total = held.stamp.size
+        with contextlib.suppress(FileNotFoundError):
+            total += os.stat(self.image(held.id)).st_blocks * 512
         return total
 
     def forget(self, layer_id: str) -> None:

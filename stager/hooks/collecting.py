@@ -19,9 +19,12 @@ from stager.sitestore import SiteStore
 from stager.store import Store
 
 _LONG, _SHORT = 600.0, 20.0
-"""Seconds that a user's process may take: by the clock, and while a job waits."""
+"""Seconds that all processes of a user may take together: by the clock, and while a job waits."""
 _WHOLE = 60.0
 """Seconds that all of it may take while a job waits."""
+_MOST = 250
+"""Trees of one user that are thought of at a time, the least recently used: to make up any number
+costs a user nothing, and others would wait for each."""
 
 Exists = Callable[[str, str], "bool | None"]
 """Asks the scheduler about jobs, see :func:`stager.lease.is_alive`."""
@@ -85,7 +88,7 @@ def for_all_users(config: Config, *, everything: bool = False) -> dict[int, int]
     for place in _places(config, round_.failed):
         round_.tidy(place, config["collect.max_size"], everything, schedulers.job_exists)
     round_.evict_oldest(config["collect.min_free"], 0)
-    return round_.evicted
+    return {**round_.evicted, **dict.fromkeys(round_.broken, -1)}
 
 
 def make_room(config: Config, size: int, inodes: int) -> int:
@@ -108,7 +111,7 @@ def make_room(config: Config, size: int, inodes: int) -> int:
             round_.tidy(place, sys.maxsize, False, None)
     if _free(parent)[0] + round_.size >= size:  # or it is all in vain
         round_.evict_oldest(size, inodes)
-    return sum(max(0, one) for one in round_.evicted.values())
+    return sum(round_.evicted.values())
 
 
 class _Round:
@@ -116,18 +119,20 @@ class _Round:
 
     Args:
         config: the site's.
-        limit: seconds that a user's process may take.
+        limit: seconds that all processes of a user may take together.
         until: when it is over, whatever is left to do, by the monotonic clock.
 
     Attributes:
-        evicted: for each uid the number of trees evicted, or -1 where anything failed: the store is
-            left alone from there on.
+        evicted: for each uid the number of trees evicted.
+        broken: the uids where anything failed: the store is left alone from there on.
     """
 
     def __init__(self, config: Config, limit: float, *, until: float = math.inf) -> None:
         self._config, self._limit, self._until = config, limit, until
+        self._spent: dict[int, float] = {}
         self._idle: list[Idle] = []
         self.evicted: dict[int, int] = {}
+        self.broken: set[int] = set()
 
     @property
     def size(self) -> int:
@@ -138,7 +143,7 @@ class _Round:
         """Tell what failed."""
         fields = {"uid": uid, "reason": f"collect: {reason}", "blame": SITE}
         emit(events.FAIL, fields, self._config, jobstate.ROOT)
-        self.evicted[uid] = -1
+        self.broken.add(uid)
 
     def tidy(self, place: Place, max_size: int, everything: bool, exists: Exists | None) -> None:
         """Collect one store to its own bound, and note what could still be evicted."""
@@ -159,7 +164,7 @@ class _Round:
         """Evict what is idle, the least recently used first, until disks have so much free."""
         for tree in sorted(self._idle):
             uid = tree.place.uid
-            if self.evicted[uid] < 0:
+            if uid in self.broken:
                 continue
             try:
                 free, free_inodes = _free(tree.place.parent)
@@ -178,10 +183,12 @@ class _Round:
         """
         if place.uid == 0:
             return work(place, *arguments)
-        limit = min(self._limit, self._until - time.monotonic())
+        started, spent = time.monotonic(), self._spent.get(place.uid, 0.0)
+        limit = min(self._limit - spent, self._until - started)
         if limit <= 0:
             raise StagerError("there was no time left for it")
         told = as_user(place.uid, None, _in_json, work, place, *arguments, limit=limit, known=False)
+        self._spent[place.uid] = spent + time.monotonic() - started
         return json.loads(told)
 
 
@@ -194,13 +201,14 @@ def _tidy(place: Place, max_size: int, everything: bool, exists: Exists | None) 
     done = collect.collect(
         node, max_size=max_size, min_free=0, everything=everything, exists=exists
     )
-    idle = [(one.used, one.id, one.stamp.size if one.stamp else 0) for one in collect.idle(node)]
+    idle = sorted(
+        (one.used, one.id, one.stamp.size if one.stamp else 0) for one in collect.idle(node)
+    )[:_MOST]
     return {"evicted": len(done.trees), "failed": "; ".join(done.failed), "idle": idle}
 
 
 def _evict(place: Place, layer_id: str) -> int:
-    node = place.store()
-    return sum(collect.evict(node, one) for one in collect.idle(node) if one.id == layer_id)
+    return int(collect.evict(place.store(), layer_id))
 
 
 def _places(config: Config, failed: Callable[[int, str], None]) -> Iterator[Place]:

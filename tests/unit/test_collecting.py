@@ -106,3 +106,36 @@ def test_a_waiting_job_does_not_wait_for_ever(
     monkeypatch.setattr(collecting, "_WHOLE", -1.0)
     assert collecting.make_room(config, 110, 0) == 0
     assert disk.asked == []
+
+
+def test_all_that_works_for_a_user_has_the_time_of_one(
+    disk: Disk, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who lets every step take long would keep all others waiting."""
+    clock, limits = [0.0], []
+
+    def as_user(uid: int, *arguments: Any, **more: Any) -> str:
+        if uid == 1:
+            limits.append(more["limit"])
+            clock[0] += 8.0
+        return disk.as_user(uid, *arguments, **more)
+
+    monkeypatch.setattr(collecting.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(collecting, "as_user", as_user)
+    disk.trees[1] = [(number, str(number), 1) for number in range(9)]
+    assert collecting.make_room(config, 125, 0) == 5
+    assert limits == [20.0, 12.0, 4.0]
+    assert disk.evicted == ["0", "1", "c", "e", "d"]
+
+
+def test_what_went_before_a_store_failed_counts(
+    disk: Disk, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def as_user(uid: int, gid: None, work: Any, *arguments: Any, **more: Any) -> str:
+        if "b" in disk.evicted:
+            raise StagerError("the process was ended")
+        return disk.as_user(uid, gid, work, *arguments, **more)
+
+    disk.trees[1] = [(1.0, "a", 10), (2.0, "b", 10), (3.0, "f", 10)]
+    monkeypatch.setattr(collecting, "as_user", as_user)
+    assert collecting.make_room(config, 145, 0) == 2  # and the job tries again

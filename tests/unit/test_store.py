@@ -449,6 +449,21 @@ def test_a_tree_that_cannot_be_removed_stays_ready(
     assert is_ready(node, A)
 
 
+def test_a_collection_reads_each_stamp_as_often_in_a_large_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waits for it must not wait for a square of the trees that a user has made up."""
+    read = []
+    stamp = Store.stamp
+    monkeypatch.setattr(Store, "stamp", lambda *who: read.append(who) or stamp(*who))
+    for number in (2, 40):
+        node = Store(str(tmp_path / str(number)))
+        for one in range(number):
+            made(node, f"{one:016x}")
+        assert len(collecting(node, max_size=0).trees) == number
+    assert len(read) == 3 * (2 + 40)
+
+
 def test_collectors_and_claims_at_once_never_lose_a_claimed_tree(node: Store) -> None:
     made(node, A)
     stop = threading.Event()
