@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import pwd
 import re
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -227,7 +229,10 @@ def _places(config: Config, failed: Callable[[int, str], None]) -> Iterator[Plac
             hint="set the key `store` to something like /var/lib/stager/{uid}",
         )
     parent, name = os.path.split(template)
-    pattern = re.compile(re.escape(name).replace(r"\{uid\}", "([0-9]+)"))
+    # Where all may write, as in /tmp, a user must not have stores without number: by zeros before
+    # their own, or by their subordinate ids, see subuid(5).
+    pattern = re.compile(re.escape(name).replace(r"\{uid\}", "(0|[1-9][0-9]*)"))
+    open_to_others = os.stat(parent).st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     for entry in sorted(os.listdir(parent)):
         match = pattern.fullmatch(entry)
         if match is None:
@@ -238,8 +243,17 @@ def _places(config: Config, failed: Callable[[int, str], None]) -> Iterator[Plac
         except (StagerError, OSError) as error:
             failed(uid, f"{path}: {explained(error)[0]}")
             continue
-        if uid != 0 and owner == uid:  # what somebody else has planted nobody uses
+        # What somebody else has planted nobody uses.
+        if uid != 0 and owner == uid and (not open_to_others or _is_known(uid)):
             yield Place(uid, path, parent)
+
+
+def _is_known(uid: int) -> bool:
+    try:
+        pwd.getpwuid(uid)
+    except KeyError:
+        return False
+    return True
 
 
 def _owner(path: str) -> int:

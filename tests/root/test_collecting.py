@@ -65,3 +65,20 @@ def test_trees_that_a_user_makes_up_do_not_keep_others_waiting(
     monkeypatch.setattr(collecting, "_free", lambda _: (0 if tree.exists() else 2000, sys.maxsize))
     assert collecting.make_room(config, 2000, 0) > 1
     assert not tree.exists()
+
+
+def test_a_user_has_one_store_however_it_is_written(stores: Path, config: Config) -> None:
+    for name in (f"{HOSTILE}", f"0{HOSTILE}", f"00{HOSTILE}", f"{OTHER}"):
+        given(Path(Store(str(stores / name)).root), HOSTILE)
+    found = [place.path for place in collecting._places(config, pytest.fail)]
+    assert found == [f"{stores}/{HOSTILE}"]
+
+
+def test_where_all_may_make_a_store_only_those_of_users_count(stores: Path, config: Config) -> None:
+    """Not those of subordinate ids, of which a user may have thousands."""
+    nobody = 65534
+    for uid in (HOSTILE, nobody):
+        given(Path(Store(str(stores / str(uid))).root), uid)
+    for mode, expected in ((0o755, [HOSTILE, nobody]), (0o1777, [nobody])):
+        stores.chmod(mode)
+        assert [place.uid for place in collecting._places(config, pytest.fail)] == expected
