@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import struct
 import subprocess
 import threading
@@ -179,6 +180,9 @@ class Compiler:
     def _start(self) -> subprocess.Popen[bytes]:
         # A fixed hash seed: sets among constants would otherwise be marshalled in random order.
         environ = {"PATH": "/usr/bin:/bin", "PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"}
+        libraries = os.environ.get("LD_LIBRARY_PATH")
+        if libraries:  # a Python of a module may find its own only by that
+            environ["LD_LIBRARY_PATH"] = libraries
         worker = subprocess.Popen(
             [self._python, "-S", "-B", "-c", _WORKER],
             stdin=subprocess.PIPE,

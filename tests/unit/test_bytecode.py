@@ -374,6 +374,17 @@ def test_a_module_in_the_current_directory_is_not_imported(
     assert not (tmp_path / "imported").exists()
 
 
+def test_an_interpreter_that_finds_its_library_by_a_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needy = tmp_path / "python"
+    needy.write_text(f'#!/bin/sh\n[ "$LD_LIBRARY_PATH" = /m/lib ] && exec {BASE_PYTHON} "$@"\n')
+    needy.chmod(0o755)
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/m/lib")
+    with Compiler(str(needy), 1) as fresh:
+        assert fresh.compile(b"x = 1", "/x.py") is not None
+
+
 # An interpreter that some sources end. A real one is ended by little: here it is made sure of.
 FRAGILE = """#!/bin/sh
 exec {python} -c '
