@@ -76,6 +76,10 @@ class Excluder:
             for pattern in self._patterns
         )
 
+    def leaves_out(self, path: str) -> bool:
+        """Tell whether ``path``, or a directory that it is in, is left out."""
+        return any(map(self, (*_above(path)[1:], path)))
+
 
 def _above(path: str) -> list[str]:
     """Every directory on the way to a relative path, the top of the tree included."""

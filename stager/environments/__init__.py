@@ -6,20 +6,22 @@ None; one that the user has to name has ``describe(request, config)``.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from stager.config import Config
 from stager.envpatch import EnvPatch
-from stager.errors import IncompatibleError, NotFoundError
+from stager.errors import IncompatibleError, NotFoundError, UsageError
 from stager.manifest import TREE, USER, Finding, Manifest
 from stager.paths import is_within
+from stager.walk import Excluder
 
 PATH = "path"
 """The role of a directory that a variable names beside the environment."""
@@ -238,6 +240,7 @@ def base_tree(interpreter: Interpreter, *, with_packages: bool) -> Tree:
     for name in _listdir(os.path.join(interpreter.base_prefix, library_parent)):
         if re.fullmatch(r"python\d+\.\d+t?", name) and name != f"python{major_minor}":
             exclude.append(f"{library_parent}/{name}")
+    exclude += (f"/{glob.escape(path)}" for path in _environments(interpreter.base_prefix))
     names = [interpreter.base_prefix, os.path.dirname(os.path.dirname(interpreter.base_executable))]
     if conda.is_prefix(interpreter.base_prefix):
         exclude += conda.excluded(interpreter.base_prefix)
@@ -249,6 +252,26 @@ def base_tree(interpreter: Interpreter, *, with_packages: bool) -> Tree:
         exclude=tuple(exclude),
         python_directories=(library,),
     )
+
+
+def _environments(prefix: str) -> Iterator[str]:
+    """The paths of virtual environments in a Python's prefix, where pyenv-virtualenv makes them.
+
+    A directory that holds nothing else is one path: what is made there later is no change.
+    """
+    for name in _listdir(prefix):
+        if name in ("bin", "include", "lib", "lib64", "share"):
+            continue
+        found = _listdir(os.path.join(prefix, name))
+        inside = [one for one in found if _is_virtual(os.path.join(prefix, name, one))]
+        if _is_virtual(os.path.join(prefix, name)) or (inside and inside == found):
+            yield name
+        else:
+            yield from (f"{name}/{one}" for one in inside)
+
+
+def _is_virtual(path: str) -> bool:
+    return os.path.exists(os.path.join(path, "pyvenv.cfg"))
 
 
 def _listdir(path: str) -> list[str]:
@@ -273,6 +296,7 @@ def describe(request: Request, config: Config) -> Environment:
     Raises:
         NotFoundError: nothing is there, or nothing that is an environment.
         IncompatibleError: its Python does not start.
+        UsageError: it lies where much more than an environment is.
     """
     from stager.environments import searchpaths, trees, userbase
 
@@ -288,7 +312,27 @@ def describe(request: Request, config: Config) -> Environment:
         environment = trees.describe(request, config)
     else:
         environment = _detected(os.path.abspath(request.paths[0]), config)
+    for tree in environment.trees:
+        _require_apart(tree, config)
     return searchpaths.settle(environment, request.search, config)
+
+
+def _require_apart(tree: Tree, config: Config) -> None:
+    """Refuse a tree with the repository in it, and a base with a home in it.
+
+    Raises:
+        UsageError: it is one.
+    """
+    held = {"the repository": config["repository"]}
+    hint = "name another repository (--repository, STAGER_REPOSITORY)"
+    if tree.role == "base":  # which nobody has asked to pack: it is where Python was installed
+        held = {"the home directory": os.path.expanduser("~"), **held}
+        hint = "make the environment with a Python that is installed in a directory of its own"
+    exclude = Excluder((*tree.exclude, *config["pack.exclude"]), tree.only)
+    for what, path in held.items():
+        inside = os.path.relpath(os.path.realpath(path), os.path.realpath(tree.root))
+        if inside.split("/")[0] != ".." and not exclude.leaves_out(inside):
+            raise UsageError(f"{tree.root} cannot be packed: {what} {path} is in it", hint=hint)
 
 
 def _detected(prefix: str, config: Config) -> Environment:

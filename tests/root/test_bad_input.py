@@ -67,6 +67,27 @@ def test_no_environment(bench: Bench) -> None:
     assert not bench.repository.exists()
 
 
+def test_python_that_is_installed_in_a_home(bench: Bench) -> None:
+    """``--prefix=$HOME``: the base would be all that its user has, keys included."""
+    base = environments.make_base(bench.root / "home")
+    small = environments.make_small_venv(bench.root / "origin" / "env", python=base.bin / "python3")
+    for option in ([], ["--check"]):
+        said = bench.expect(2, "pack", small.prefix, *option)
+        assert f"the home directory {base.prefix} is in it" in said
+    assert not bench.repository.exists()
+
+
+def test_repository_in_what_is_packed(bench: Bench, environment: Environment) -> None:
+    """It changes while it is packed, which is nobody's who is still installing."""
+    inside = environment.prefix / "share" / "images"
+    for what in ([environment.prefix], ["--tree", environment.prefix]):
+        said = bench.expect(2, "pack", *what, "--repository", inside)
+        assert f"the repository {inside} is in it" in said
+        assert not inside.exists()
+    inside.parent.mkdir()
+    bench.stager("pack", environment.prefix, "--repository", inside, "--exclude", "/share")
+
+
 def test_nothing_named(bench: Bench) -> None:
     bench.expect(2, "pack")
     bench.expect(2, "stage")

@@ -87,6 +87,27 @@ def test_base_is_packed_once_for_all(bench: Bench, venv_on_base: Environment) ->
     assert staged.eval("sys.base_prefix") == str(staged.trees[0])
 
 
+@pytest.mark.parametrize("beside", [[], ["a-file"]])
+def test_environments_in_a_base_are_no_part_of_it(bench: Bench, beside: list[str]) -> None:
+    """As pyenv-virtualenv makes them: all that are there would be in the base of each."""
+    base = environments.make_base(bench.root / "origin" / "base")
+    envs = base.prefix / "envs"
+    one, two = (
+        environments.make_small_venv(envs / name, python=base.bin / "python3", mine="x = 1")
+        for name in ("one", "two")
+    )
+    for name in beside:
+        (envs / name).touch()
+    bench.pack(one, name="one")
+    (two.site_packages / "mine.py").write_text("x = 22\n")
+    if not beside:  # a directory of nothing else may get more
+        environments.make_small_venv(envs / "three", python=base.bin / "python3")
+    assert bench.pack(two, name="two")["reused"] == ["base"]
+    staged = bench.stage(name="two", hide=[base.prefix])
+    assert staged.eval("sys.base_prefix, mine.x", "sys, mine") == f"{staged.trees[0]} 22"
+    assert [path.name for path in staged.trees[0].glob("envs/*")] == beside
+
+
 def test_a_base_that_the_site_has_packed(
     bench: Bench, venv_on_base: Environment, new_directory: Callable[[], Path]
 ) -> None:

@@ -108,6 +108,14 @@ def test_what_is_left_out(patterns: list[str], path: str, out: bool) -> None:
     assert Excluder(patterns)(path) is out
 
 
+def test_what_is_left_out_with_its_directory() -> None:
+    assert Excluder(("/share",)).leaves_out("share/stager/images")
+    assert not Excluder(("stager",)).leaves_out("share/stagers")
+    assert not Excluder((), ("lib",)).leaves_out("lib/a/b")
+    assert Excluder((), ("lib",)).leaves_out("share")
+    assert not Excluder(("share",)).leaves_out(".")
+
+
 @pytest.mark.parametrize(
     ("path", "out"),
     [
