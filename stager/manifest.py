@@ -161,8 +161,13 @@ class Manifest(NamedTuple):
 
     @property
     def library(self) -> str:
-        """The modules of a Python of this version, relative to a prefix: ``lib/python3.11``."""
-        return "lib/python" + ".".join(self.python.version.split(".")[:2])
+        """The modules of such a Python, relative to a prefix: ``lib/python3.11``.
+
+        A free-threaded one is called ``python3.13t``, and so are its modules.
+        """
+        name = "python" + ".".join(self.python.version.split(".")[:2])
+        threaded = os.path.basename(self.python.base) == f"{name}t"
+        return f"lib/{name}t" if threaded else f"lib/{name}"
 
     @property
     def original_python(self) -> str:

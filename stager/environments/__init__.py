@@ -226,7 +226,6 @@ def base_tree(interpreter: Interpreter, *, with_packages: bool) -> Tree:
     from stager.environments import conda
 
     library = interpreter.library
-    major_minor = ".".join(interpreter.version.split(".")[:2])
     exclude = [
         f"{library}/test",
         f"{library}/config-*/*.a",
@@ -236,9 +235,9 @@ def base_tree(interpreter: Interpreter, *, with_packages: bool) -> Tree:
     ]
     if not with_packages:
         exclude.append(f"{library}/site-packages/*")
-    library_parent = os.path.dirname(library)
+    library_parent, own = os.path.split(library)
     for name in _listdir(os.path.join(interpreter.base_prefix, library_parent)):
-        if re.fullmatch(r"python\d+\.\d+t?", name) and name != f"python{major_minor}":
+        if re.fullmatch(r"python\d+\.\d+t?", name) and name != own:
             exclude.append(f"{library_parent}/{name}")
     exclude += (f"/{glob.escape(path)}" for path in _environments(interpreter.base_prefix))
     names = [interpreter.base_prefix, os.path.dirname(os.path.dirname(interpreter.base_executable))]

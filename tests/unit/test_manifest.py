@@ -99,6 +99,12 @@ def test_a_base_is_the_nodes_own_or_packed() -> None:
     assert SAMPLE._replace(python=beside).local_base == beside.base
 
 
+@pytest.mark.parametrize("name", ["python3.13", "python3.13t"])
+def test_a_free_threaded_python_has_modules_of_its_own(name: str) -> None:
+    python = SAMPLE.python._replace(version="3.13.1", base=f"/opt/bin/{name}")
+    assert SAMPLE._replace(python=python).library == f"lib/{name}"
+
+
 def test_an_image_is_named_by_what_went_in_and_what_came_out() -> None:
     assert OWN.filename == "ffeeddccbbaa9988-12345678.tar.zst"
     assert BASE.filename == "00112233445566aa-000000ab.squashfs"
