@@ -38,8 +38,8 @@ from stager import (
     allocation,
     fitness,
     fsutil,
+    jobactivation,
     jobnotes,
-    jobstate,
     privilege,
     schedulers,
     sitestore,
@@ -49,27 +49,16 @@ from stager import (
 )
 from stager import config as configuration
 from stager.config import Config
-from stager.envpatch import EnvPatch
 from stager.errors import JOB, SITE, NoSpaceError, NotFoundError, StagerError, UsageError, known
 from stager.jobstate import MAX_MESSAGE, Job
-from stager.manifest import Layer, Manifest
+from stager.manifest import Layer
 from stager.ref import KEYS, Directive, Ref
 from stager.repository import Published, Repository
 from stager.stage import HIT, Staged, slowest
 from stager.store import MOUNTED, Store
 
-_OF_THE_USER = ("HOME", "USER", "LOGNAME", "SHELL", "LANG")
 VISIBLE, PROLOG, NEVER = "visible", "prolog", "never"
 _OPTIONS = ("strict", "verbose", *KEYS)
-_INHERITED = (
-    "VIRTUAL_ENV", "VIRTUAL_ENV_PROMPT", "PYTHONHOME", "PYTHONPYCACHEPREFIX",
-    "__PYVENV_LAUNCHER__", "_CE_CONDA", "_CE_M", "CONDA_PREFIX",
-    *(f"CONDA_PREFIX_{level}" for level in range(1, 10)),
-    "CONDA_DEFAULT_ENV", "CONDA_PROMPT_MODIFIER", "CONDA_SHLVL", "CONDA_EXE", "CONDA_PYTHON_EXE",
-    "APPTAINERENV_VIRTUAL_ENV", "APPTAINERENV_CONDA_PREFIX",
-    "SINGULARITYENV_VIRTUAL_ENV", "SINGULARITYENV_CONDA_PREFIX",
-)  # fmt: skip
-"""Traces of an activation that a job may have inherited from where it was submitted."""
 
 
 class Order(NamedTuple):
@@ -149,7 +138,7 @@ def _work(order: Order, talk: socket.socket) -> dict[str, Any]:
         if job.scheduler == schedulers.PBS or node is None:
             return  # PBS wants to know the trees first
         if len(directive.refs) == 1:  # should the worker be killed now
-            _send(talk, {"original": _original(published.manifest)})
+            _send(talk, {"original": jobactivation.of_original(published.manifest)})
         if sitestore.of(published, trusted) is None:
             _fetch_ahead(published, node, config)
 
@@ -164,7 +153,7 @@ def _work(order: Order, talk: socket.socket) -> dict[str, Any]:
     if job.scheduler == schedulers.PBS:
         beforehand = _beforehand(order, directive, found, places, config, talk)
     elif len(found) == 1:
-        _send(talk, {"original": _original(found[0].manifest)})
+        _send(talk, {"original": jobactivation.of_original(found[0].manifest)})
     if node is None:
         assert broken is not None
         raise broken
@@ -175,7 +164,8 @@ def _work(order: Order, talk: socket.socket) -> dict[str, Any]:
             continue
         stage = functools.partial(_staged, published, node, config, talk, order, until)
         results.append(_with_room(stage, talk))
-    staged = beforehand or activation(directive, list(map(activate.Part.staged, results)), config)
+    parts = list(map(activate.Part.staged, results))
+    staged = beforehand or jobactivation.of_staged(directive, parts, config)
     warning = "; ".join(filter(None, (changed() for _, changed in looked)))
     return {**_outcome(staged, directive, found, results), "warning": warning}
 
@@ -194,9 +184,10 @@ def _beforehand(
     ]
     _send_trees(talk, found, below, places)
     parts = [
-        _linked(published.manifest, order.directory, part) for part, published in enumerate(found)
+        jobactivation.linked(published.manifest, order.directory, part)
+        for part, published in enumerate(found)
     ]
-    value = activation(directive, parts, config, bound=tuple(sorted({*below})))
+    value = jobactivation.of_staged(directive, parts, config, bound=tuple(sorted({*below})))
     _send(talk, {"beforehand": value})
     return value
 
@@ -233,8 +224,7 @@ def _send_original(talk: socket.socket, directive: Directive, job: Job) -> None:
         _send(talk, {"trees": [[("", path, False)]]})
         talk.recv(1)
         return
-    patch = EnvPatch({"VIRTUAL_ENV": path}, (), {"PATH": (os.path.join(path, "bin"),)})
-    _send(talk, {"original": _value(patch, path, "bin/python", ())})
+    _send(talk, {"original": jobactivation.of_path(path)})
 
 
 def _published(
@@ -442,24 +432,6 @@ def _fetch(published: Published, layer: Layer, node: Store, config: Config, unti
         node.set_received(layer.id, layer.filename, layer.image.size)
 
 
-def _original(manifest: Manifest) -> dict[str, Any]:
-    """The activation of an original."""
-    patch = activate.together([activate.Part.original(manifest)])
-    return _value(patch, manifest.origin, manifest.original_python, ())
-
-
-def _value(patch: EnvPatch, prefix: str, executable: str, leave: tuple[str, ...]) -> dict[str, Any]:
-    unset = [name for name in (*_INHERITED, *patch.unset) if name not in patch.set]
-    return {
-        "python": os.path.join(prefix, executable),
-        "prefix": prefix,
-        "leave": [one for one in leave if os.path.normpath(one) == one and one != "/"],
-        "set": dict(patch.set),
-        "unset": list(dict.fromkeys(unset)),
-        "prepend": {name: list(items) for name, items in patch.prepend.items()},
-    }
-
-
 def _send_trees(
     talk: socket.socket,
     found: list[Published],
@@ -483,39 +455,6 @@ def _send_trees(
         )
     _send(talk, {"trees": message})
     talk.recv(1)
-
-
-def _linked(manifest: Manifest, directory: str, part: int) -> activate.Part:
-    """An environment by the links in the job's directory."""
-    layers = len(manifest.layers)
-    names = (jobstate.link_name(part, number, layers) for number in range(layers))
-    return activate.Part(manifest, tuple(os.path.join(directory, name) for name in names))
-
-
-def activation(
-    directive: Directive,
-    parts: list[activate.Part],
-    config: Config,
-    *,
-    bound: tuple[str, ...] = (),
-) -> dict[str, Any]:
-    """Put several environments together, see :mod:`stager.activate`."""
-    name = "+".join(str(wish) for wish in directive.refs)
-    patch = activate.patch(parts, config, ref=name, bound=bound)
-    if parts[0].manifest.kind == activate.CONDA:
-        from stager import sourcing
-
-        user = {name: os.environ[name] for name in _OF_THE_USER if name in os.environ}
-        patch = sourcing.known_beforehand(patch, parts[0].prefix, user)
-    # A task replaces all that it finds below these by the first one's prefix.
-    leave = [
-        old
-        for part in parts
-        for old, new in part.manifest.moved(part.trees).items()
-        if new == part.prefix
-    ]
-    executable = parts[0].manifest.python.executable
-    return _value(patch, parts[0].prefix, executable, tuple(dict.fromkeys(leave)))
 
 
 def _outcome(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from environments import REPO, VENV, run
-from stager import activate, config, forjob, jobstate, ref, stage
+from stager import activate, config, jobactivation, jobstate, ref, stage
 from stager.repository import Repository
 from workbench import Staged
 
@@ -139,7 +139,7 @@ def test_a_task_of_slurm(one: Staged, tmp_path: Path) -> None:
     assert directive is not None
     made = {layer.id: stage.HIT for layer in published.manifest.layers}
     result = stage.Staged(str(one.prefix), stage.HIT, published.manifest, made)
-    value = forjob.activation(directive, [activate.Part.staged(result)], config.load())
+    value = jobactivation.of_staged(directive, [activate.Part.staged(result)], config.load())
     checked = jobstate.Activation.checked(value, (str(one.prefix.parent),))
     state = tmp_path / "jobs" / "7"
     state.mkdir(parents=True)

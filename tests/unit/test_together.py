@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import tiny
-from stager import activate, forjob, lookup, ref, stage, together
+from stager import activate, forjob, jobactivation, lookup, ref, stage, together
 from stager.activate import Part
 from stager.environments import kept
 from stager.envpatch import EnvPatch
@@ -104,7 +104,7 @@ def test_a_job_of_several(public_path: Path) -> None:
     (_, one), (_, two) = everything
     directive = ref.parse_directive("one+two?verbose")
     parts = [Part.staged(result) for _, result in everything]
-    value = forjob.activation(directive, parts, config)
+    value = jobactivation.of_staged(directive, parts, config)
     assert value["prefix"] == one.prefix
     assert value["python"] == f"{one.prefix}/bin/python"
     assert value["set"]["VIRTUAL_ENV"] == one.prefix
