@@ -23,6 +23,8 @@ _ABANDONED = 86400.0
 _STILL_WRITTEN = 5.0
 """Seconds for which a directory that fills up again is emptied again."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_MOST_AT_ONCE = 32
+"""Questions to shared storage at the same time; an environment has fewer than ten groups."""
 SCARCE = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 """Errors of a process that met a limit, or whose machine has no more of something."""
 
@@ -286,6 +288,9 @@ def ask(
 ) -> Callable[[], dict[str, os.stat_result]]:
     """Have shared storage asked for paths: those of a group in turn, the groups at the same time.
 
+    In a manifest that a user made up there could be any number of groups, and a node may have no
+    more than 32768 threads for everybody: where there are many, several are asked in turn.
+
     Groups may share no name that is not known yet: two that ask for it at once may both be a
     question (seen with FUSE). So nothing else may look at these paths before all are answered.
 
@@ -296,6 +301,10 @@ def ask(
     Returns:
         A function that waits for all the answers and returns them; what cannot be seen has none.
     """
+    together: list[list[str]] = [[] for _ in range(_MOST_AT_ONCE)]
+    for number, group in enumerate(groups):
+        together[number % _MOST_AT_ONCE] += group
+    groups = [*filter(None, together)]
     answered: list[_thread.LockType] = []
     found: dict[str, os.stat_result] = {}
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -416,6 +417,33 @@ def test_who_asks_at_once_waits_for_all_answers(
     answer.set()
     assert set(wait()) == {first, here}
     assert (len(asked), asked.index(first) < asked.index(missing)) == (4, True)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_so_many_groups_as_a_user_makes_up_are_not_so_many_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool
+) -> None:
+    """A hook asks beside all jobs' limits; while storage hangs, no thread ends."""
+    started: list[object] = []
+    start, stat, answer = _thread.start_new_thread, os.stat, threading.Event()
+
+    def counted(*arguments: Any) -> int:
+        started.append(arguments)
+        return start(*arguments)
+
+    def late(path: str, **more: Any) -> os.stat_result:
+        assert answer.wait(60)
+        return stat(path, **more)
+
+    monkeypatch.setattr(_thread, "start_new_thread", counted)
+    monkeypatch.setattr(os, "stat", late)
+    paths = [str(tmp_path / str(number)) for number in range(1000)]
+    for path in paths:
+        Path(path).touch()
+    wait = fsutil.ask([[path] for path in paths], first=str(tmp_path) if first else "")
+    answer.set()
+    assert {*paths} <= set(wait())
+    assert len(started) < 50
 
 
 @pytest.mark.parametrize("threads", [True, False])
