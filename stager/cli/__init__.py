@@ -30,9 +30,14 @@ _ON_STALE = ("repack", "warn", "fallback", "ignore")
 _SHELLS = {"bash": "sh", "dash": "sh", "ksh": "sh", "zsh": "sh", "tcsh": "csh"}
 """Shells that read what another one's code is."""
 
+_NEVER_EMPTY = ("environment", "ref", "env", "python", "store", "repository", "nodes")
+"""Arguments that are left out where nothing is meant: if empty, a variable is not set."""
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
+        if self.prog == "stager activate":
+            print("false")  # as where it fails later: `eval` of nothing succeeds
         hint = f"{self.prog} --help"
         print(f"stager: error: {message}\nhint: see `{hint}`", file=sys.stderr)
         # What env(1) does: 125 is its own failure, everything else the command's.
@@ -367,6 +372,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         arguments, unknown = _parser().parse_known_args(argv)
         if unknown:  # the verb's own parser knows its status
             arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        for name in _NEVER_EMPTY:
+            if getattr(arguments, name, None) == "":
+                arguments.parser.error(f"`{name}` is empty: is a variable not set?")
         return arguments
     except SystemExit:
         _flush()  # what --help prints may have no reader either

@@ -178,7 +178,7 @@ class Network:
                 hint="the node may be down; --connect-timeout raises the limit",
                 blame=NODE,
             ) from error
-        except socket.gaierror as error:
+        except (socket.gaierror, UnicodeError) as error:  # that of a name that cannot be one
             raise StagerError(
                 "its name is not known", hint="check the name, or HostName in ~/.ssh/config"
             ) from error

@@ -227,6 +227,9 @@ def test_activating_prints_code_for_a_shell(machine: Machine) -> None:
         ["tiny", "--timeout", "abc"],
         ["tiny", "--store", "/with space"],
         ["tiny", "--how", "mount"],
+        ["tiny", "--shell", "no-such-shell"],
+        ["tiny", "--no-such-option"],
+        [""],
     ],
 )
 def test_activation_that_fails_fails_in_the_shell_too(
@@ -663,6 +666,29 @@ def test_a_mistake_has_its_status_and_a_line_that_names_it(
     found = machine(*argv)
     assert message in found.error
     assert found.status == status
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "name"),
+    [
+        (["pack", ""], 2, "environment"),
+        (["pack", "--repository", ""], 2, "repository"),
+        (["pack", "--user", "--python", ""], 2, "python"),
+        (["stage", ""], 2, "ref"),
+        (["stage", "tiny", "--store="], 2, "store"),
+        (["activate", ""], 2, "ref"),
+        (["run", "--env", "", "false"], 125, "env"),
+        (["collect", "--all", "-w", ""], 2, "nodes"),
+    ],
+)
+def test_a_variable_that_is_not_set_stands_for_nothing_else(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, argv: list[str], status: int, name: str
+) -> None:
+    """``stager pack "$ENV"`` packed what was active, ``collect -w "$NODES"`` this node's store."""
+    monkeypatch.setenv("VIRTUAL_ENV", str(machine.prefix))
+    found = machine(*argv)
+    assert found.status == status
+    assert f"`{name}` is empty" in found.err
 
 
 def test_a_name_that_is_almost_right_is_suggested(machine: Machine) -> None:

@@ -157,6 +157,12 @@ def test_what_is_not_installed_is_named(name: str, monkeypatch: pytest.MonkeyPat
     assert "pip install ClusterShell paramiko" in error.value.hint
 
 
+@pytest.mark.parametrize("name", ["node1..site", "n" * 64])
+def test_what_cannot_be_a_name_is_not_known(name: str) -> None:
+    with pytest.raises(StagerError, match="its name is not known"):
+        ssh.Network(Settings())._socket({"hostname": name}, 22, None)
+
+
 # What is said
 
 

@@ -119,6 +119,8 @@ def test_what_the_environment_says_counts_as_if_it_were_typed(copy: Copy) -> Non
         (["--env", "other", "true"], {}),
         (["--env=other", "true"], {}),
         (["--env", "torc", "true"], {}),
+        (["--env", "", "true"], {}),
+        (["--env=", "true"], {}),
         (["true"], {"STAGER_ACTIVE": None, "STAGER_PREFIX": None}),
         (["true"], {"STAGER_PREFIX": ""}),
         (["true"], {"STAGER_PREFIX": "/no/such/tree"}),
