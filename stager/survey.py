@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import filecmp
+import glob
 import itertools
 import os
 import re
@@ -142,7 +143,12 @@ def _take_in_links(survey: Survey, environment: Environment, config: Config) -> 
             continue
         taken += 1
         if os.path.isdir(real):
-            kept += walk.walk(real, Excluder(config["pack.exclude"]), at=entry.path)
+            # A project may have its environment in it, and the environment a link to the project.
+            itself = os.path.normpath(
+                os.path.join(entry.path, os.path.relpath(os.path.realpath(tree.root), real))
+            )
+            exclude = Excluder((*config["pack.exclude"], f"/{glob.escape(itself)}"))
+            kept += walk.walk(real, exclude, at=entry.path)
             survey.copies.append((real, entry.path))
         else:
             kept.append(walk.entry(entry.path, real))

@@ -147,6 +147,19 @@ def test_links_out_of_python_directories(bench: Bench, environment: Environment)
     assert len(kept.told("link")) == 3
 
 
+def test_link_to_a_project_that_the_environment_is_in(
+    bench: Bench, environment: Environment
+) -> None:
+    """What the link leads to is included, but for the environment: it was in there once more."""
+    project = environment.prefix.parent
+    (project / "code.py").write_text("WORD = 'linked'\n")
+    (environment.site_packages / "project").symlink_to("../../../..")
+    staged = bench.packed_and_staged(environment, hide=[project])
+    assert staged.eval("project.code.WORD", "project.code") == "linked"
+    found = {path.name for path in (staged.site_packages / "project").iterdir()}
+    assert found - {"__pycache__"} == {"code.py"}
+
+
 @every_way
 def test_hard_links(bench: Bench, environment: Environment, way: str) -> None:
     """All names are there with the content of each; no name of the original is written to."""
