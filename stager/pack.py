@@ -40,7 +40,7 @@ from stager.repository import Published, Repository
 from stager.survey import Survey, look_through, place_of
 from stager.walk import DIRECTORY, LINK
 
-LAYOUT = 4
+LAYOUT = 5
 """Raised when the same environment would be packed into other bytes than before."""
 
 _NOT_CHECKED = {

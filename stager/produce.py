@@ -36,8 +36,10 @@ _STRAYS = {
     "interpreter": "is loaded by",
     "runpath": "looks for libraries in",
     "script": "is started by",
+    "module-path": "has code that names",
 }
-"""What can be done by, or in, a place that is not on the node."""
+"""What is done by, or in, a place that is not on the node."""
+_QUOTED_PATH = re.compile(rb"['\"](/[^'\"]+)['\"]")
 
 Data = Union[bytes, Iterable[Union[bytes, memoryview]]]
 _Members = list[tuple[Member, Data]]
@@ -265,6 +267,7 @@ class Producer:
                 data = data[:start] + os.fsencode(interpreter) + data[end:]
             return relocation.text(relocate.rewrite_config(data, values))
         if path.endswith((".pth", ".egg-link")) and self._in_python_directory(path):
+            self._look_at_code(path, data)
             directory = os.path.dirname(self._original(path))
             return relocate.rewrite_paths(data, directory, relocation)
         if item.kind == "record":
@@ -392,6 +395,16 @@ class Producer:
         if not known:
             with self._lock:
                 self._strays.setdefault(("script", target), []).append(path)
+
+    def _look_at_code(self, path: str, data: bytes) -> None:
+        """Note what code in a path file names that is neither in a layer nor on the node."""
+        lines = (line for line in data.splitlines() if line.startswith((b"import ", b"import\t")))
+        for quoted in _QUOTED_PATH.findall(b"\n".join(lines)):
+            target = os.path.normpath(os.fsdecode(quoted))
+            known = is_within(target, self._place.local) or not os.path.exists(target)
+            if not known and self._place.relocation.path(target) is None:
+                with self._lock:
+                    self._strays.setdefault(("module-path", target), []).append(path)
 
     def _tell_strays(self) -> None:
         """One line for each place: many files of one package may name the same."""

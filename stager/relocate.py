@@ -191,6 +191,9 @@ def wide_encoding(data: bytes) -> str:
     return ""
 
 
+MARK = "\ufeff"
+"""What a text in Unicode may begin with; since 3.13, Python does not take it for part of a path."""
+
 # Longest first: that of UTF-16 is the beginning of another. The codecs named do not eat the mark.
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -266,7 +269,7 @@ def rewrite_paths(data: bytes, directory: str, relocation: Relocation) -> bytes:
     """
     lines = []
     for line in data.decode("utf-8", "surrogateescape").splitlines(keepends=True):
-        text = line.strip()
+        text = line.strip().lstrip(MARK)
         if text.startswith(("import ", "import\t", "#")) or not text:
             lines.append(relocation.text(os.fsencode(line)))
             continue

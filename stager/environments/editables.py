@@ -20,6 +20,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from stager import relocate
 from stager.paths import is_within
 
 _REBUILDS = re.compile(r"_.+_editable(_loader)?\.py\Z")
@@ -140,7 +141,7 @@ def _parsed(path: str) -> ast.Module:
 def _path_lines(path: str, site: str, *, link: bool) -> Iterator[Source]:
     lines = _read(path).decode("utf-8", "surrogateescape").splitlines()
     for line in lines[:1] if link else lines:
-        text = line.strip()
+        text = line.strip().lstrip(relocate.MARK)
         if not text or text.startswith(("#", "import ", "import\t")):
             continue
         directory = os.path.normpath(os.path.join(site, text))

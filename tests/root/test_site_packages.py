@@ -250,6 +250,21 @@ def test_path_lines(bench: Bench, environment: Environment) -> None:
     assert workbench.traces(staged, [environment.prefix, outside]) == {}
 
 
+def test_code_in_a_path_file_that_leads_out_is_told(bench: Bench, environment: Environment) -> None:
+    outside = bench.root / "outside"
+    outside.mkdir()
+    named = [outside, f"{outside}/no-such", "/usr/lib", environment.prefix / "lib"]
+    lines = [f"import sys; sys.path.append('{one}')\n" for one in named]
+    (environment.site_packages / "code.pth").write_text("".join(lines))
+    bench.pack(environment)
+    (told,) = (
+        one for one in bench.json("inspect", "it")["findings"] if one["code"] == "module-path"
+    )
+    assert told["path"].endswith("/code.pth")
+    assert told["reason"] == f"has code that names {outside}, which is not on the node"
+    assert told["severity"] == "warning"
+
+
 # Other files with the prefix in them
 
 

@@ -59,7 +59,8 @@ def test_a_directory_in_a_path_file(project: Project, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["{}/src/", "  {}/src  ", "{}/other/../src", "../../../../src", "{}/src\r"]
+    "line",
+    ["{}/src/", "  {}/src  ", "{}/other/../src", "../../../../src", "{}/src\r", "\ufeff{}/src"],
 )
 def test_spellings_of_the_directory(project: Project, line: str) -> None:
     project.write("a.pth", f"{line}\n")

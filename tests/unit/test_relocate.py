@@ -299,6 +299,7 @@ FILES = Relocation([Move(OLD, NEW), Move("/src/proj", f"{NEW}/.stager/editable/0
         (f"# {OLD}\n", f"# {NEW}\n"),
         ("\n", "\n"),
         (f"  {OLD}/src  \r\n", f"  {NEW}/src  \r\n"),
+        ("\ufeff/src/proj\n", f"\ufeff{NEW}/.stager/editable/0-proj\n"),
         (f"{OLD}/a\n{OLD}2/b\n./c", f"{NEW}/a\n{OLD}2/b\n./c"),
         ("/home/\udcff\n", "/home/\udcff\n"),
     ],
