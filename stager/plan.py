@@ -111,13 +111,18 @@ def make(
         else:
             files[entry.path] = entry
     items += _files(place, files, compile_all, findings)
-    known = {item.path for item in items}
-    for item in [one for one in items if one.tag]:
-        cache = f"{os.path.dirname(item.path)}/__pycache__".lstrip("/")
-        if cache not in known:
-            known.add(cache)
-            items.append(Item(cache, "dir", 0o755, item.mtime))
+    caches = {_cache_of(item.path): item.mtime for item in reversed(items) if item.tag}
+    for item in items:
+        if item.kind == "dir":
+            caches.pop(item.path, None)
+    # What else is called so, a link to nothing or a file that is to keep bytecode away, gives way.
+    items = [item for item in items if item.path not in caches]
+    items += (Item(path, "dir", 0o755, mtime) for path, mtime in caches.items())
     return sorted(items, key=_order), findings
+
+
+def _cache_of(source: str) -> str:
+    return os.path.join(os.path.dirname(source), "__pycache__")
 
 
 def _files(

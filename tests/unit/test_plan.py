@@ -357,6 +357,17 @@ def test_a_new_directory_for_bytecode_is_made_once() -> None:
     assert all((item.entry, item.mode, item.mtime) == (None, 0o755, 1000) for item in new.values())
 
 
+@pytest.mark.parametrize("kind", [FILE, LINK])
+def test_what_keeps_bytecode_away_gives_way_to_it(kind: str) -> None:
+    """A file, or a link to nothing: no image can have both it and a directory of its name."""
+    cache = f"{SITE}/__pycache__"
+    other = entry(cache, kind)._replace(target="/dev/null" if kind == LINK else "")
+    module = f"{SITE}/a.py"
+    items, _ = make([other, module])
+    assert (len(items), items[cache].kind) == (2, "dir")
+    assert make([other, module], compile_all=False)[0][cache].kind != "dir"
+
+
 def test_the_order_of_writing() -> None:
     directories = (".", "a", "a/b", "a-b", "a/x.dist-info", "a/__pycache__")
     entries = [
