@@ -240,7 +240,11 @@ def _take_in_editables(survey: Survey, environment: Environment, config: Config)
                 )
             )
     sources += editables.scripts(os.path.join(tree.root, "bin"), inside)
-    for number, source in enumerate(sources):
+    # A copy of a staged environment has copies of its own.
+    taken = {entry.path for entry in survey.entries}
+    places = (f"{SNAPSHOTS}/{number}" for number in itertools.count())
+    free = (place for place in places if place not in taken)
+    for source in sources:
         named_by = os.path.relpath(source.named_by, tree.root)
         if policy != "snapshot":
             severity = "error" if policy == "refuse" else "warning"
@@ -248,7 +252,7 @@ def _take_in_editables(survey: Survey, environment: Environment, config: Config)
             survey.findings.append(Finding(named_by, "editable", reason, severity))
             continue
         # A directory of its own: beside one another, two modules could have one name.
-        at = f"{SNAPSHOTS}/{number}/{os.path.basename(source.path)}"
+        at = f"{next(free)}/{os.path.basename(source.path)}"
         # Before it is looked through: what changes from here on may not be in the image.
         survey.watches += (freshness.watch(path, tree=True) for path in _watchable(source))
         survey.entries += _snapshot(source, at)
@@ -258,8 +262,8 @@ def _take_in_editables(survey: Survey, environment: Environment, config: Config)
     if survey.moves:
         top = next(entry for entry in survey.entries if entry.path == ".")
         parents = {os.path.dirname(at) for _, at in survey.moves}
-        for path in (".stager", SNAPSHOTS, *sorted(parents)):
-            survey.entries.append(top._replace(path=path, mode=0o755))
+        new = {".stager", SNAPSHOTS, *parents} - taken
+        survey.entries += (top._replace(path=path, mode=0o755) for path in sorted(new))
 
 
 def _snapshot(source: editables.Source, at: str) -> Iterator[Entry]:

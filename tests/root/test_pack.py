@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -395,6 +396,31 @@ def test_editable_source_that_changed(bench: Bench, environment: Environment) ->
     (source / "pkg" / "deep" / "mod.py").write_text("WORD = 'newer'\n")
     staged = bench.stage(hide=[environment.prefix, source])
     assert staged.eval("pkg.deep.mod.WORD", "pkg.deep.mod") == "newer"
+
+
+def test_a_copy_of_a_staged_environment_gets_more_sources(
+    bench: Bench, environment: Environment
+) -> None:
+    """It has copies of sources where a pack puts them: those that are new lie beside them."""
+    source = bench.root / "src"
+    source.mkdir()
+    (source / "mod.py").write_text("WORD = 'old'\n")
+    line = environment.site_packages.relative_to(environment.prefix) / "mod.pth"
+    (environment.prefix / line).write_text(f"{source}\n")
+    bench.pack(environment)
+    copy = bench.root / "copy"
+    shutil.copytree(bench.stage("--how", "extract").prefix, copy, symlinks=True)
+    (source / "mod.py").write_text("WORD = 'newer'\n")
+    (copy / line).write_text(f"{source}\n")
+    bench.pack(copy, name="copy")
+    staged = bench.stage(name="copy", hide=[copy, source])
+    assert staged.eval("mod.WORD", "mod") == "newer"
+    assert [
+        one.read_text() for one in sorted(staged.prefix.glob(".stager/editable/*/src/mod.py"))
+    ] == [
+        "WORD = 'old'\n",
+        "WORD = 'newer'\n",
+    ]
 
 
 def test_hidden_original_is_not_stale(bench: Bench, environment: Environment) -> None:
