@@ -13,7 +13,7 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from stager import condameta, freshness, plan, walk
 from stager.condameta import Recorded
@@ -59,13 +59,15 @@ def look_through(tree: Tree, environment: Environment, config: Config) -> Survey
         OSError: something in it cannot be looked at.
     """
     exclude = Excluder((*tree.exclude, *config["pack.exclude"]), tree.only)
-    # What else comes and goes in a directory that is not packed whole is no change.
     entries, slow = walk.timed(tree.root, exclude)
-    entries = [one._replace(mtime_ns=0) if one.path in exclude.partial else one for one in entries]
     found = Survey(tree, entries, slow=slow)
     found.recorded = condameta.read(tree.root)
     found.findings += _too_long(found.recorded, config)
     _take_in_links(found, environment, config)
+    # What else comes and goes in a directory that is not packed whole is no change.
+    found.entries = [
+        one._replace(mtime_ns=0) if one.path in exclude.partial else one for one in found.entries
+    ]
     if tree.role == "env":
         _take_in_editables(found, environment, config)
     _settle_links(found)
@@ -84,9 +86,14 @@ def _add_python(survey: Survey, environment: Environment) -> None:
     top = next(entry for entry in survey.entries if entry.path == ".")
     versioned = os.path.basename(environment.interpreter.library)
     paths = [f"bin/{name}" for name in ("python", "python3", versioned)]
+    known = next((entry for entry in survey.entries if entry.path == "bin"), None)
+    if known is None or known.kind != DIRECTORY:  # a link to another of its directories, or a file
+        directory = [top._replace(path="bin", mode=0o755)]
+        if known is not None and os.path.isdir(known.source):
+            exclude = Excluder(survey.tree.exclude, survey.tree.only)
+            directory = walk.walk(os.path.realpath(known.source), exclude, at="bin")
+        survey.entries = [one for one in survey.entries if one is not known] + directory
     survey.entries = [one for one in survey.entries if one.path not in paths]
-    if not any(entry.path == "bin" for entry in survey.entries):
-        survey.entries.append(top._replace(path="bin", mode=0o755))
     link = walk.entry(paths[0], base)._replace(kind=LINK, target=base, size=0)
     survey.entries += [link._replace(path=path) for path in paths]
 
@@ -113,7 +120,7 @@ def _too_long(recorded: dict[str, Recorded], config: Config) -> Iterator[Finding
 
 
 def _take_in_links(survey: Survey, environment: Environment, config: Config) -> None:
-    """Replace links out of the Python directories by what they lead to.
+    """Replace links out of the Python directories, and such directories, by what they lead to.
 
     An installer that links modules to its cache (``UV_LINK_MODE=symlink``) leaves an environment
     of nothing but such links. Elsewhere, a link may lead to data that are much larger than the
@@ -128,7 +135,7 @@ def _take_in_links(survey: Survey, environment: Environment, config: Config) -> 
         if not plan.leaves(place, entry):
             kept.append(entry)
             continue
-        if not plan.is_below(entry.path, (*tree.python_directories, "bin")):
+        if not _is_pythons(entry.path, (*tree.python_directories, "bin")):
             if installed is None:
                 installed = _installed_data(survey)
             if entry.path not in installed:
@@ -147,8 +154,8 @@ def _take_in_links(survey: Survey, environment: Environment, config: Config) -> 
             itself = os.path.normpath(
                 os.path.join(entry.path, os.path.relpath(os.path.realpath(tree.root), real))
             )
-            exclude = Excluder((*config["pack.exclude"], f"/{glob.escape(itself)}"))
-            kept += walk.walk(real, exclude, at=entry.path)
+            patterns = (*tree.exclude, *config["pack.exclude"], f"/{glob.escape(itself)}")
+            kept += walk.walk(real, Excluder(patterns, tree.only), at=entry.path)
             survey.copies.append((real, entry.path))
         else:
             kept.append(walk.entry(entry.path, real))
@@ -156,6 +163,12 @@ def _take_in_links(survey: Survey, environment: Environment, config: Config) -> 
     if taken:
         reason = f"{taken} links out of the environment: what they lead to is included"
         survey.findings.append(Finding(".", "links", reason, "note"))
+
+
+def _is_pythons(path: str, directories: Iterable[str]) -> bool:
+    """Tell whether a path is one of the directories, in one, or what one is in."""
+    own = [f"{one}/" for one in directories if one]
+    return plan.is_below(path, directories) or any(one.startswith(f"{path}/") for one in own)
 
 
 def _settle_links(survey: Survey) -> None:

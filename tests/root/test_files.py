@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import stat
 import tarfile
@@ -145,6 +146,22 @@ def test_links_out_of_python_directories(bench: Bench, environment: Environment)
     kept = bench.stage("--how", "extract", name="kept")
     assert kept.site_packages.joinpath("module.py").readlink() == outside / "module.py"
     assert len(kept.told("link")) == 3
+
+
+@pytest.mark.parametrize("path", ["lib", "lib/python", "lib/python/site-packages", "bin"])
+def test_python_directories_that_are_links(
+    bench: Bench, environment: Environment, path: str
+) -> None:
+    """To a disk with more space: they were told of, and left where they are."""
+    (environment.site_packages / "mine.py").write_text("x = 1\n")
+    directory = environment.prefix / path.replace("python", environments.BASE_PYTHON.name)
+    outside = bench.root / "outside"
+    shutil.move(directory, outside)
+    directory.symlink_to(outside)
+    staged = bench.packed_and_staged(environment, hide=[outside])
+    assert staged.eval("mine.x", "mine") == "1"
+    assert workbench.links_out(staged) == {}
+    assert workbench.modules_from_source(staged, "mine") == []
 
 
 def test_link_to_a_project_that_the_environment_is_in(

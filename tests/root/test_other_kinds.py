@@ -158,6 +158,41 @@ def test_a_user_base_is_packed_again_when_it_changed(user: tuple[Case, Path]) ->
     assert not (after.prefix / "share/containers").exists()
 
 
+@pytest.mark.parametrize("image_format", ["squashfs", "tar.zst"])
+def test_a_user_base_of_links(case: Case, image_format: str) -> None:
+    """``~/.local/bin`` may be ``~/bin``, and ``~/.local/lib`` where there is more space."""
+    base, outside = case.new / "local", case.new / "outside"
+    pip_install_to(case.python, "--user", PYTHONUSERBASE=str(base))
+    (base / "bin" / "by-hand").write_text(f"#!{case.python}\nimport six; print(six.__file__)\n")
+    (base / "bin" / "by-hand").chmod(0o755)
+    (base / "bin" / "another").write_text("")
+    outside.mkdir()
+    for name in ("bin", "lib"):
+        (base / name).rename(outside / name)
+        (base / name).symlink_to(outside / name)
+    case.bench.settings["PYTHONUSERBASE"] = str(base)
+    options = ["--python", case.python, "--name", "it", "--format", image_format]
+    case.bench.stager("pack", "--user", *options)
+    said = case.hidden(STAGE_RUN, "--env", "it", "by-hand", hide=(base, outside))
+    prefix = Path(case.bench.json("stage", "it")["prefix"])
+    assert said.startswith(f"{prefix}/lib/")
+    assert not (prefix / "bin" / "another").exists()
+
+
+@pytest.mark.parametrize("what", ["file", "link"])
+def test_a_tree_whose_bin_is_no_directory(case: Case, what: str) -> None:
+    tree = case.new / "tree"
+    (tree / "programs").mkdir(parents=True)
+    (tree / "programs" / "tool").write_text("")
+    (tree / "mine.py").write_text("x = 1\n")
+    (tree / "bin").symlink_to("programs") if what == "link" else (tree / "bin").touch()
+    case.bench.stager("pack", "--tree", tree, "--python", case.python, "--name", "it")
+    code = "import mine; print(mine.x)"
+    assert case.hidden(STAGE_RUN, "--env", "it", "python3", "-c", code, hide=(tree,)) == "1\n"
+    prefix = Path(case.bench.json("stage", "it")["prefix"])
+    assert (prefix / "bin" / "tool").exists() is (what == "link")
+
+
 def test_a_user_base_without_packages_is_refused(case: Case) -> None:
     (case.new / "local").mkdir()
     env = case.bench.environ(PYTHONUSERBASE=str(case.new / "local"))
