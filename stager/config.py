@@ -109,6 +109,8 @@ def _optional_store(text: object) -> str:
 def _list(item: Callable[[object], Any]) -> Callable[[object], tuple[Any, ...]]:
     def parse(value: object) -> tuple[Any, ...]:
         items: Iterable[object]
+        if value is None:
+            raise ValueError("a list is expected")
         if isinstance(value, (list, tuple)):
             items = value
         else:
@@ -437,7 +439,7 @@ def _parse(path: str, file: TextIO) -> Any:
             return None
         _require_once(path, node)
         return loader.construct_document(node)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         said = " ".join(str(error).split())  # which is of several lines
         raise UsageError(f"{path} is not YAML: {said}", hint=_YAML, blame=SITE) from error
 
@@ -446,13 +448,18 @@ def _require_once(path: str, node: Any) -> None:
     """Refuse a mapping in which a key is twice: YAML's reader would take the last without a word.
 
     Raises:
-        UsageError: one is.
+        UsageError: one is, or is no text: what is left of a template has braces.
     """
     seen = set()
     for key, value in node.value if node.id == "mapping" else ():
+        line = key.start_mark.line + 1
+        if not isinstance(key.value, str):
+            raise UsageError(
+                f"{path} has a key that is no text (line {line})", hint=_YAML, blame=SITE
+            )
         if key.value in seen:
             raise UsageError(
-                f"{path} has the key `{key.value}` twice (line {key.start_mark.line + 1})",
+                f"{path} has the key `{key.value}` twice (line {line})",
                 hint="put what is below both into one",
                 blame=SITE,
             )
@@ -465,5 +472,5 @@ def _flatten(document: Mapping[Any, Any], prefix: str = "") -> Iterable[tuple[st
         name = f"{prefix}{key}"
         if isinstance(value, dict):
             yield from _flatten(value, f"{name}.")
-        else:
-            yield name, value
+        elif value is not None or not any(one.startswith(f"{name}.") for one in KEYS):
+            yield name, value  # of a group, all may be commented out

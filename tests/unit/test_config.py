@@ -107,6 +107,34 @@ def test_a_key_that_is_twice_in_a_file_is_an_error(
         load(site)
 
 
+@pytest.mark.parametrize("text", ["{{ stager_store }}\n", "[a, b]: c\n", "? {a: b}\n: c\n"])
+def test_a_key_that_is_no_text_is_an_error(site: Path, text: str) -> None:
+    """As where a template was installed as it is."""
+    (site / "config.yaml").write_text(text)
+    with pytest.raises(UsageError, match=r"config.yaml has a key that is no text \(line 1\)"):
+        load(site)
+
+
+def test_a_group_of_which_all_is_commented_out_says_nothing(site: Path) -> None:
+    (site / "config.yaml").write_text("pack:\n#  level: 5\nstage.how: extract\n")
+    found = load(site)
+    assert (found["pack.level"], found["stage.how"]) == (3, "extract")
+
+
+@pytest.mark.parametrize("key", ["pack.exclude", "repositories", "local_prefixes"])
+def test_a_list_of_which_all_is_commented_out_is_an_error(site: Path, key: str) -> None:
+    (site / "config.yaml").write_text(f"{key}:\n#  - /x\n")
+    with pytest.raises(UsageError, match=key) as error:
+        load(site)
+    assert error.value.hint == "a list is expected"
+
+
+def test_a_file_that_holds_itself_is_an_error(site: Path) -> None:
+    (site / "config.yaml").write_text("a: &a {b: *a}\n")
+    with pytest.raises(UsageError, match=r"config.yaml is not YAML"):
+        load(site)
+
+
 def test_what_is_wrong_can_be_put_aside(site: Path) -> None:
     (site / "config.yaml").write_text("pack: {fromat: squashfs, level: 5}")
     (site / "config.d" / "10-a.yaml").write_text("[")
