@@ -146,6 +146,9 @@ bench-record: setup
 	$(START) --workload torch-conda --nodes 8 --settings weak-nfs $(FEW) \
 		--json $(DATA)/starts-torch-conda.jsonl
 	$(START) --workload torch-large --nodes 1,8 $(SITE) --json $(DATA)/starts-torch-large.jsonl
+	# More nodes than this would write what this machine's disk and memory have no room for.
+	$(START) --workload torch-cuda --nodes 1 --settings cold-lustre,flash $(SITE) \
+		--json $(DATA)/starts-torch-cuda.jsonl
 	$(START) --workload all --nodes 1 $(EVERY) $(FEW) --json $(DATA)/starts-all.jsonl
 	$(START) --workload all --nodes 2,4,8 $(SITE) --json $(DATA)/starts-all.jsonl
 	$(START) --workload all --nodes 2,4,8 --settings flash,weak-nfs $(FEW) --json $(DATA)/starts-all.jsonl

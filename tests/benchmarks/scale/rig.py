@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.ledger import DATA, Ledger
-from benchmarks.measuring import read_all, touch_memory
+from benchmarks.measuring import forget, read_all, touch_memory
 from benchmarks.metafs import Metafs
 from benchmarks.settings import Settings
 from cluster.client import Cluster
@@ -239,8 +239,10 @@ class Rig:
         wide = replace(setting, wide=("*/images/*", "*.tar.gz", "*.squashfs"))
         pids = {node: self.cluster.pid(node) for node in nodes}
         self._make_room(count)
+        os.sync()  # what others left to be written is not this one's
+        forget(str(self.shared))  # together it may be more than there is memory
         touch_memory(2 * count * self._size)  # an archive beside what was unpacked, or cached
-        read_all(self.shared)
+        read_all(self.shared / strategy.data)
         with Metafs(self.shared, PFS, pids, wide) as shared:
             factor = dilated("job", count)
             with self._job(nodes, strategy.comment) as job:

@@ -49,6 +49,7 @@ class Strategy:
         comment: of the job: what the Prolog stages.
         warm: the environment is staged already.
         daemon: the first node serves files to the others.
+        data: what of the shared directory it reads more of than names.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Strategy:
     comment: str = ""
     warm: bool = False
     daemon: bool = False
+    data: str = "env"
 
 
 def _import(python: str, modules: str, ranks: int, *, before: str = "") -> Phase:
@@ -100,6 +102,7 @@ def strategies(
                 *repaired,
                 local,
             ),
+            data="env.tar.gz",
         ),
         Strategy("cp -r", (Phase("copy", f"cp -r {PFS}/env {LOCAL}"), local)),
         Strategy(  # one reader, the others from it: as `ezpz yeet` does for up to eight nodes
@@ -122,16 +125,24 @@ def strategies(
                 local,
             ),
             daemon=True,
+            data="env.tar.gz",
         ),
         Strategy(
-            "squashfs in place", (_import(f"{LOCAL}/bin/python", modules, ranks, before=mount),)
+            "squashfs in place",
+            (_import(f"{LOCAL}/bin/python", modules, ranks, before=mount),),
+            data="env.squashfs",
         ),
-        Strategy("ours", (ours,), comment=f"pyenv:{IMAGE_NAME}"),
+        Strategy("ours", (ours,), comment=f"pyenv:{IMAGE_NAME}", data="repository"),
         # What cli_filter.lua makes of the same directive when the job is submitted.
-        Strategy("ours, checked", (ours,), comment=f"pyenv:{IMAGE_NAME}?on_stale=ignore"),
+        Strategy(
+            "ours, checked",
+            (ours,),
+            comment=f"pyenv:{IMAGE_NAME}?on_stale=ignore",
+            data="repository",
+        ),
         # The same, published by the site for all users: mounted by the kernel.
-        Strategy("ours, site", (ours,), comment=f"pyenv:{SITE_NAME}"),
-        Strategy("ours, tar.zst", (ours,), comment=f"pyenv:{ARCHIVE_NAME}"),
+        Strategy("ours, site", (ours,), comment=f"pyenv:{SITE_NAME}", data="site"),
+        Strategy("ours, tar.zst", (ours,), comment=f"pyenv:{ARCHIVE_NAME}", data="repository"),
         Strategy(
             "ours, sbcast",
             (
@@ -142,6 +153,9 @@ def strategies(
                 ),
                 _import("python", modules, ranks, before=". ~/activation.sh; "),
             ),
+            data="repository",
         ),
-        Strategy("ours, warm", (ours,), comment=f"pyenv:{IMAGE_NAME}", warm=True),
+        Strategy(
+            "ours, warm", (ours,), comment=f"pyenv:{IMAGE_NAME}", warm=True, data="repository"
+        ),
     ]
