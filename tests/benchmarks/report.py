@@ -369,7 +369,8 @@ def main() -> None:
         one = work(found)
         table, numbers = simulated(one)
         draw(found, numbers, DATA / f"{path.stem}.svg")
-        parts["starts-foretold"].append(foretold(one.name, found, numbers["cold-lustre"]))
+        if any(nodes == 8 for nodes, _ in cold(found)):
+            parts["starts-foretold"].append(foretold(one.name, found, numbers["cold-lustre"]))
         pages += [
             "",
             f"## {one.name}",
