@@ -239,11 +239,12 @@ def base_tree(interpreter: Interpreter, *, with_packages: bool) -> Tree:
     for name in _listdir(os.path.join(interpreter.base_prefix, library_parent)):
         if re.fullmatch(r"python\d+\.\d+t?", name) and name != own:
             exclude.append(f"{library_parent}/{name}")
-    exclude += (f"/{glob.escape(path)}" for path in _environments(interpreter.base_prefix))
     names = [interpreter.base_prefix, os.path.dirname(os.path.dirname(interpreter.base_executable))]
     if conda.is_prefix(interpreter.base_prefix):
         exclude += conda.excluded(interpreter.base_prefix)
         names += conda.called(interpreter.base_prefix, library)[0]
+    else:  # of whose package cache each name would be asked for
+        exclude += (f"/{glob.escape(path)}" for path in _environments(interpreter.base_prefix))
     return Tree(
         role="base",
         root=interpreter.base_prefix,
