@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import csv
 import hashlib
 import os
@@ -14,32 +13,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Callable, Protocol, Union
 
-from stager import bytecode, condameta, elf, plan, prefix, relocate
+from stager import bytecode, condameta, elf, plan, prefix, reading, relocate
 from stager.bytecode import Compiler
 from stager.condameta import Recorded
-from stager.errors import DeniedError, IntegrityError
 from stager.formats.tarstream import Member
-from stager.fsutil import explain
 from stager.manifest import Finding
-from stager.paths import is_within
 from stager.plan import Item, Place
+from stager.strays import Strays
 from stager.walk import SLOW_WORKERS, Entry
 
 SMALL = 4 << 20
 """Files up to this many bytes are read whole; larger ones pass through in pieces."""
 _CHUNK = 1 << 20
-_PIECE = 256 << 10
 _LARGEST_TEXT = 256 << 20
 _AHEAD_FILES = 256
 _AHEAD_BYTES = 64 << 20
-_STRAYS = {
-    "interpreter": "is loaded by",
-    "runpath": "looks for libraries in",
-    "script": "is started by",
-    "module-path": "has code that names",
-}
-"""What is done by, or in, a place that is not on the node."""
-_QUOTED_PATH = re.compile(rb"['\"](/[^'\"]+)['\"]")
 
 Data = Union[bytes, Iterable[Union[bytes, memoryview]]]
 _Members = list[tuple[Member, Data]]
@@ -101,7 +89,7 @@ class Producer:
         self._magic = magic
         self._compiler = compiler
         self._lock = threading.Lock()
-        self._strays: dict[tuple[str, str], list[str]] = {}
+        self._strays = Strays(place)
         # Whether the bytecode that was looked at last was not valid: the next will be as it was.
         # A copy of an environment with new times has all of it compiled, by all processes.
         self._outdated = False
@@ -124,7 +112,7 @@ class Producer:
                 self.outcome.files += 1
                 self.outcome.bytes += member.size
             yield item
-        self._tell_strays()
+        self.outcome.findings += self._strays.findings()
 
     def _produced(self, items: Sequence[Item], slow: bool) -> Iterator[tuple[Item, _Members]]:
         # On a local disk, compiling is all that can overlap; one thread for each worker process.
@@ -163,8 +151,8 @@ class Producer:
         if item.kind in plan.LAST:  # a record depends on every file before it, but not its reading
             if not slow:
                 return None
-            reading = pool.submit(read, entry)
-            return lambda: self._members(item, reading.result())
+            early = pool.submit(reading.read, entry)
+            return lambda: self._members(item, early.result())
         if entry.size > SMALL or not (slow or self._is_compiled(item)):
             return None  # large files are streamed, not held
         return pool.submit(self._members, item).result
@@ -189,7 +177,7 @@ class Producer:
         if data is None:
             if entry.size > SMALL and not item.tag:  # bytecode needs its source whole
                 return [self._large(item, entry)]
-            data = read(entry)
+            data = reading.read(entry)
         content = self._content(item, data)
         members: _Members = [(_file(item, content), content)]
         if item.tag:
@@ -208,7 +196,7 @@ class Producer:
         recorded = path in self._place.recorded
         before = b""
         if item.pyc is not None and (recorded or not rewritten):
-            before = read(item.pyc)
+            before = reading.read(item.pyc)
         pyc = b"" if rewritten else bytecode.unchecked(before, self._magic, source)
         valid = bytecode.is_valid(pyc, self._magic, item.mtime, len(source))
         if item.pyc is not None and not rewritten:
@@ -244,7 +232,7 @@ class Producer:
 
     def _content(self, item: Item, data: bytes) -> bytes:
         if data.startswith(b"#!") and item.mode & 0o111:
-            self._look_at_first_line(item.path, data)
+            self._strays.look_at_first_line(item.path, data)
         content = self._by_name(item, data)
         if content is None:
             content = self._by_content(item.path, data)
@@ -267,7 +255,7 @@ class Producer:
                 data = data[:start] + os.fsencode(interpreter) + data[end:]
             return relocation.text(relocate.rewrite_config(data, values))
         if path.endswith((".pth", ".egg-link")) and self._in_python_directory(path):
-            self._look_at_code(path, data)
+            self._strays.look_at_code(path, data)
             directory = os.path.dirname(self._original(path))
             return relocate.rewrite_paths(data, directory, relocation)
         if item.kind == "record":
@@ -366,57 +354,8 @@ class Producer:
             if info.glibc is not None:
                 with self._lock:
                     self.outcome.glibc = max(self.outcome.glibc or info.glibc, info.glibc)
-            self._look_outside(path, info)
+            self._strays.look_at_binary(path, info)
         return info
-
-    def _look_outside(self, path: str, info: elf.Elf) -> None:
-        """Note what a compiled file is loaded by, or with, from neither a layer nor the node."""
-        asked = [("interpreter", info.interpreter)] if info.interpreter else []
-        directory = os.path.dirname(self._original(path))
-        asked += [("runpath", one) for one in elf.search_paths(info, directory)]
-        for code, target in asked:
-            known = is_within(target, self._place.local)
-            if not known and self._place.relocation.path(target) is None:
-                with self._lock:
-                    self._strays.setdefault((code, target), []).append(path)
-
-    def _look_at_first_line(self, path: str, data: bytes) -> None:
-        """Note what starts a script from neither a layer nor the node.
-
-        It may be the original in a way that no rewriting knows of: by a link to its Python, or from
-        the directory where the script is called.
-        """
-        target = relocate.shebang(data)
-        if target.startswith("/"):
-            known = is_within(target, self._place.local) or not os.path.exists(target)
-            known = known or self._place.relocation.path(target) is not None
-        else:
-            known = re.fullmatch(r"[^$`]*/python[\d.]*t?", target) is None
-        if not known:
-            with self._lock:
-                self._strays.setdefault(("script", target), []).append(path)
-
-    def _look_at_code(self, path: str, data: bytes) -> None:
-        """Note what code in a path file names that is neither in a layer nor on the node."""
-        lines = (line for line in data.splitlines() if line.startswith((b"import ", b"import\t")))
-        for quoted in _QUOTED_PATH.findall(b"\n".join(lines)):
-            target = os.path.normpath(os.fsdecode(quoted))
-            known = is_within(target, self._place.local) or not os.path.exists(target)
-            if not known and self._place.relocation.path(target) is None:
-                with self._lock:
-                    self._strays.setdefault(("module-path", target), []).append(path)
-
-    def _tell_strays(self) -> None:
-        """One line for each place: many files of one package may name the same."""
-        for (kind, target), paths in sorted(self._strays.items()):
-            there = not target.startswith("/") or os.path.exists(target)
-            where = "which is not on the node" if there else "which does not exist"
-            if not target.startswith("/"):
-                where = "whatever that is in the directory where it is called"
-            others = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
-            code = "interpreter" if kind == "script" else kind
-            reason = f"{_STRAYS[kind]} {target}, {where}{others}"
-            self._find(min(paths), code, reason, "warning" if there else "note")
 
     def _leftover(self, path: str, data: bytes, what: str) -> None:
         # Any trace of the bytes counts, also where they are part of another path: whoever looks for
@@ -454,7 +393,7 @@ class Producer:
 
     def _large(self, item: Item, entry: Entry) -> tuple[Member, Data]:
         recorded = self._place.recorded.get(item.path)
-        with _opened(entry) as fd:
+        with reading.opened(entry) as fd:
             head = os.pread(fd, _CHUNK, 0)
             text = not relocate.is_binary(head) or head.startswith(b"#!")
             text = text and entry.size <= _LARGEST_TEXT
@@ -463,7 +402,7 @@ class Producer:
         if recorded is not None and recorded.mode == condameta.BINARY:
             return member, self._strings(item, entry)
         if text or (info is not None and self._new_runpath(item.path, info) is not None):
-            content = self._content(item, read(entry))
+            content = self._content(item, reading.read(entry))
             return _file(item, content), content
         return member, self._pieces(item, entry)
 
@@ -472,7 +411,7 @@ class Producer:
         relocation = self._place.relocation
         before, after = hashlib.sha256(), hashlib.sha256()
         left = 0
-        for piece in prefix.whole_strings(_read_pieces(entry), relocation.needles):
+        for piece in prefix.whole_strings(reading.pieces(entry), relocation.needles):
             before.update(piece)
             content, kept = relocation.strings(piece, certain=True)
             after.update(content)
@@ -490,7 +429,7 @@ class Producer:
         relocation = self._place.relocation
         overlap = max(map(len, relocation.needles), default=1) + 1
         tail, left = b"", False
-        for piece in _read_pieces(entry):
+        for piece in reading.pieces(entry):
             if not left:
                 buffer, count = piece.obj, len(piece)
                 assert isinstance(buffer, bytearray)  # a view of one has no find
@@ -514,85 +453,3 @@ def _held(item: Item) -> int:
 
 def _file(item: Item, content: bytes) -> Member:
     return Member(item.path, "file", item.mode, item.mtime, len(content), "")
-
-
-def _open(entry: Entry) -> int:
-    """Open an entry's file; one that changed since the walk is an error."""
-    try:
-        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-        return os.open(entry.source, flags)
-    except PermissionError as error:
-        raise DeniedError(
-            f"cannot read {entry.source}: {error.strerror}",
-            hint="make it readable (chmod u+r), or leave it out with --exclude",
-        ) from error
-    except FileNotFoundError as error:
-        raise _changed(entry) from error
-    except OSError as error:
-        raise explain(error, f"read {entry.source}") from error
-
-
-@contextlib.contextmanager
-def _opened(entry: Entry) -> Iterator[int]:
-    fd = _open(entry)
-    try:
-        _check(entry, os.fstat(fd))
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def read(entry: Entry) -> bytes:
-    """Read a file whole, making sure that it is what was found when the tree was walked.
-
-    Raises:
-        IntegrityError: it changed.
-        DeniedError: it cannot be read.
-    """
-    fd = _open(entry)
-    try:
-        data = os.read(fd, entry.size + 1)
-        if len(data) != entry.size:
-            data += _read_all(fd)
-        _check(entry, os.fstat(fd))
-    finally:
-        os.close(fd)
-    if len(data) != entry.size:
-        raise _changed(entry)
-    return data
-
-
-def _read_pieces(entry: Entry) -> Iterator[memoryview]:
-    """Read a large file piece by piece, into the same buffer."""
-    # One buffer that stays in the processor's cache, instead of fresh memory for each piece.
-    buffer = bytearray(min(_PIECE, entry.size))
-    with _opened(entry) as fd:
-        remaining = entry.size
-        while remaining:
-            count = os.readv(fd, [memoryview(buffer)[: min(len(buffer), remaining)]])
-            if not count:
-                raise _changed(entry)
-            remaining -= count
-            yield memoryview(buffer)[:count]
-        _check(entry, os.fstat(fd))
-
-
-def _read_all(fd: int) -> bytes:
-    pieces: list[bytes] = []
-    while True:
-        piece = os.read(fd, 1 << 24)
-        if not piece:
-            return b"".join(pieces)
-        pieces.append(piece)
-
-
-def _check(entry: Entry, info: os.stat_result) -> None:
-    if (info.st_size, info.st_mtime_ns, info.st_ino) != (entry.size, entry.mtime_ns, entry.inode):
-        raise _changed(entry)
-
-
-def _changed(entry: Entry) -> IntegrityError:
-    return IntegrityError(
-        f"{entry.source} changed while it was being packed",
-        hint="something is still installing into it; pack again when it has finished",
-    )

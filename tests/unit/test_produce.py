@@ -21,7 +21,7 @@ from py_compile import PycInvalidationMode
 import pytest
 
 from environments import BASE_PYTHON, run
-from stager import bytecode, plan, produce, walk
+from stager import bytecode, plan, produce, reading, walk
 from stager.bytecode import Compiler
 from stager.errors import DeniedError, IntegrityError
 from stager.formats.tarstream import Member
@@ -278,14 +278,14 @@ def test_records_of_a_slow_file_system_are_read_ahead(
     for number in range(8):
         tree.write(f"{SITE}/p{number}-1.dist-info/RECORD", f"m{number}.py,,\n")
     together = threading.Barrier(8, timeout=30)
-    real = produce.read
+    real = reading.read
 
     def read(entry: walk.Entry) -> bytes:
         if entry.path.endswith("/RECORD"):
             together.wait()  # none is read before all have begun to be
         return real(entry)
 
-    monkeypatch.setattr(produce, "read", read)
+    monkeypatch.setattr(reading, "read", read)
     found = tree.produce(slow=True)
     assert sum(path.endswith("/RECORD") for path in found.content) == 8
 
