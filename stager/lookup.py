@@ -14,7 +14,7 @@ from stager.ref import Ref
 from stager.repository import Published, Repository
 
 if TYPE_CHECKING:
-    from stager import pack
+    from stager.layers import Progress
 
 
 def repositories(config: Config) -> list[Repository]:
@@ -129,7 +129,7 @@ def ask_ahead(published: Published) -> Callable[[], freshness.Seen]:
 
 
 def fresh(
-    wish: Ref, config: Config, *, progress: pack.Progress | None = None
+    wish: Ref, config: Config, *, progress: Progress | None = None
 ) -> tuple[Published, list[str]]:
     """Find an environment and see to it that it is up to date, by the policy ``stage.on_stale``.
 
@@ -187,7 +187,7 @@ def _is_covered(published: Published, config: Config) -> bool:
 
 
 def _pack(
-    known: Manifest | None, path: str, config: Config, progress: pack.Progress | None
+    known: Manifest | None, path: str, config: Config, progress: Progress | None
 ) -> Published:
     from stager import pack  # a warm start does without
     from stager.environments import Request

@@ -1151,7 +1151,15 @@ def extra_paths(argv: list[str], machine: Machine) -> list[str]:
     return [path for path in paths if path not in before and not path.startswith("/proc/")]
 
 
-HEAVY = ("/yaml/", "/rich/", "/zstandard/", "/stager/pack.", "/stager/produce.", "/asyncio/")
+HEAVY = (
+    "/yaml/",
+    "/rich/",
+    "/zstandard/",
+    "/stager/pack.",
+    "/stager/layers.",
+    "/stager/produce.",
+    "/asyncio/",
+)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 
 import tiny
-from stager import freshness, pack
+from stager import freshness, layers
 from stager.manifest import Manifest, Watch
 
 pytestmark = pytest.mark.unit
@@ -222,7 +222,7 @@ def test_what_is_installed_while_an_image_is_written_is_a_change(
     prefix = tiny.environment(public_path / "environment", files)
     if before.startswith("the"):
         tiny.packed(prefix, config)
-    write = pack._Layers.write
+    write = layers.Layers.write
 
     def meanwhile(*arguments: Any) -> list[dict[str, Any]]:
         done = write(*arguments)
@@ -230,6 +230,6 @@ def test_what_is_installed_while_an_image_is_written_is_a_change(
             (directory / "later.py").touch()
         return done
 
-    monkeypatch.setattr(pack._Layers, "write", meanwhile)
+    monkeypatch.setattr(layers.Layers, "write", meanwhile)
     published = tiny.packed(prefix, config)
     assert freshness.changed(published.manifest) == [str(prefix / tiny.SITE), str(source)]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import tiny
-from stager import pack
+from stager import layers, pack
 from stager.config import Config
 from stager.environments import Request
 from stager.errors import StagerError
@@ -19,12 +19,12 @@ from stager.manifest import Finding
 
 
 class _Told:
-    """Stands for :class:`stager.pack._Layers` with two layers, ``a`` below ``b``."""
+    """Stands for :class:`stager.layers.Layers` with two layers, ``a`` below ``b``."""
 
     def __init__(self, fails: str) -> None:
         self.fails = fails
         self.said: list[str] = []
-        self.layers = pack._Layers.__new__(pack._Layers)
+        self.layers = layers.Layers.__new__(layers.Layers)
         vars(self.layers).update(
             _config={"pack.format": "squashfs", "pack.bytecode": True},
             reused=[],
