@@ -177,3 +177,12 @@ def read_into(fd: int, offset: int, view: memoryview) -> None:
             raise IntegrityError("the image became shorter while it was read")
         offset += count
         view = view[count:]
+
+
+def write_all(fd: int, data: Data) -> None:
+    """Write all of it, where a file or pipe takes less at a time."""
+    while data:
+        count = os.write(fd, data)
+        if count == len(data):
+            return
+        data = memoryview(data)[count:]
