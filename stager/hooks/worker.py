@@ -150,6 +150,7 @@ class Worker:
         except StagerError as error:
             broken = error
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)  # who does not read our answers must not make us wait for that
         mounts = self.config["hook.mounts"]
         if mounts == "auto":
             mounts = self.mounts()

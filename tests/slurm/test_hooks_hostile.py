@@ -380,6 +380,15 @@ def test_a_message_of_the_users_process_is_not_believed(site: Site) -> None:
     with site.patched("forjob", big, "n1"):
         _, (line,) = only(site, "pyenv:mine")
     assert "too long a message" in line
+    many = (
+        "def _work(*a):\n"
+        "    for _ in range(9999):\n"
+        "        a[1].send(b'{\"trees\": []}')\n"
+        "    import time; time.sleep(600)\n"
+    )
+    with site.patched("forjob", many, "n1"):
+        _, (line,) = only(site, "pyenv:mine")
+    assert "Resource temporarily unavailable" in line
     node = "def _work(*a):\n    raise StagerError('disk!', blame='node')\n"
     with site.patched("forjob", node, "n1"), site.configured("hook: {on_node_fault: drain}", "n1"):
         only(site, "pyenv:mine")
