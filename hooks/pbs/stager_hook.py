@@ -324,11 +324,11 @@ def status_of(job):
 
 def await_worker(job):
     """Wait for the end of staging; returns the status and its message."""
-    until = time.time() + float(SETTINGS["limit"])
-    last, since = None, time.time()
+    until = time.monotonic() + float(SETTINGS["limit"])
+    last, since = None, time.monotonic()
     while True:
         status, beat = status_of(job)
-        now = time.time()
+        now = time.monotonic()
         if status != "pending" or now > until:
             return status, read(in_state(job, "message"))
         if beat != last:

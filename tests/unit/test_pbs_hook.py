@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import time
 import types
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -68,3 +70,26 @@ def test_jobs_have_one_directory(hook: Any, job: str) -> None:
 @hypothesis.given(st.text(alphabet="ab,/:;=\\", max_size=20).filter(lambda text: "\\" not in text))
 def test_commas_survive(hook: Any, value: str) -> None:
     assert hook.unescaped(hook.escaped(value)) == value
+
+
+@pytest.mark.parametrize("jump", [-86400.0, 86400.0])
+def test_a_clock_that_is_set_ends_no_wait(
+    hook: Any, jump: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = tmp_path / "jobs/7.head"
+    state.mkdir(parents=True)
+    (state / "status").write_text("pending 1\n")
+    monkeypatch.setitem(hook.SETTINGS, "state", str(tmp_path))
+    waited = 0
+
+    def sleep(seconds: float) -> None:
+        nonlocal waited
+        waited += 1
+        real = time.time
+        monkeypatch.setattr(time, "time", lambda: real() + jump)
+        if waited == 5:
+            (state / "status").write_text("ready\n")
+        assert waited < 10
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    assert hook.await_worker(types.SimpleNamespace(id="7.head")) == ("ready", "")
