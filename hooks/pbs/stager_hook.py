@@ -132,6 +132,8 @@ def begin(event):
         for name in list(job.Variable_List.keys()):
             variables[name] = unescaped(str(job.Variable_List[name]))
     answer = call("pbs-begin", told)
+    if first and "error" in answer and status_of(job)[0] in ("pending", "ready"):
+        call("pbs-end", about(job))  # the job will not know where it is: it is not staged
     for name in answer.get("unset", ()):
         if name in list(job.Variable_List.keys()):
             del job.Variable_List[name]

@@ -349,6 +349,18 @@ def test_a_worker_that_is_killed_on_another_node(site: Site) -> None:
     assert "n2: not staged there: the staging worker was killed" in job.output
 
 
+@pytest.mark.parametrize("wish", ["science", "science?strict"])
+def test_a_beginning_that_is_killed(site: Site, wish: str) -> None:
+    """What it has started would stage, and the job's variables would not say so."""
+    with site.patched("hooks/pbs", "_beforehand = lambda *_: os.kill(os.getpid(), 9)\n", "n1"):
+        job = play(site, "rejected by the prologue" if "?" in wish else "batch1", wish)
+    assert "stager could not be started on this node" in job.output
+    if "?" in wish:
+        assert job.runs == [] and job.rejected() == [("execjob_prologue", "n1", ["delete"])]
+    else:
+        assert job.output.startswith("stager: n1: not staged, running without: ")
+
+
 def test_a_second_run_that_asks_for_nothing(site: Site) -> None:
     """``qalter -l pyenv=`` of a job that was requeued: PBS has kept what the hook set before."""
     job = Played(site, list(RECORDINGS["requeued"]["events"]), "science", script="env")
