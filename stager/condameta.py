@@ -15,6 +15,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from stager import fsutil
+
 DIRECTORY = "conda-meta"
 RECORD = re.compile(r"conda-meta/[^/]+\.json\Z")
 _CHECKSUM = "sha256_in_prefix"
@@ -45,7 +47,7 @@ def read(prefix: str) -> dict[str, Recorded]:
     found: dict[str, Recorded] = {}
     for path in sorted(glob.glob(os.path.join(glob.escape(prefix), DIRECTORY, "*.json"))):
         try:
-            with open(path, "rb") as file:
+            with open(path, "rb", opener=fsutil.at_once) as file:
                 record = json.loads(file.read())
             for one in _paths(record):
                 placeholder = str(one.get("prefix_placeholder") or "")

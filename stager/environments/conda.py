@@ -17,7 +17,7 @@ import shlex
 import struct
 from collections.abc import Iterable, Iterator
 
-from stager import bytecode, condameta
+from stager import bytecode, condameta, fsutil
 from stager.config import Config
 from stager.environments import Environment, Tree, ask, default_name, names, spellings
 from stager.envpatch import EnvPatch
@@ -118,9 +118,10 @@ def _left_out(tree: Tree) -> Iterator[Finding]:
 def _pixi(path: str) -> Iterator[Finding]:
     """What pixi sets from the project's own file is not in the environment."""
     try:
-        with open(os.path.join(path, condameta.DIRECTORY, "pixi"), "rb") as file:
+        told = os.path.join(path, condameta.DIRECTORY, "pixi")
+        with open(told, "rb", opener=fsutil.at_once) as file:
             manifest = json.loads(file.read())["manifest_path"]
-        with open(manifest, encoding="utf-8", errors="replace") as file:
+        with open(manifest, encoding="utf-8", errors="replace", opener=fsutil.at_once) as file:
             text = file.read()
     except (OSError, ValueError, KeyError, TypeError):
         return
@@ -172,7 +173,7 @@ def _variables(tree: Tree) -> tuple[dict[str, str], list[str]]:
 
 def _load(path: str) -> dict[str, object]:
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=fsutil.at_once) as file:
             value = json.loads(file.read())
     except (OSError, ValueError):
         return {}
@@ -219,7 +220,7 @@ def _in_history(path: str) -> Iterator[str]:
     """What the environment is a clone of (``conda create --clone``), by its history."""
     try:
         history = os.path.join(path, condameta.DIRECTORY, "history")
-        with open(history, encoding="utf-8", errors="replace") as file:
+        with open(history, encoding="utf-8", errors="replace", opener=fsutil.at_once) as file:
             commands = re.findall(r"^# cmd: (.*)$", file.read(), re.MULTILINE)
     except OSError:
         return
@@ -253,10 +254,13 @@ def _in_bytecode(path: str, library: str) -> Iterator[str]:
     records = os.path.join(glob.escape(site), "*.dist-info", "RECORD")
     for record in sorted(glob.glob(records)):
         try:
-            with open(os.path.join(os.path.dirname(record), "INSTALLER")) as file:
+            installer = os.path.join(os.path.dirname(record), "INSTALLER")
+            with open(installer, opener=fsutil.at_once) as file:
                 if file.read().strip() == "conda":
                     continue
-            with open(record, encoding="utf-8", errors="surrogateescape") as file:
+            with open(
+                record, encoding="utf-8", errors="surrogateescape", opener=fsutil.at_once
+            ) as file:
                 listed = [row[0] for row in csv.reader(file) if row]
         except (OSError, csv.Error, UnicodeError):
             continue
@@ -271,7 +275,7 @@ def _of_bytecode(site: str, library: str, recorded: Iterable[str]) -> Iterator[s
         if split is None or name.startswith(".."):
             continue
         try:
-            with open(os.path.join(site, name), "rb") as file:
+            with open(os.path.join(site, name), "rb", opener=fsutil.at_once) as file:
                 code = file.read()
         except OSError:
             continue

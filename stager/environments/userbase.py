@@ -10,7 +10,7 @@ import csv
 import os
 from collections.abc import Iterator, Mapping
 
-from stager import relocate
+from stager import fsutil, relocate
 from stager.config import Config
 from stager.environments import (
     Environment,
@@ -103,7 +103,9 @@ def _recorded(path: str, site: str) -> Iterator[str]:
             continue
         try:
             record = os.path.join(directory, name, "RECORD")
-            with open(record, encoding="utf-8", errors="surrogateescape") as file:
+            with open(
+                record, encoding="utf-8", errors="surrogateescape", opener=fsutil.at_once
+            ) as file:
                 names = [row[0] for row in csv.reader(file) if row]
         except (OSError, csv.Error):
             continue

@@ -9,6 +9,7 @@ import re
 import shlex
 from collections.abc import Iterator
 
+from stager import fsutil
 from stager.config import Config
 from stager.environments import (
     Environment,
@@ -89,7 +90,7 @@ def detect(path: str, config: Config) -> Environment | None:
 def read_config(path: str) -> dict[str, str] | None:
     """Read a ``pyvenv.cfg``: lower-case keys, the value after the first ``=``; None if missing."""
     try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        with open(path, encoding="utf-8", errors="surrogateescape", opener=fsutil.at_once) as file:
             lines = file.read().splitlines()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
@@ -98,7 +99,10 @@ def read_config(path: str) -> dict[str, str] | None:
 
 
 def _in_activate(path: str) -> Iterator[str]:
-    with contextlib.suppress(OSError), open(os.path.join(path, "bin", "activate"), "rb") as file:
+    with (
+        contextlib.suppress(OSError),
+        open(os.path.join(path, "bin", "activate"), "rb", opener=fsutil.at_once) as file,
+    ):
         for match in _ACTIVATE.finditer(file.read()):
             word = _shell_word(os.fsdecode(match[1]))
             if word.startswith("/"):

@@ -29,6 +29,7 @@ _KNOWN_HOSTS = "~/.ssh/known_hosts ~/.ssh/known_hosts2"
 _SYSTEM_KNOWN_HOSTS = "/etc/ssh/ssh_known_hosts /etc/ssh/ssh_known_hosts2"
 _MAX_INCLUDES = 16  # as in ssh(1)
 _MAX_HOPS = 8
+_LARGEST = 1 << 20  # characters of a file
 _MAX_SAID = 1 << 16
 _FAREWELL = 5.0  # seconds from the end of a command's output to its exit status
 
@@ -343,14 +344,16 @@ def with_includes(path: str, depth: int = 0) -> str:
     """
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            lines = file.read().splitlines()
+            content = file.read(_LARGEST)  # a device may have no end
     except (FileNotFoundError, NotADirectoryError):
         return ""
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}", blame=SITE) from error
+    if "\0" in content:
+        raise UsageError(f"{path} is no configuration of ssh: it is not text")
     here = "/etc/ssh" if path.startswith("/etc/ssh") else os.path.expanduser("~/.ssh")
     text = ""
-    for line in lines:
+    for line in content.splitlines():
         match = re.match(r"\s*include[\s=]+(.*)", line, re.IGNORECASE)
         if match is None or depth >= _MAX_INCLUDES:
             text += f"{line}\n"

@@ -284,6 +284,12 @@ def test_special_files_are_left_out(bench: Bench, environment: Environment, way:
     os.mkfifo(environment.prefix / "pipe")
     os.mkfifo(site / "pipe.py")
     os.mkfifo(environment.bin / "pipe")
+    # Those that are looked into for what they say of the environment:
+    (environment.bin / "activate").unlink()
+    os.mkfifo(environment.bin / "activate")
+    kernel = environment.prefix / "share/jupyter/kernels/one/kernel.json"
+    kernel.parent.mkdir(parents=True)
+    os.mkfifo(kernel)
     os.mknod(environment.prefix / "device", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
     with socket.socket(socket.AF_UNIX) as listening:
         # Bound through a short name: a socket's path may have 107 bytes.
@@ -291,6 +297,7 @@ def test_special_files_are_left_out(bench: Bench, environment: Environment, way:
         listening.bind(str(bench.root / "s" / "socket"))
         staged = staged_by(bench, environment, way)
     paths = {"pipe", f"{site.relative_to(environment.prefix)}/pipe.py", "bin/pipe", "device"}
+    paths |= {"bin/activate", str(kernel.relative_to(environment.prefix))}
     assert set(staged.told("special")) == {*paths, "socket"}
     for path in paths | {"socket"}:
         assert not os.path.lexists(staged.prefix / path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -118,3 +119,14 @@ def test_what_is_no_record_stays(data: bytes, prefix: Path) -> None:
     assert condameta.update(data, {}, {}) == data
     (prefix / "conda-meta" / "x.json").write_bytes(data)
     assert condameta.read(str(prefix)) == {}
+
+
+def test_records_that_are_pipes_say_nothing(tmp_path: Path) -> None:
+    """And nobody waits for who would write to them."""
+    directory = tmp_path / condameta.DIRECTORY
+    directory.mkdir()
+    for name in ("history", "state", "pixi", "package-1.json"):
+        os.mkfifo(directory / name)
+    assert condameta.read(str(tmp_path)) == {}
+    assert list(conda._in_history(str(tmp_path))) == []
+    assert list(conda._pixi(str(tmp_path))) == []

@@ -217,6 +217,8 @@ def test_included_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert text.startswith("Host x\n")
     assert "Port 7\n" in text
     assert ssh.with_includes("/nonexistent") == ""
+    with pytest.raises(UsageError, match="/dev/zero is no configuration of ssh"):
+        ssh.with_includes("/dev/zero")
 
 
 # A receiver
