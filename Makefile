@@ -133,7 +133,7 @@ bench-record: setup
 	rm -f $(DATA)/*.jsonl $(DATA)/*.txt
 	$(START) --nodes 1,2,4,8 --once 'cp -r' --json $(DATA)/starts-numpy.jsonl
 	$(START) --nodes 1,2,4,8 --settings flash,weak-nfs --skip 'cp -r' --json $(DATA)/starts-numpy.jsonl
-	$(START) --workload numpy-conda --nodes 1,2,4,8 $(EVERY) $(FEW) \
+	$(START) --workload numpy-conda --nodes 1,2,4,8 $(EVERY) $(MOST) \
 		--json $(DATA)/starts-numpy-conda.jsonl
 	$(START) --workload torch --nodes 1 $(EVERY) --skip 'cp -r|rsync' --json $(DATA)/starts-torch.jsonl
 	$(START) --workload torch --nodes 2,4,8 $(MOST) --json $(DATA)/starts-torch.jsonl
