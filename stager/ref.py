@@ -69,9 +69,10 @@ def is_path(text: str) -> bool:
     return text.startswith(("/", "./", "../", "~")) or text in (".", "..")
 
 
-def _is_no_byte(char: str) -> bool:
-    """Tell whether this is a surrogate that stands for no byte of a file name: JSON may have it."""
-    return "\ud800" <= char <= "\udfff" and not "\udc80" <= char <= "\udcff"
+def _is_odd(char: str) -> bool:
+    """Tell whether this is a control character, or a surrogate for no byte, which JSON may have."""
+    surrogate = "\ud800" <= char <= "\udfff" and not "\udc80" <= char <= "\udcff"
+    return ord(char) < 32 or ord(char) == 127 or surrogate
 
 
 def parse(text: str, *, cwd: str | None = None) -> Ref:
@@ -86,10 +87,13 @@ def parse(text: str, *, cwd: str | None = None) -> Ref:
     """
     if not text:
         raise UsageError("the environment's name is empty", hint="see `stager list`")
-    if any(ord(char) < 32 or ord(char) == 127 or _is_no_byte(char) for char in text):
+    if any(map(_is_odd, text)):
         raise UsageError(f"the environment's name has control characters: {text!r}")
     if is_path(text):
-        return Ref(path=os.path.abspath(os.path.join(cwd or os.getcwd(), os.path.expanduser(text))))
+        path = os.path.abspath(os.path.join(cwd or os.getcwd(), os.path.expanduser(text)))
+        if any(map(_is_odd, path)):
+            raise UsageError(f"the environment's path has control characters: {path!r}")
+        return Ref(path=path)
     pinned = _PINNED.match(text)
     name, digest = (pinned["name"], pinned["digest"]) if pinned else (text, "")
     if is_name(name):

@@ -109,6 +109,13 @@ def test_control_characters_are_refused_and_not_printed(text: str) -> None:
     assert error.value.message.isprintable()
 
 
+def test_a_directory_with_control_characters_is_refused_as_such() -> None:
+    """Where a job was submitted in one, the path of an environment there has them."""
+    with pytest.raises(UsageError, match=r"the environment's path has .*: '/a\\nb/env'"):
+        ref.parse("./env", cwd="/a\nb")
+    assert ref.parse("../env", cwd="/a\nb").path == "/env"
+
+
 @given(NAMES)
 def test_names_come_back_as_they_were_typed(name: str) -> None:
     assert str(ref.parse(name)) == name
