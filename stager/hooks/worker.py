@@ -150,7 +150,6 @@ class Worker:
         except StagerError as error:
             broken = error
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.setblocking(False)  # who does not read our answers must not make us wait for that
         mounts = self.config["hook.mounts"]
         if mounts == "auto":
             mounts = self.mounts()
@@ -197,7 +196,7 @@ class Worker:
             ready = select.select(sources, [], [], min(1.0, self.until - now))[0]
             if self.aside is not None and self.aside in ready:
                 with contextlib.suppress(OSError):  # who asked has ended: how, is told next
-                    talk.send(self.aside.answer())
+                    _answer(talk, self.aside.answer())
                 self.aside = None
             elif ready:
                 data = talk.recv(jobstate.MAX_MESSAGE + 1)
@@ -219,7 +218,7 @@ class Worker:
             self.state.write(ORIGINAL, Activation.checked(message["original"]).lines())
         elif "trees" in message:
             self._link(message["trees"])
-            talk.send(b"y")
+            _answer(talk, b"y")
         elif "beforehand" in message:
             value = Activation.checked(message["beforehand"], below=(self.state.path,))
             self.state.write(STAGED, value.lines())
@@ -231,7 +230,7 @@ class Worker:
         elif "room" in message:
             self._make_room(message["room"], talk)
         elif "may" in message:
-            talk.send(self._may_mount())
+            _answer(talk, self._may_mount())
         elif "error" in message:
             blame = message.get("blame")
             raise StagerError(
@@ -264,7 +263,7 @@ class Worker:
         size, inodes = (int(one) for one in wanted)
         self.rooms += 1
         if self.rooms > _MOST_ROOMS:
-            talk.send(json.dumps({"evicted": 0}).encode())
+            _answer(talk, json.dumps({"evicted": 0}).encode())
             return
 
         def work() -> dict[str, Any]:
@@ -387,6 +386,19 @@ class Worker:
         self.fields["seconds"] = f"{time.monotonic() - self.started:.2f}"
         emit(events.FAIL, self.fields, self.config, self.root)
         return fault
+
+
+def _answer(talk: socket.socket, data: bytes) -> None:
+    """Answer the user's process; one that reads nothing must not make us wait for that.
+
+    Raises:
+        ValueError: it has not read what was said before.
+        OSError: it has ended.
+    """
+    try:
+        talk.send(data, socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        raise ValueError("more questions, and no answer read") from None
 
 
 def _decoded(data: bytes) -> dict[str, Any]:

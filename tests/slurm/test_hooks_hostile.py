@@ -368,27 +368,23 @@ def test_an_image_with_what_none_should_have(site: Site) -> None:
 
 def test_a_message_of_the_users_process_is_not_believed(site: Site) -> None:
     """Had a user taken over the process that works for them: root checks every word."""
-    evil = (
+    false = (
         "def _work(*a):\n"
         "    return {'how': 'x\\nevent=fake', 'staged': {'python': '/bin/sh', 'prefix': '/etc',\n"
         "        'leave': [], 'set': {'A': 'x\\nexport B=1'}, 'unset': [], 'prepend': {}}}\n"
     )
-    with site.patched("forjob", evil, "n1"):
-        _, (line,) = only(site, "pyenv:mine")
-    assert "a path outside" in line
-    big = "def _work(*a):\n    a[1].send(b'x' * 70000)\n    import time; time.sleep(600)\n"
-    with site.patched("forjob", big, "n1"):
-        _, (line,) = only(site, "pyenv:mine")
-    assert "too long a message" in line
-    many = (
-        "def _work(*a):\n"
-        "    for _ in range(9999):\n"
-        "        a[1].send(b'{\"trees\": []}')\n"
-        "    import time; time.sleep(600)\n"
+    # Neither ends by itself: it has to be ended.
+    says = (
+        "def _work(*a):\n    for _ in range({}): a[1].send({})\n    import time; time.sleep(600)\n"
     )
-    with site.patched("forjob", many, "n1"):
-        _, (line,) = only(site, "pyenv:mine")
-    assert "Resource temporarily unavailable" in line
+    for code, told in (
+        (false, "a path outside"),
+        (says.format(1, "b'x' * 70000"), "too long a message"),
+        (says.format(9999, "b'{\"trees\": []}'"), "more questions, and no answer read"),
+    ):
+        with site.patched("forjob", code, "n1"):
+            _, (line,) = only(site, "pyenv:mine")
+        assert told in line
     node = "def _work(*a):\n    raise StagerError('disk!', blame='node')\n"
     with site.patched("forjob", node, "n1"), site.configured("hook: {on_node_fault: drain}", "n1"):
         only(site, "pyenv:mine")
