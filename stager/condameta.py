@@ -47,7 +47,7 @@ def read(prefix: str) -> dict[str, Recorded]:
     found: dict[str, Recorded] = {}
     for path in sorted(glob.glob(os.path.join(glob.escape(prefix), DIRECTORY, "*.json"))):
         try:
-            with open(path, "rb", opener=fsutil.at_once) as file:
+            with open(path, "rb", opener=fsutil.regular) as file:
                 record = json.loads(file.read())
             for one in _paths(record):
                 placeholder = str(one.get("prefix_placeholder") or "")

@@ -398,7 +398,7 @@ def _merge_file(
     config: Config, path: str, *, trusted: bool, faults: list[UsageError] | None
 ) -> None:
     try:
-        file = open(path, encoding="utf-8", opener=fsutil.at_once)  # noqa: SIM115 - below
+        file = open(path, encoding="utf-8", opener=fsutil.regular)  # noqa: SIM115 - below
     except (FileNotFoundError, NotADirectoryError):
         config.files[path] = warm.ABSENT
         return

@@ -63,9 +63,18 @@ def explain(error: OSError, doing: str, *, blame: str | None = None) -> StagerEr
     return StagerError(message, hint="check that path and the disk it is on", blame=blame)
 
 
-def at_once(path: str, flags: int) -> int:
-    """An opener for :func:`open`: a pipe in the place of a file is not waited for."""
-    return os.open(path, flags | os.O_NONBLOCK)
+def regular(path: str, flags: int) -> int:
+    """An opener for :func:`open`: a pipe in the place of a file is not waited for, but refused.
+
+    Raises:
+        OSError: as :func:`os.open` does, and EINVAL for a pipe, a socket or a device.
+    """
+    fd = os.open(path, flags | os.O_NONBLOCK)
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # open() itself refuses a directory
+        return fd
+    os.close(fd)
+    raise OSError(errno.EINVAL, "not a regular file", path)
 
 
 def write_atomic(path: str, data: bytes, *, mode: int = 0o666, durable: bool = True) -> None:

@@ -48,8 +48,7 @@ def leave(note: str, error: Exception) -> None:
 def read(note: str) -> StagerError | None:
     """What was written down, or None."""
     try:
-        fd = os.open(note, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(fd, "rb") as file:
+        with open(note, "rb", opener=fsutil.regular) as file:
             value = json.loads(file.read(MAX_MESSAGE))
         return StagerError(str(value["error"]), hint=str(value["hint"]), blame=JOB)
     except (OSError, ValueError, TypeError, KeyError, RecursionError):

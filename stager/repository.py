@@ -155,7 +155,8 @@ class Repository:
     def layer(self, layer_id: str, image_format: str) -> dict[str, Any] | None:
         """What packing this layer gave before, or None."""
         try:
-            with open(self._path("layers", f"{layer_id}.{image_format}"), "rb") as file:
+            path = self._path("layers", f"{layer_id}.{image_format}")
+            with open(path, "rb", opener=fsutil.regular) as file:
                 value: dict[str, Any] = json.load(file)
             size = os.path.getsize(self._path("images", value["image"]))
             return value if size == value["layer"]["image"]["size"] else None

@@ -123,7 +123,7 @@ class Store:
         """The stamp as it is written, or None."""
         try:
             path = os.path.join(self.root, "ready", layer_id)
-            with open(path, "rb", opener=fsutil.at_once) as file:  # root's collection waits for us
+            with open(path, "rb", opener=fsutil.regular) as file:  # root's collection waits for us
                 value = json.loads(file.read(_LONGEST))  # in no job's cgroup: not all the memory
             return Stamp(**value) if value.get("format") == FORMAT else None
         except (OSError, ValueError, TypeError, AttributeError, RecursionError):

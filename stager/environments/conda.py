@@ -119,9 +119,9 @@ def _pixi(path: str) -> Iterator[Finding]:
     """What pixi sets from the project's own file is not in the environment."""
     try:
         told = os.path.join(path, condameta.DIRECTORY, "pixi")
-        with open(told, "rb", opener=fsutil.at_once) as file:
+        with open(told, "rb", opener=fsutil.regular) as file:
             manifest = json.loads(file.read())["manifest_path"]
-        with open(manifest, encoding="utf-8", errors="replace", opener=fsutil.at_once) as file:
+        with open(manifest, encoding="utf-8", errors="replace", opener=fsutil.regular) as file:
             text = file.read()
     except (OSError, ValueError, KeyError, TypeError):
         return
@@ -173,7 +173,7 @@ def _variables(tree: Tree) -> tuple[dict[str, str], list[str]]:
 
 def _load(path: str) -> dict[str, object]:
     try:
-        with open(path, "rb", opener=fsutil.at_once) as file:
+        with open(path, "rb", opener=fsutil.regular) as file:
             value = json.loads(file.read())
     except (OSError, ValueError):
         return {}
@@ -220,7 +220,7 @@ def _in_history(path: str) -> Iterator[str]:
     """What the environment is a clone of (``conda create --clone``), by its history."""
     try:
         history = os.path.join(path, condameta.DIRECTORY, "history")
-        with open(history, encoding="utf-8", errors="replace", opener=fsutil.at_once) as file:
+        with open(history, encoding="utf-8", errors="replace", opener=fsutil.regular) as file:
             commands = re.findall(r"^# cmd: (.*)$", file.read(), re.MULTILINE)
     except OSError:
         return
@@ -255,11 +255,11 @@ def _in_bytecode(path: str, library: str) -> Iterator[str]:
     for record in sorted(glob.glob(records)):
         try:
             installer = os.path.join(os.path.dirname(record), "INSTALLER")
-            with open(installer, opener=fsutil.at_once) as file:
+            with open(installer, opener=fsutil.regular) as file:
                 if file.read().strip() == "conda":
                     continue
             with open(
-                record, encoding="utf-8", errors="surrogateescape", opener=fsutil.at_once
+                record, encoding="utf-8", errors="surrogateescape", opener=fsutil.regular
             ) as file:
                 listed = [row[0] for row in csv.reader(file) if row]
         except (OSError, csv.Error, UnicodeError):
@@ -275,7 +275,7 @@ def _of_bytecode(site: str, library: str, recorded: Iterable[str]) -> Iterator[s
         if split is None or name.startswith(".."):
             continue
         try:
-            with open(os.path.join(site, name), "rb", opener=fsutil.at_once) as file:
+            with open(os.path.join(site, name), "rb", opener=fsutil.regular) as file:
                 code = file.read()
         except OSError:
             continue

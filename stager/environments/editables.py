@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from stager import relocate
+from stager import fsutil, relocate
 from stager.paths import is_within
 
 _REBUILDS = re.compile(r"_.+_editable(_loader)?\.py\Z")
@@ -121,10 +121,8 @@ def _read(path: str, size: int = -1) -> bytes:
 
     What is no file or may not be read says nothing to Python either.
     """
-    if not os.path.isfile(path):  # opening a pipe would wait for its writer
-        return b""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=fsutil.regular) as file:
             return file.read(size)
     except OSError:
         return b""

@@ -40,7 +40,7 @@ def in_kernels(path: str) -> Iterator[str]:
     """
     for kernel in sorted(glob.glob(f"{glob.escape(path)}/share/jupyter/kernels/*/kernel.json")):
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-            with open(kernel, "rb", opener=fsutil.at_once) as file:
+            with open(kernel, "rb", opener=fsutil.regular) as file:
                 python = json.load(file)["argv"][0]
             prefix = os.path.dirname(os.path.dirname(python))
             if prefix.startswith("/") and os.path.realpath(prefix) == os.path.realpath(path):

@@ -104,7 +104,7 @@ def _recorded(path: str, site: str) -> Iterator[str]:
         try:
             record = os.path.join(directory, name, "RECORD")
             with open(
-                record, encoding="utf-8", errors="surrogateescape", opener=fsutil.at_once
+                record, encoding="utf-8", errors="surrogateescape", opener=fsutil.regular
             ) as file:
                 names = [row[0] for row in csv.reader(file) if row]
         except (OSError, csv.Error):

@@ -90,7 +90,7 @@ def detect(path: str, config: Config) -> Environment | None:
 def read_config(path: str) -> dict[str, str] | None:
     """Read a ``pyvenv.cfg``: lower-case keys, the value after the first ``=``; None if missing."""
     try:
-        with open(path, encoding="utf-8", errors="surrogateescape", opener=fsutil.at_once) as file:
+        with open(path, encoding="utf-8", errors="surrogateescape", opener=fsutil.regular) as file:
             lines = file.read().splitlines()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
@@ -101,7 +101,7 @@ def read_config(path: str) -> dict[str, str] | None:
 def _in_activate(path: str) -> Iterator[str]:
     with (
         contextlib.suppress(OSError),
-        open(os.path.join(path, "bin", "activate"), "rb", opener=fsutil.at_once) as file,
+        open(os.path.join(path, "bin", "activate"), "rb", opener=fsutil.regular) as file,
     ):
         for match in _ACTIVATE.finditer(file.read()):
             word = _shell_word(os.fsdecode(match[1]))

@@ -621,3 +621,25 @@ def test_several_may_remove_a_tree_at_the_same_time(tmp_path: Path) -> None:
     assert not (tmp_path / "tree").exists()
     # Who comes too late may find even the tree itself gone, and nothing else.
     assert all(error is None or isinstance(error, FileNotFoundError) for error in errors)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "file"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    before = os.listdir("/proc/self/fd")
+    with (
+        pytest.raises(OSError, match="not a regular file") as error,
+        open(path, opener=fsutil.regular),
+    ):
+        pass
+    assert error.value.filename == str(path)
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_directory_is_refused_as_open_does(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError), open(tmp_path, opener=fsutil.regular):
+        pass
