@@ -86,9 +86,12 @@ test-environments: setup
 test-push: setup
 	$(PYTEST) -m push
 
+# Jobs mostly wait: two clusters at the same time, or with CLUSTERS=0 one, as a debugger needs it.
+CLUSTERS = 2
+SLURM = -m slurm -n $(CLUSTERS) --dist loadfile
 test-slurm: setup
 	tests/cluster/cluster setup
-	$(PYTEST_MAYBE) -m slurm
+	$(PYTEST_MAYBE) $(SLURM)
 
 test-pbs: setup
 	tests/cluster/cluster setup
@@ -97,7 +100,7 @@ test-pbs: setup
 # The same on Debian 13's Slurm, from a root directory that is made once.
 test-slurm-24.11: setup
 	tests/cluster/cluster setup
-	ROOTFS="$$(tests/cluster/rootfs trixie)" && export ROOTFS && $(PYTEST) -m slurm
+	ROOTFS="$$(tests/cluster/rootfs trixie)" && export ROOTFS && $(PYTEST) $(SLURM)
 
 # ENV=/path/to/venv measures one of yours; OPTIONS='--parts 1 --runs 7'; a slow file system needs root.
 bench-pack: setup
