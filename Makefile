@@ -28,7 +28,7 @@ help:
 	@echo 'make setup         what is missing on this machine, .venv with the tools and the built wheel'
 	@echo 'make demo          the tour: pack, stage, run'
 	@echo 'make test          lint and every tier of tests'
-	@echo 'make lint          ruff, mypy, shellcheck'
+	@echo 'make lint          ruff, mypy, import-linter, shellcheck'
 	@echo 'make test-unit     Python and a temporary directory; test-{hook,root,environments,push,slurm,pbs}'
 	@echo 'make bench         starts of jobs by every strategy, 22 minutes; bench-quick: one; bench-record: all of'
 	@echo '                   what docs/performance shows, eleven hours; then make performance'
@@ -64,6 +64,7 @@ lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy --strict stager
+	$(VENV)/bin/lint-imports --no-cache
 	@files=$$({ git ls-files --cached --others --exclude-standard '*.sh'; \
 		git grep -nI --untracked -E '^#!.*[/ ](sh|dash|bash)( |$$)' | sed -n 's/:1:#!.*//p'; } | sort -u); \
 	echo shellcheck -x $$files; \

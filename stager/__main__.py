@@ -39,7 +39,7 @@ def _main() -> int:
     if words[:1] == ["pack"]:
         import gc
 
-        gc.disable()  # for all of it: see stager/pack.py
+        gc.disable()  # for all of it: see stager/packing/pack.py
     from stager import cli
 
     _leave(cli.main(sys.argv[1:]))

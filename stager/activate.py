@@ -16,7 +16,7 @@ from stager.config import Config
 from stager.envpatch import EnvPatch
 from stager.errors import StagerError
 from stager.manifest import TREE, USER, Manifest
-from stager.stage import Staged
+from stager.staging.stage import Staged
 
 CONDA = "conda"
 """The kind of environments whose packages bring scripts."""

@@ -17,12 +17,13 @@ import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from stager import events, fsutil, lease, ref, schedulers
+from stager import events, fsutil, ref, schedulers
 from stager.envpatch import EnvPatch, separator
 from stager.errors import StagerError
 from stager.ref import Directive
 from stager.schedulers import PBS, SLURM
-from stager.store import boot_id
+from stager.staging import lease
+from stager.staging.store import boot_id
 
 ROOT = "/run/stager"
 PENDING, READY, FAILED, CANCELLED = "pending", "ready", "failed", "cancelled"

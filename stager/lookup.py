@@ -14,7 +14,7 @@ from stager.ref import Ref
 from stager.repository import Published, Repository
 
 if TYPE_CHECKING:
-    from stager.layers import Progress
+    from stager.packing.layers import Progress
 
 
 def repositories(config: Config) -> list[Repository]:
@@ -189,8 +189,8 @@ def _is_covered(published: Published, config: Config) -> bool:
 def _pack(
     known: Manifest | None, path: str, config: Config, progress: Progress | None
 ) -> Published:
-    from stager import pack  # a warm start does without
     from stager.environments import Request
+    from stager.packing import pack  # a warm start does without
 
     request = Request.again(known) if known is not None else Request.here((path,))
     name = known.name if known is not None else None

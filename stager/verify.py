@@ -18,7 +18,7 @@ from typing import NamedTuple
 from stager.config import Config
 from stager.errors import StagerError
 from stager.paths import is_within
-from stager.stage import Staged
+from stager.staging.stage import Staged
 
 STRACE, AUDIT = "strace", "audit hooks"
 TIMEOUT = 600.0

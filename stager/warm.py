@@ -6,8 +6,8 @@ what its answer was derived from: the program, the boot, the variables, the conf
 the manifest in the repository, the watched paths of the original, the stamps in the store. The next
 one compares, and where all is the same the answer is. It never decides anything: at the first
 difference, or where it cannot tell, the whole way is gone, :mod:`stager.cli`, which leaves a new
-note, :mod:`stager.notes`. The only question to shared storage about the repository is whether the
-file that the name stands for is the same.
+note, :mod:`stager.staging.notes`. The only question to shared storage about the repository is
+whether the file that the name stands for is the same.
 
 What a node is asked on either way stands here once, and is imported by the modules it belongs to.
 Nothing but ``os`` may be imported at the top: even ``re`` is a quarter of the whole time.
@@ -118,7 +118,7 @@ def is_there(tree: str, *, mounted: bool) -> bool:
 
 
 def claim(store: str, layer_id: str, holder: str) -> bool:
-    """Claim a tree of a store, see :meth:`stager.store.Store.lease`."""
+    """Claim a tree of a store, see :meth:`stager.staging.store.Store.lease`."""
     directory = f"{store}/leases/{layer_id}"
     while True:
         try:
@@ -167,7 +167,7 @@ def hit(wish: str) -> str:
             if kind == "same":
                 good = identity(path) == value
             else:
-                # The claim comes first, then the look at the stamp: see stager/collect.py.
+                # The claim comes first, then the look at the stamp: see stager/staging/collect.py.
                 store, layer = os.path.dirname(os.path.dirname(path)), os.path.basename(path)
                 good = is_private(os.lstat(store))
                 if good and claim(store, layer, holder):

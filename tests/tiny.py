@@ -14,12 +14,13 @@ from pathlib import Path
 
 from environments import BASE_PYTHON
 from stager import config as configuration
-from stager import manifest, pack
+from stager import manifest
 from stager.config import Config
 from stager.environments import Request
 from stager.manifest import Image, Layer, Manifest, Platform, Python
+from stager.packing import pack
 from stager.repository import Published, Repository
-from stager.store import Store
+from stager.staging.store import Store
 
 LIBRARY = f"lib/{BASE_PYTHON.name}"
 SITE = f"{LIBRARY}/site-packages"

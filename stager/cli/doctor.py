@@ -12,13 +12,14 @@ import stat
 import subprocess
 
 from stager import config as configuration
-from stager import fsutil, privilege, sitestore
+from stager import fsutil, privilege
 from stager.cli.common import load_config, print_json, size
 from stager.config import Config
 from stager.errors import StagerError
 from stager.formats import squashfs
 from stager.paths import is_within
-from stager.store import Store
+from stager.staging import sitestore
+from stager.staging.store import Store
 
 OK, WORSE, BAD = "ok", "worse", "bad"
 
@@ -167,7 +168,7 @@ def _cleared(path: str) -> list[Check]:
 
 def _repository(path: str, count: int) -> list[Check]:
     """Over how much of Lustre images are spread; nothing where the repository is not on it."""
-    from stager import lustre
+    from stager.packing import lustre
 
     if not lustre.is_on(path):
         return []
@@ -204,7 +205,7 @@ def _repository(path: str, count: int) -> list[Check]:
 
 
 def _is_narrow(image: str) -> bool:
-    from stager import lustre
+    from stager.packing import lustre
 
     try:
         return os.path.getsize(image) >= lustre.SMALL and lustre.count_of(image) == 1

@@ -8,12 +8,12 @@ from collections import Counter
 from collections.abc import Iterable
 
 from stager import lookup, ref
-from stager import pack as packer
 from stager.cli.common import Bars, load_config, print_json, printable, say, size
 from stager.config import Config
 from stager.environments import Request, userbase
 from stager.errors import NotFoundError, UsageError
 from stager.manifest import TREE, USER, Finding, plain
+from stager.packing import pack as packer
 
 _SHOWN = 8
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 
-from stager import estimate, lookup, manifest, ref, sitestore, timings, transfer, trees
+from stager import estimate, lookup, manifest, ref, timings, transfer
 from stager.cli.common import count, load_config, print_json, say, size
 from stager.config import Config
 from stager.errors import JOB, NotFoundError, StagerError, UsageError
 from stager.estimate import Layer, Site, Way
 from stager.fsutil import explain
 from stager.repository import Published
-from stager.store import EXTRACTED, Stamp, Store
+from stager.staging import sitestore, trees
+from stager.staging.store import EXTRACTED, Stamp, Store
 
 _MOST_NODES = 1_000_000
 """More than any cluster has, and a number to calculate with."""

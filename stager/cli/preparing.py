@@ -6,14 +6,15 @@ import argparse
 import os
 
 from stager import activate as activation
-from stager import allocation, lookup, together
-from stager import stage as staging
+from stager import lookup, together
 from stager.cli.common import Bars, say
 from stager.config import Config
 from stager.errors import JOB, StagerError, UsageError
 from stager.ref import KEYS, Ref
 from stager.repository import Published
 from stager.schedulers import Allocation
+from stager.staging import allocation
+from stager.staging import stage as staging
 
 
 def prepare(
@@ -33,7 +34,7 @@ def prepare(
         holder: who claims it.
         quiet: no progress and no warnings.
         everywhere: stage on all nodes of this allocation, instead of here.
-        via: how it gets there, see :func:`stager.keeper.stage_everywhere`.
+        via: how it gets there, see :func:`stager.staging.keeper.stage_everywhere`.
 
     Raises:
         UsageError: the store is the site's.
@@ -50,7 +51,7 @@ def prepare(
         found = [up_to_date(wish, config, bars, quiet=quiet) for wish in wishes]
         together.require([published.manifest for published in found])
         if everywhere is not None:
-            from stager import keeper
+            from stager.staging import keeper
 
             results = [
                 keeper.stage_everywhere(published, config, everywhere, via=via, progress=bars)

@@ -11,13 +11,14 @@ import sys
 from collections.abc import Mapping
 
 from stager import activate as activation
-from stager import allocation, containers, fsutil, lease, lookup, schedulers, sessions
+from stager import containers, fsutil, lookup, schedulers
 from stager.cli import report
 from stager.cli.common import Bars, load_config, say
 from stager.cli.preparing import ask_job, prepare
 from stager.errors import StagerError, UsageError, known
-from stager.processes import KEEPER
-from stager.stage import Staged
+from stager.staging import allocation, lease, sessions
+from stager.staging.processes import KEEPER
+from stager.staging.stage import Staged
 
 FAILED, NOT_EXECUTABLE, NOT_FOUND = 125, 126, 127
 """What env(1) exits with for itself, for a program that cannot start, and for a missing one."""
@@ -150,8 +151,8 @@ def _exec(command: list[str], environ: Mapping[str, str]) -> int:
 
 def watch(arguments: argparse.Namespace) -> int:
     """Wait for the end of a PBS job here, and clear up after it."""
-    from stager import watcher
-    from stager.store import Store
+    from stager.staging import watcher
+    from stager.staging.store import Store
 
     config = load_config(arguments)
     job = os.environ.get(KEEPER, "")
@@ -163,9 +164,9 @@ def watch(arguments: argparse.Namespace) -> int:
 
 def keep(arguments: argparse.Namespace) -> int:
     """Stage on this node, tell how it went, and hold what was mounted until the job ends."""
-    from stager import keeper
     from stager.ref import parse
-    from stager.store import Store
+    from stager.staging import keeper
+    from stager.staging.store import Store
 
     where = schedulers.allocation(os.environ)
     if where is None or KEEPER not in os.environ:

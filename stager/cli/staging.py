@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from stager import activate as activation
-from stager import allocation, envpatch, lease, lookup, notes, schedulers
+from stager import envpatch, lookup, schedulers
 from stager.cli.common import (
     count,
     load_config,
@@ -26,8 +26,9 @@ from stager.cli.preparing import ask_job, prepare
 from stager.config import Config
 from stager.errors import StagerError, UsageError
 from stager.ref import Ref
-from stager.sitestore import SiteStore
-from stager.store import RECEIVED, Store, holder_name
+from stager.staging import allocation, lease, notes
+from stager.staging.sitestore import SiteStore
+from stager.staging.store import RECEIVED, Store, holder_name
 
 _SHOWN = 2
 """Names of a tree; a base may be that of hundreds."""
@@ -114,7 +115,7 @@ def release(arguments: argparse.Namespace) -> int:
 
 def collect(arguments: argparse.Namespace) -> int:
     """Evict trees."""
-    from stager import collect as collection
+    from stager.staging import collect as collection
 
     if arguments.nodes:
         return _collect_elsewhere(arguments)

@@ -8,13 +8,14 @@ import os
 import tempfile
 from collections.abc import Iterator
 
-from stager import activate, lease, lookup
+from stager import activate, lookup
 from stager import verify as verifier
 from stager.cli.common import count, load_config, print_json, say
 from stager.cli.preparing import prepare
 from stager.config import Config
 from stager.errors import JOB, IntegrityError, StagerError
-from stager.store import Store
+from stager.staging import lease
+from stager.staging.store import Store
 
 _SHOWN = 20
 

@@ -1,7 +1,7 @@
 """Conda's prefixes: conda, mamba, micromamba, pixi.
 
 Such a prefix holds its own Python, so it is one layer. What a package has in it is told by
-:mod:`stager.condameta`; here is what a prefix is called, what it sets, and what of a base
+:mod:`stager.rewriting.condameta`; here is what a prefix is called, what it sets, and what of a base
 installation is no part of the environment.
 """
 
@@ -17,13 +17,14 @@ import shlex
 import struct
 from collections.abc import Iterable, Iterator
 
-from stager import bytecode, condameta, fsutil
+from stager import fsutil
 from stager.config import Config
 from stager.environments import Environment, Tree, ask, default_name, names, spellings
 from stager.envpatch import EnvPatch
 from stager.errors import IncompatibleError
 from stager.manifest import Finding
-from stager.relocate import Move, Relocation
+from stager.rewriting import bytecode, condameta
+from stager.rewriting.relocate import Move, Relocation
 from stager.sourcing import ACTIVATE
 
 _VARIABLES, _STATE = "etc/conda/env_vars.d", f"{condameta.DIRECTORY}/state"

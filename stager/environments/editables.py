@@ -20,8 +20,9 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from stager import fsutil, relocate
+from stager import fsutil
 from stager.paths import is_within
+from stager.rewriting import relocate
 
 _REBUILDS = re.compile(r"_.+_editable(_loader)?\.py\Z")
 _REDIRECTS = re.compile(r"_editable_skbc_.+\.py\Z")

@@ -13,8 +13,9 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 
-from stager import fsutil, relocate
+from stager import fsutil
 from stager.manifest import Finding
+from stager.rewriting import relocate
 
 
 def in_scripts(path: str) -> Iterator[str]:

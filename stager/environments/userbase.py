@@ -10,7 +10,7 @@ import csv
 import os
 from collections.abc import Iterator, Mapping
 
-from stager import fsutil, relocate
+from stager import fsutil
 from stager.config import Config
 from stager.environments import (
     Environment,
@@ -23,6 +23,7 @@ from stager.environments import (
 from stager.envpatch import EnvPatch
 from stager.errors import NotFoundError
 from stager.manifest import USER
+from stager.rewriting import relocate
 
 
 def of_user(environ: Mapping[str, str]) -> str:

@@ -7,8 +7,8 @@
 
 A hook never keeps a job hostage. It starts a worker that survives it (see
 :mod:`stager.hooks.worker`), waits a short bounded time and returns; the job's tasks wait for the
-rest. The worker has a child become the user, see :mod:`stager.forjob`, writes down what that says,
-see :mod:`stager.jobstate`, and gives up after ``hook.deadline``.
+rest. The worker has a child become the user, see :mod:`stager.hooks.forjob`, writes down what that
+says, see :mod:`stager.jobstate`, and gives up after ``hook.deadline``.
 
 This is the only code that fails open: whatever happens, the status is 0 and the job runs, unless
 it asked for ``strict``: that is written down first, and its tasks end themselves. Only where the

@@ -13,12 +13,13 @@ import time
 from collections.abc import Iterator
 from typing import Any, Callable, NamedTuple
 
-from stager import collect, events, jobstate, mounts, schedulers
+from stager import events, jobstate, mounts, schedulers
 from stager.config import Config
 from stager.errors import SITE, DeniedError, StagerError
 from stager.hooks.common import as_user, emit, explained
-from stager.sitestore import SiteStore
-from stager.store import Store
+from stager.staging import collect
+from stager.staging.sitestore import SiteStore
+from stager.staging.store import Store
 
 _LONG, _SHORT = 600.0, 20.0
 """Seconds that all processes of a user may take together: by the clock, and while a job waits."""
@@ -29,7 +30,7 @@ _MOST = 250
 costs a user nothing, and others would wait for each."""
 
 Exists = Callable[[str, str], "bool | None"]
-"""Asks the scheduler about jobs, see :func:`stager.lease.is_alive`."""
+"""Asks the scheduler about jobs, see :func:`stager.staging.lease.is_alive`."""
 
 
 class Place(NamedTuple):

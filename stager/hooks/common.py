@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from stager import config as configuration
-from stager import events, lease, privilege
+from stager import events, privilege
 from stager.config import Config
 from stager.errors import StagerError, known
 from stager.jobstate import Job, State
+from stager.staging import lease
 
 _LONGEST = 1 << 20
 """Bytes of an answer of a user's process: a few hundred for each node of the largest jobs."""
@@ -138,7 +139,7 @@ def release(
 
 
 def _release(store: str, holder: str) -> int:
-    from stager.store import Store
+    from stager.staging.store import Store
 
     return Store(store).release(holder) if os.path.isdir(store) else 0
 
@@ -146,7 +147,7 @@ def _release(store: str, holder: str) -> int:
 def _release_shared(store: str, holder: str) -> int:
     if not os.path.isdir(store):
         return 0
-    from stager.sitestore import SiteStore
+    from stager.staging.sitestore import SiteStore
 
     return SiteStore.of_root(store).release(holder)
 

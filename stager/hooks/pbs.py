@@ -106,7 +106,7 @@ def begin(
 
 
 def _visible() -> str:
-    from stager.forjob import VISIBLE
+    from stager.hooks.forjob import VISIBLE
 
     return VISIBLE  # pbs_mom gives jobs no mount namespace of their own
 
@@ -133,7 +133,7 @@ def _beforehand(talk: Any, state: State, seconds: float) -> Activation:
 
 def note(told: Mapping[str, Any], root: str) -> dict[str, Any]:
     """Tell the job's first node that this one is not staged, where the worker could not."""
-    from stager import jobnotes
+    from stager.hooks import jobnotes
 
     job = Job.of_pbs(told)
     as_user(job.uid, job.gid, jobnotes.tell_first, job, str(told["reason"]), limit=_NOTES)
@@ -145,7 +145,7 @@ def notes(told: Mapping[str, Any], root: str) -> dict[str, Any]:
 
     There is no reason where a node of a strict job tells that it is staged.
     """
-    from stager import jobnotes
+    from stager.hooks import jobnotes
 
     job = Job.of_pbs(told)
     found = as_user(job.uid, job.gid, jobnotes.take, job, limit=_NOTES)

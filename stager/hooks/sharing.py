@@ -6,13 +6,13 @@ import re
 from collections.abc import Mapping
 from typing import Any, Callable
 
-from stager import sitestore
 from stager.config import Config
 from stager.ref import Ref, is_name
+from stager.staging import sitestore
 
 
 def ordered(wanted: Mapping[str, Any], config: Config, holder: str) -> Callable[[], dict[str, Any]]:
-    """What has to be done for an environment that a user named: see :mod:`stager.forjob`.
+    """What has to be done for an environment that a user named: see :mod:`stager.hooks.forjob`.
 
     Args:
         wanted: ``name``, ``digest`` and ``repository``; ``pinned`` where they named it by the

@@ -121,7 +121,7 @@ def _mounts(environ: Mapping[str, str] = os.environ) -> str:
     namespace is a copy that is made when the Prolog returns, and is told of later mounts only
     where ``Shared=true`` (job_container.conf(5)).
     """
-    from stager.forjob import NEVER, PROLOG, VISIBLE
+    from stager.hooks.forjob import NEVER, PROLOG, VISIBLE
 
     if _runs_in_job():
         return NEVER

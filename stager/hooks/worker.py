@@ -12,7 +12,7 @@ import socket
 import time
 from typing import TYPE_CHECKING, Any, Callable, NoReturn
 
-from stager import events, fsutil, jobstate, lease, privilege, schedulers
+from stager import events, fsutil, jobstate, privilege, schedulers
 from stager.config import Config
 from stager.errors import JOB, NODE, SITE, StagerError
 from stager.hooks import orphans
@@ -37,6 +37,7 @@ from stager.jobstate import (
     Job,
     State,
 )
+from stager.staging import lease
 
 if TYPE_CHECKING:
     from stager.hooks.aside import Aside
@@ -63,7 +64,7 @@ def start(
         state: what was begun for it.
         config: the site's.
         root: where job states are kept.
-        mounts: tells whether a mount made later is seen by the job, see :mod:`stager.forjob`.
+        mounts: tells whether a mount made later is seen by the job, see :mod:`stager.hooks.forjob`.
 
     Returns:
         Where the worker tells how far it is: one of the bytes above, and more behind some of them.
@@ -137,7 +138,7 @@ class Worker:
         os._exit(0)
 
     def _work(self) -> dict[str, Any]:
-        from stager import forjob
+        from stager.hooks import forjob
 
         store = self.config["store"]
         broken: StagerError | None = None
@@ -210,7 +211,7 @@ class Worker:
                 self.state.write("status", f"{PENDING} {beat}\n")
 
     def _take(self, message: dict[str, Any], talk: socket.socket) -> bool:
-        """Do what a message of :mod:`stager.forjob` asks for; False where it is the last one."""
+        """Do what a message of :mod:`stager.hooks.forjob` asks for; False for the last one."""
         if "timeout" in message:
             self.until = min(self.until, self.started + float(message["timeout"]))
         elif "original" in message:
@@ -315,7 +316,7 @@ class Worker:
         if self.job.scheduler != schedulers.PBS or self.job.first:
             return
         with contextlib.suppress(StagerError):
-            from stager import jobnotes
+            from stager.hooks import jobnotes
 
             as_user(self.job.uid, self.job.gid, jobnotes.tell_first, self.job, reason, limit=_NOTE)
 

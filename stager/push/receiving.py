@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Callable
 
-from stager import allocation, fitness, fsutil, lease, manifest, store, trees
+from stager import fsutil, manifest
 from stager.checksum import crc32
 from stager.config import Config
 from stager.errors import NODE, BusyError, IntegrityError, NoSpaceError, StagerError
@@ -26,8 +26,9 @@ from stager.manifest import Layer, Manifest
 from stager.push import protocol
 from stager.push.protocol import Outcome, Reader, Request
 from stager.repository import Published, Repository
-from stager.stage import HIT
-from stager.store import EXTRACTED, MOUNTED, Store
+from stager.staging import allocation, fitness, lease, store, trees
+from stager.staging.stage import HIT
+from stager.staging.store import EXTRACTED, MOUNTED, Store
 
 _PIECE = 1 << 20
 HAD = "had"

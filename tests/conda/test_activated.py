@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from environments import REPO, VENV, run
-from stager import activate, config, jobactivation, jobstate, ref, stage
+from stager import activate, config, jobstate, ref
+from stager.hooks import jobactivation
 from stager.repository import Repository
+from stager.staging import stage
 from workbench import Staged
 
 from .fixtures import VARIABLES, CondaEnvironment

@@ -17,13 +17,14 @@ from typing import Any
 import pytest
 
 from environments import REPO
-from stager import config, events, jobnotes, jobstate, lease, privilege
+from stager import config, events, jobstate, privilege
 from stager.cli import doctor
 from stager.errors import LIMITS, StagerError
-from stager.hooks import common, pbs
+from stager.hooks import common, jobnotes, pbs
 from stager.hooks import slurm as hook
 from stager.jobstate import STAGED, Activation, Job, State
-from stager.store import boot_id
+from stager.staging import lease
+from stager.staging.store import boot_id
 
 VARIABLES = {
     "SLURM_JOB_ID": "7",

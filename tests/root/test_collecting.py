@@ -13,7 +13,7 @@ import pytest
 from stager import config as configuration
 from stager.config import Config
 from stager.hooks import collecting
-from stager.store import EXTRACTED, Stamp, Store, boot_id
+from stager.staging.store import EXTRACTED, Stamp, Store, boot_id
 
 pytestmark = pytest.mark.root
 

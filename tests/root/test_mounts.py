@@ -20,14 +20,15 @@ import pytest
 
 import tiny
 from environments import run
-from stager import allocation, cli, collect, fsutil, lease, stage, store, transfer, warm
+from stager import cli, fsutil, transfer, warm
 from stager.config import Config
 from stager.errors import StagerError
 from stager.formats import squashfs
-from stager.processes import Owner
 from stager.repository import Published
-from stager.stage import HIT, Staged
-from stager.store import EXTRACTED, MOUNTED, Store
+from stager.staging import allocation, collect, lease, stage, store
+from stager.staging.processes import Owner
+from stager.staging.stage import HIT, Staged
+from stager.staging.store import EXTRACTED, MOUNTED, Store
 
 pytestmark = pytest.mark.root
 

@@ -344,7 +344,7 @@ def test_a_tree_that_others_have_mounted_elsewhere_is_left_to_them(site: Site, t
     until(lambda: site.home("alice").joinpath("seen").exists())
     stage = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from stager import config, sitestore\n"
+        "from stager import config; from stager.staging import sitestore\n"
         "from stager.ref import Ref\n"
         "loaded = config.load(trusted_only=True, uid=0)\n"
         "sitestore.stage(sys.argv[2], Ref(name='central'), sys.argv[3], loaded, 'slurm-9-0')\n"

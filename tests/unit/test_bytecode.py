@@ -22,8 +22,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from environments import BASE_PYTHON
-from stager import bytecode
-from stager.bytecode import HEADER, Compiler
+from stager.rewriting import bytecode
+from stager.rewriting.bytecode import HEADER, Compiler
 
 pytestmark = pytest.mark.unit
 

@@ -21,7 +21,7 @@ from stager import cli, estimate, fsutil, lookup, timings
 from stager import config as configuration
 from stager.cli import doctor
 from stager.ref import Ref
-from stager.store import Stamp, Store, boot_id
+from stager.staging.store import Stamp, Store, boot_id
 
 pytestmark = pytest.mark.unit
 
@@ -1155,9 +1155,9 @@ HEAVY = (
     "/yaml/",
     "/rich/",
     "/zstandard/",
-    "/stager/pack.",
-    "/stager/layers.",
-    "/stager/produce.",
+    "/stager/packing/pack.",
+    "/stager/packing/layers.",
+    "/stager/packing/produce.",
     "/asyncio/",
 )
 

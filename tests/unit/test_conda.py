@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from stager import condameta
 from stager.environments import conda
+from stager.rewriting import condameta
 
 pytestmark = pytest.mark.unit
 

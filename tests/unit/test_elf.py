@@ -19,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from environments import BASE_PYTHON
-from stager import elf
-from stager.elf import Elf, MalformedError
+from stager.rewriting import elf
+from stager.rewriting.elf import Elf, MalformedError
 
 pytestmark = pytest.mark.unit
 

@@ -12,8 +12,9 @@ from typing import Any, cast
 import pytest
 
 import tiny
-from stager import freshness, layers
+from stager import freshness
 from stager.manifest import Manifest, Watch
+from stager.packing import layers
 
 pytestmark = pytest.mark.unit
 

@@ -16,15 +16,15 @@ from typing import Any, cast
 import pytest
 
 import tiny
-from stager import keeper, lease
 from stager.cli import running
 from stager.cli.common import Bars
 from stager.errors import NotFoundError, StagerError
-from stager.processes import KEEPER
 from stager.repository import Repository
 from stager.schedulers import Allocation
-from stager.stage import Staged
-from stager.store import Store
+from stager.staging import keeper, lease
+from stager.staging.processes import KEEPER
+from stager.staging.stage import Staged
+from stager.staging.store import Store
 
 pytestmark = pytest.mark.unit
 

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 import tiny
-from stager import cli, fsutil, lustre, pack
+from stager import cli, fsutil
 from stager.environments import Request
+from stager.packing import lustre, pack
 
 pytestmark = pytest.mark.unit
 

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 
 import tiny
-from stager import layers, pack
 from stager.config import Config
 from stager.environments import Request
 from stager.errors import StagerError
 from stager.manifest import Finding
+from stager.packing import layers, pack
 
 
 class _Told:
-    """Stands for :class:`stager.layers.Layers` with two layers, ``a`` below ``b``."""
+    """Stands for :class:`stager.packing.layers.Layers` with two layers, ``a`` below ``b``."""
 
     def __init__(self, fails: str) -> None:
         self.fails = fails

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from stager import plan, walk
+from stager import walk
 from stager.manifest import Finding
-from stager.plan import Item, Place
-from stager.relocate import Move, Relocation
+from stager.packing import plan
+from stager.packing.plan import Item, Place
+from stager.rewriting.relocate import Move, Relocation
 from stager.walk import DIRECTORY, FILE, LINK, SPECIAL, Entry, Excluder
 
 pytestmark = pytest.mark.unit

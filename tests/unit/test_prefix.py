@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stager import prefix
-from stager.relocate import Move, Relocation
+from stager.rewriting import prefix
+from stager.rewriting.relocate import Move, Relocation
 
 pytestmark = pytest.mark.unit
 

@@ -21,13 +21,15 @@ from py_compile import PycInvalidationMode
 import pytest
 
 from environments import BASE_PYTHON, run
-from stager import bytecode, plan, produce, reading, walk
-from stager.bytecode import Compiler
+from stager import walk
 from stager.errors import DeniedError, IntegrityError
 from stager.formats.tarstream import Member
-from stager.plan import Place
-from stager.produce import SMALL, Outcome, Producer
-from stager.relocate import Move, Relocation
+from stager.packing import plan, produce, reading
+from stager.packing.plan import Place
+from stager.packing.produce import SMALL, Outcome, Producer
+from stager.rewriting import bytecode
+from stager.rewriting.bytecode import Compiler
+from stager.rewriting.relocate import Move, Relocation
 from stager.walk import Excluder
 
 pytestmark = pytest.mark.unit

@@ -18,7 +18,7 @@ from stager.manifest import Manifest
 from stager.push import asking, nodes, protocol, sending, ssh
 from stager.push.protocol import Outcome, Reader, Request, Settings
 from stager.push.receiving import Receiver
-from stager.store import MOUNTED, RECEIVED, Stamp, boot_id
+from stager.staging.store import MOUNTED, RECEIVED, Stamp, boot_id
 
 pytestmark = pytest.mark.unit
 

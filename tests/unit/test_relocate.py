@@ -10,9 +10,9 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from stager import relocate
 from stager.errors import UsageError
-from stager.relocate import Move, Relocation
+from stager.rewriting import relocate
+from stager.rewriting.relocate import Move, Relocation
 
 pytestmark = pytest.mark.unit
 

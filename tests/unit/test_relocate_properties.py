@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stager.relocate import Move, Relocation
+from stager.rewriting.relocate import Move, Relocation
 
 pytestmark = pytest.mark.unit
 

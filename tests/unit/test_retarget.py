@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from stager import retarget
 from stager.formats.tarstream import Member
+from stager.staging import retarget
 
 pytestmark = pytest.mark.unit
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from stager import allocation, config, lease, schedulers
+from stager import config, schedulers
 from stager.errors import NoSpaceError, UsageError
 from stager.schedulers import Allocation, pbs, slurm
-from stager.store import Store
+from stager.staging import allocation, lease
+from stager.staging.store import Store
 
 Squeue = Callable[[str], None]
 

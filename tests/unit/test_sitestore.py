@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from stager import mounts, sitestore
+from stager import mounts
 from stager.errors import DeniedError
+from stager.staging import sitestore
 
 
 def test_what_a_user_has_mounted_is_the_users_whoever_it_says_owns_it(

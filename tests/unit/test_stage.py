@@ -25,7 +25,7 @@ import pytest
 
 import tiny
 from environments import BASE_PYTHON, run
-from stager import collect, fitness, forjob, lookup, stage, store, transfer, trees
+from stager import lookup, transfer
 from stager.config import Config
 from stager.errors import (
     BusyError,
@@ -37,12 +37,14 @@ from stager.errors import (
 )
 from stager.formats import squashfs, tarzst
 from stager.formats.tarzst import extracting, index
+from stager.hooks import forjob
 from stager.jobstate import Job
 from stager.manifest import Image, Layer, Manifest
 from stager.ref import Ref
 from stager.repository import Published, Repository
-from stager.stage import EXTRACTED, HIT, Staged
-from stager.store import Store
+from stager.staging import collect, fitness, stage, store, trees
+from stager.staging.stage import EXTRACTED, HIT, Staged
+from stager.staging.store import Store
 
 pytestmark = pytest.mark.unit
 

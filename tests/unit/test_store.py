@@ -17,11 +17,12 @@ from pathlib import Path
 import pytest
 
 import tiny
-from stager import collect, fsutil, lease, schedulers
-from stager import store as storing
-from stager.collect import Collected
+from stager import fsutil, schedulers
 from stager.errors import BusyError, DeniedError, StagerError, UsageError
-from stager.store import EXTRACTED, MOUNTED, RECEIVED, Stamp, Store, boot_id
+from stager.staging import collect, lease
+from stager.staging import store as storing
+from stager.staging.collect import Collected
+from stager.staging.store import EXTRACTED, MOUNTED, RECEIVED, Stamp, Store, boot_id
 
 pytestmark = pytest.mark.unit
 

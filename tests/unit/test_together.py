@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 
 import tiny
-from stager import activate, forjob, jobactivation, lookup, ref, stage, together
+from stager import activate, lookup, ref, together
 from stager.activate import Part
 from stager.environments import kept
 from stager.envpatch import EnvPatch
 from stager.errors import IncompatibleError, UsageError
+from stager.hooks import forjob, jobactivation
 from stager.manifest import Manifest, Python
 from stager.ref import Ref
+from stager.staging import stage
 
 pytestmark = pytest.mark.unit
 

@@ -21,9 +21,10 @@ import pytest
 import stager
 import tiny
 from environments import VENV, clean_environ, strace_files
-from stager import pack, warm
+from stager import warm
 from stager.environments import Request
-from stager.store import Store
+from stager.packing import pack
+from stager.staging.store import Store
 
 pytestmark = pytest.mark.unit
 
@@ -122,12 +123,17 @@ def test_an_epilog_loads_nothing_that_stages() -> None:
     done = subprocess.run([PYTHON, "-I", "-c", code], capture_output=True, text=True, check=True)
     ours = {name for name in done.stdout.split() if name.startswith("stager.")}
     assert "stager.hooks.worker" in ours
-    assert not ours & {"stager.forjob", "stager.hooks.sharing", "stager.repository", "stager.trees"}
+    assert not ours & {
+        "stager.hooks.forjob",
+        "stager.hooks.sharing",
+        "stager.repository",
+        "stager.staging.trees",
+    }
 
 
 def test_a_prolog_imports_what_it_needs_and_no_more() -> None:
     """Each module that is named here costs every job on every node 1 to 15 ms."""
-    code = "import os, sys; {}import stager.hooks.slurm, stager.forjob, stager.lookup"
+    code = "import os, sys; {}import stager.hooks.slurm, stager.hooks.forjob, stager.lookup"
     found = []
     for before in ("sys.exit(); ", ""):
         argv = [PYTHON, "-I", "-X", "importtime", "-c", code.format(before)]

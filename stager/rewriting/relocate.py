@@ -15,8 +15,8 @@ from collections.abc import Iterable
 from typing import Callable, NamedTuple
 from urllib.parse import quote
 
-from stager import prefix
 from stager.errors import UsageError
+from stager.rewriting import prefix
 
 # What may follow a prefix for it to be the whole of a path component: anything that cannot go on
 # a file name. A dot goes on a name unless it ends a sentence.

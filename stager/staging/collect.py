@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from typing import Callable, NamedTuple
 
-from stager import fsutil, lease
+from stager import fsutil
 from stager.errors import BusyError, StagerError
-from stager.store import SENT, Held, Store
+from stager.staging import lease
+from stager.staging.store import SENT, Held, Store
 
 
 class Collected(NamedTuple):
@@ -43,7 +44,7 @@ def collect(
         min_free: bytes to leave free on the file system.
         min_inodes: inodes to leave free there.
         everything: evict every unclaimed tree.
-        exists: asks the scheduler about jobs, see :func:`stager.lease.is_alive`.
+        exists: asks the scheduler about jobs, see :func:`stager.staging.lease.is_alive`.
     """
     fsutil.sweep(node.root, beginning=SENT)  # images that nobody took in
     fsutil.sweep(os.path.join(node.root, "ready"))  # halves of stamps

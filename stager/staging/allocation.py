@@ -8,9 +8,9 @@ batch script runs on one node of many. And what runs once per rank must not be a
 step is never relied on: while its owner lives, the tree is extracted beside it and put in its
 place; once the owner is gone, it is mounted again from the image in the store.
 
-*Every node.* See :mod:`stager.keeper`.
+*Every node.* See :mod:`stager.staging.keeper`.
 
-*Every rank.* :mod:`stager.sessions` has what one rank found out for the others of its node.
+*Every rank.* :mod:`stager.staging.sessions` has what one rank found out for the others of its node.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 
-from stager import fsutil, ref, schedulers, sitestore, store, trees
-from stager import stage as staging
+from stager import fsutil, ref, schedulers
 from stager.config import Config
 from stager.errors import NoSpaceError, StagerError
 from stager.formats import squashfs
 from stager.manifest import Layer, Manifest
-from stager.processes import KEEPER, Owner, own_command, owner_of, processes
 from stager.ref import Directive
 from stager.repository import Published
 from stager.schedulers import Allocation
-from stager.stage import Staged
-from stager.store import EXTRACTED, MOUNTED, Stamp, Store
-from stager.trees import Progress
+from stager.staging import sitestore, store, trees
+from stager.staging import stage as staging
+from stager.staging.processes import KEEPER, Owner, own_command, owner_of, processes
+from stager.staging.stage import Staged
+from stager.staging.store import EXTRACTED, MOUNTED, Stamp, Store
+from stager.staging.trees import Progress
 
 LAUNCHERS = frozenset(("srun", "mpirun", "mpiexec", "orterun", "prterun", "prun"))
 _RANKS = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "PALS_RANKID")
@@ -112,7 +113,7 @@ def stage_here(
 ) -> Staged:
     """Stage on this node, not relying on a mount that somebody else's end would take away.
 
-    The arguments and errors are those of :func:`stager.stage.stage`.
+    The arguments and errors are those of :func:`stager.staging.stage.stage`.
     """
     shared = sitestore.staged(published, config, holder)
     if shared is not None:
@@ -137,14 +138,14 @@ def stage_with_room(
     """
     where = schedulers.allocation(os.environ)
     if where is not None and where.scheduler == schedulers.PBS:
-        from stager import watcher
+        from stager.staging import watcher
 
         with store.blame_node("leave somebody here who clears up after the job"):
             watcher.start(where, config["store"], own_command())
     try:
         return stage_here(published, config, holder=holder, progress=progress)
     except NoSpaceError:
-        from stager import collect
+        from stager.staging import collect
 
         node = Store(config["store"])
         limits = {"max_size": config["collect.max_size"], "min_free": config["collect.min_free"]}

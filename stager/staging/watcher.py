@@ -13,10 +13,11 @@ import os
 import subprocess
 import time
 
-from stager import jobstate, lease, processes, schedulers, sessions
+from stager import jobstate, schedulers
 from stager.errors import StagerError
 from stager.schedulers import Allocation
-from stager.store import Store
+from stager.staging import lease, processes, sessions
+from stager.staging.store import Store
 
 _PAUSE = 1.0
 

@@ -7,7 +7,7 @@ import os
 from stager import fsutil
 from stager.errors import IncompatibleError
 from stager.manifest import Manifest
-from stager.store import Store
+from stager.staging.store import Store
 
 
 def require(manifest: Manifest) -> None:

@@ -33,29 +33,18 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Callable, NamedTuple
 
-from stager import (
-    activate,
-    allocation,
-    fitness,
-    fsutil,
-    jobactivation,
-    jobnotes,
-    privilege,
-    schedulers,
-    sitestore,
-    store,
-    together,
-    trees,
-)
+from stager import activate, fsutil, privilege, schedulers, together
 from stager import config as configuration
 from stager.config import Config
 from stager.errors import JOB, SITE, NoSpaceError, NotFoundError, StagerError, UsageError, known
+from stager.hooks import jobactivation, jobnotes
 from stager.jobstate import MAX_MESSAGE, Job
 from stager.manifest import Layer
 from stager.ref import KEYS, Directive, Ref
 from stager.repository import Published, Repository
-from stager.stage import HIT, Staged, slowest
-from stager.store import MOUNTED, Store
+from stager.staging import allocation, fitness, sitestore, store, trees
+from stager.staging.stage import HIT, Staged, slowest
+from stager.staging.store import MOUNTED, Store
 
 VISIBLE, PROLOG, NEVER = "visible", "prolog", "never"
 _OPTIONS = ("strict", "verbose", *KEYS)

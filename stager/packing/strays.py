@@ -6,10 +6,10 @@ import os
 import re
 import threading
 
-from stager import elf, relocate
 from stager.manifest import Finding
+from stager.packing.plan import Place
 from stager.paths import is_within
-from stager.plan import Place
+from stager.rewriting import elf, relocate
 
 _DOES = {
     "interpreter": "is loaded by",

@@ -9,17 +9,18 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
-from stager import fsutil, lustre, plan, transfer, walk
-from stager.bytecode import Compiler
+from stager import fsutil, transfer, walk
 from stager.config import Config
 from stager.environments import Environment
 from stager.errors import IntegrityError, NoSpaceError
 from stager.formats import tarstream
 from stager.formats.tarstream import Member
 from stager.manifest import Finding, Image, Layer, plain
-from stager.produce import Data, Outcome, Producer, Sink
+from stager.packing import lustre, plan
+from stager.packing.produce import Data, Outcome, Producer, Sink
+from stager.packing.survey import Survey, place_of
 from stager.repository import Repository
-from stager.survey import Survey, place_of
+from stager.rewriting.bytecode import Compiler
 from stager.walk import DIRECTORY
 
 LAYOUT = 5
@@ -222,7 +223,7 @@ class Layers:
             return
         from stager.formats import tarzst
 
-        # It may be there, empty, with a layout of its own (stager/lustre.py).
+        # It may be there, empty, with a layout of its own (stager/packing/lustre.py).
         with open(path, "wb") as file, tarzst.Writer(file, **options) as archive:
             yield archive
 

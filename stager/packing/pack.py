@@ -16,7 +16,6 @@ from stager import freshness, fsutil, walk
 from stager.config import Config
 from stager.environments import Environment, Request, Tree, describe
 from stager.errors import JOB, StagerError, UsageError
-from stager.layers import Layers, Progress
 from stager.manifest import (
     TREE,
     USER,
@@ -27,10 +26,11 @@ from stager.manifest import (
     Watch,
     read_layer,
 )
-from stager.produce import Outcome
+from stager.packing.layers import Layers, Progress
+from stager.packing.produce import Outcome
+from stager.packing.survey import Survey, look_through
 from stager.ref import Ref, is_name
 from stager.repository import Published, Repository
-from stager.survey import Survey, look_through
 from stager.walk import LINK
 
 _NOT_CHECKED = {

@@ -10,16 +10,18 @@ import contextlib
 import os
 from collections.abc import Iterable
 
-from stager import condameta, plan, walk
-from stager.bytecode import Compiler
+from stager import walk
 from stager.environments import ask
 from stager.errors import IncompatibleError
 from stager.formats.tarstream import Member
 from stager.manifest import Layer, Manifest
-from stager.produce import Producer
-from stager.relocate import Move, Relocation
-from stager.store import Store
-from stager.survey import SNAPSHOTS
+from stager.packing import plan
+from stager.packing.produce import Producer
+from stager.packing.survey import SNAPSHOTS
+from stager.rewriting import condameta
+from stager.rewriting.bytecode import Compiler
+from stager.rewriting.relocate import Move, Relocation
+from stager.staging.store import Store
 from stager.walk import FILE, Excluder
 
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from typing import Callable, Protocol
 
-from stager import fsutil, store
+from stager import fsutil
 from stager.config import Config
 from stager.errors import (
     IncompatibleError,
@@ -18,9 +18,10 @@ from stager.errors import (
 )
 from stager.formats import squashfs
 from stager.manifest import Layer, Manifest
-from stager.processes import owner_of
 from stager.repository import Published
-from stager.store import EXTRACTED, MOUNTED, Stamp, Store
+from stager.staging import store
+from stager.staging.processes import owner_of
+from stager.staging.store import EXTRACTED, MOUNTED, Stamp, Store
 
 _MARGIN, _MARGIN_INODES = 16 << 20, 1000
 """Bytes and inodes to leave free beside a tree: jobs have use for the disk too."""
@@ -78,7 +79,7 @@ def make(
                 os.unlink(image)
         if how == EXTRACTED:
             if is_moved(layer, node):
-                from stager import retarget
+                from stager.staging import retarget
 
                 retarget.rewrite(unpacked, published.manifest, layer, node)
             node.put(unpacked, layer.id)
@@ -262,7 +263,7 @@ def make_room(layer: Layer, how: str, node: Store, config: Config, *, present: i
         )
     if not _lacking(node, size, files):
         return
-    from stager import collect
+    from stager.staging import collect
 
     needed = (size + _MARGIN, files + _MARGIN_INODES if files else 0)
     collect.collect(

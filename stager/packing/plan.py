@@ -13,11 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-from stager import bytecode, condameta
-from stager.condameta import Recorded
 from stager.manifest import Finding
 from stager.paths import is_within
-from stager.relocate import Relocation
+from stager.rewriting import bytecode, condameta
+from stager.rewriting.condameta import Recorded
+from stager.rewriting.relocate import Relocation
 from stager.walk import DIRECTORY, LINK, SPECIAL, Entry
 
 _RECORD = re.compile(r"[^/]+\.dist-info/RECORD\Z")

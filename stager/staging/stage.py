@@ -17,12 +17,13 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-from stager import fitness, store, trees, warm
+from stager import warm
 from stager.config import Config
 from stager.manifest import Manifest
 from stager.repository import Published
-from stager.store import EXTRACTED, MOUNTED, Stamp, Store
-from stager.trees import Progress
+from stager.staging import fitness, store, trees
+from stager.staging.store import EXTRACTED, MOUNTED, Stamp, Store
+from stager.staging.trees import Progress
 
 HIT = "hit"
 _TRIES = 3
@@ -60,7 +61,7 @@ def stage(
         published: the environment.
         node: the store on this node.
         config: see :mod:`stager.config`; ``stage.how`` and ``stage.timeout`` are used.
-        holder: who claims it, see :mod:`stager.lease`.
+        holder: who claims it, see :mod:`stager.staging.lease`.
         progress: told how far it is.
 
     Raises:

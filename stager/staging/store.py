@@ -8,7 +8,7 @@
     leases/<layer id>/<who>  claims that protect a tree from collection
     locks/<layer id>         an flock for whoever makes, mounts or removes any of these
     tmp/<layer id>/          work in progress
-    warm/<name>              notes of :mod:`stager.notes`
+    warm/<name>              notes of :mod:`stager.staging.notes`
 
 The format is specified in ``docs/formats/store.md``. A store belongs to one user and is private,
 so that nobody can plant a tree that another one runs.
@@ -33,7 +33,7 @@ FORMAT = 1
 ROOMS = ("images", "envs", "ready", "leases", "locks", "tmp")
 """The directories of a store."""
 _BESIDE = ("warm", "sessions")
-"""What else of ours may lie in it: notes, and what :mod:`stager.sessions` leaves."""
+"""What else of ours may lie in it: notes, and what :mod:`stager.staging.sessions` leaves."""
 SENT = ".stager-"
 """How the name of an image begins that sbcast brings into a store."""
 _ID = re.compile(r"[0-9a-f]{16}\Z")
@@ -55,8 +55,8 @@ class Stamp(NamedTuple):
         boot: the boot it was made in; after another one nothing is trusted unverified.
         size: bytes it takes in the store.
         format: version of the store's format.
-        owner: whose end takes a mount away, see :attr:`stager.processes.Owner.text`; empty for
-            nobody's, None where an older stager did not write it down.
+        owner: whose end takes a mount away, see :attr:`stager.staging.processes.Owner.text`; empty
+            for nobody's, None where an older stager did not write it down.
     """
 
     image: str
@@ -251,7 +251,7 @@ class Store:
 
         Args:
             layer_id: the tree.
-            holder: who claims it, see :mod:`stager.lease`.
+            holder: who claims it, see :mod:`stager.staging.lease`.
 
         Returns:
             Whether the holder had not claimed it before.

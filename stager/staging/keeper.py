@@ -25,17 +25,18 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from stager import fsutil, lease, schedulers, store
+from stager import fsutil, schedulers
 from stager.config import Config
 from stager.errors import BusyError, StagerError
 from stager.formats import squashfs
-from stager.processes import KEEPER, has_tasks, own_command, owner_of
 from stager.repository import Published, Repository
 from stager.schedulers import Allocation
-from stager.sessions import session_directory
-from stager.stage import Staged
-from stager.store import EXTRACTED, MOUNTED, SENT, Store
-from stager.trees import Progress
+from stager.staging import lease, store
+from stager.staging.processes import KEEPER, has_tasks, own_command, owner_of
+from stager.staging.sessions import session_directory
+from stager.staging.stage import Staged
+from stager.staging.store import EXTRACTED, MOUNTED, SENT, Store
+from stager.staging.trees import Progress
 
 _INPUT = ("SLURM_", "SRUN_", "SBATCH_", "SALLOC_", "PMI", "OMPI_", "STAGER_SESSION")
 """Variables that would tell an srun of ours what the user meant for theirs."""
@@ -319,7 +320,7 @@ def ignore_end() -> None:
 
 
 def stay() -> None:
-    """Stay until the job ends; a watcher does the rest (:mod:`stager.watcher`)."""
+    """Stay until the job ends; a watcher does the rest (:mod:`stager.staging.watcher`)."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     while True:
         signal.pause()

@@ -6,12 +6,13 @@ import contextlib
 import os
 import time
 
-from stager import allocation, freshness, fsutil, lookup
+from stager import freshness, fsutil, lookup
 from stager.config import Config
 from stager.errors import StagerError
 from stager.ref import Ref
 from stager.repository import Published
-from stager.store import Store
+from stager.staging import allocation
+from stager.staging.store import Store
 from stager.warm import boot_id, identity, inputs, note_path
 
 _OLD = 86400.0

@@ -19,16 +19,17 @@ import stat
 from collections.abc import Iterable
 from typing import Any
 
-from stager import mounts, trees
-from stager import stage as staging
+from stager import mounts
 from stager.config import Config
 from stager.errors import SITE, DeniedError, NotFoundError, StagerError
 from stager.formats import squashfs
 from stager.manifest import Manifest
 from stager.ref import Ref
 from stager.repository import Published, Repository
-from stager.stage import HIT, Staged
-from stager.store import MOUNTED, ROOMS, Store, boot_id
+from stager.staging import stage as staging
+from stager.staging import trees
+from stager.staging.stage import HIT, Staged
+from stager.staging.store import MOUNTED, ROOMS, Store, boot_id
 
 _NOBODY = 65534
 _READABLE = "chmod a+rX it; or let users publish it for each other, and not for the site's store"
@@ -128,7 +129,7 @@ def described(manifest: Manifest, layers: dict[str, str]) -> Staged:
 
     Args:
         manifest: the environment; it was packed for the store.
-        layers: how each came to be, as in :class:`stager.stage.Staged`.
+        layers: how each came to be, as in :class:`stager.staging.stage.Staged`.
     """
     return Staged(manifest.top.destination, staging.slowest(layers.values()), manifest, layers)
 

@@ -13,13 +13,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Callable, Protocol, Union
 
-from stager import bytecode, condameta, elf, plan, prefix, reading, relocate
-from stager.bytecode import Compiler
-from stager.condameta import Recorded
 from stager.formats.tarstream import Member
 from stager.manifest import Finding
-from stager.plan import Item, Place
-from stager.strays import Strays
+from stager.packing import plan, reading
+from stager.packing.plan import Item, Place
+from stager.packing.strays import Strays
+from stager.rewriting import bytecode, condameta, elf, prefix, relocate
+from stager.rewriting.bytecode import Compiler
+from stager.rewriting.condameta import Recorded
 from stager.walk import SLOW_WORKERS, Entry
 
 SMALL = 4 << 20

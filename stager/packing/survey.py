@@ -15,12 +15,14 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 
-from stager import condameta, freshness, plan, walk
-from stager.condameta import Recorded
+from stager import freshness, walk
 from stager.config import Config
 from stager.environments import Environment, Tree, editables
 from stager.manifest import TREE, USER, Finding, Watch
-from stager.relocate import Move, Relocation
+from stager.packing import plan
+from stager.rewriting import condameta
+from stager.rewriting.condameta import Recorded
+from stager.rewriting.relocate import Move, Relocation
 from stager.walk import DIRECTORY, FILE, LINK, Entry, Excluder
 
 SNAPSHOTS = ".stager/editable"
