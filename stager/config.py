@@ -8,6 +8,7 @@ Precedence: command line > ``STAGER_*`` > the user's file > ``/etc/stager/config
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import json
 import os
@@ -403,9 +404,12 @@ def _merge_file(
         config.files[path] = warm.ABSENT
         return
     except OSError as error:
+        is_other = error.errno in (errno.EINVAL, errno.EISDIR)
         raise UsageError(
             f"cannot read the configuration file {path}: {error.strerror}",
-            hint="make it readable; or do HOME and XDG_CONFIG_HOME name somebody else's directory?",
+            hint="a file belongs there: remove what is in its place"
+            if is_other
+            else "make it readable; or do HOME and XDG_CONFIG_HOME name somebody else's directory?",
             blame=SITE,
         ) from error
     with file:

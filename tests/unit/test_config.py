@@ -295,12 +295,14 @@ def test_a_file_without_permission_or_of_another_kind_is_named(site: Path) -> No
     with pytest.raises(UsageError, match="cannot read") as error:
         load(site)
     assert str(site / "config.yaml") in error.value.message
+    assert error.value.hint == "a file belongs there: remove what is in its place"
 
 
 def test_a_pipe_does_not_hang_it(site: Path) -> None:
     os.mkfifo(site / "config.yaml")
-    with pytest.raises(UsageError, match="not a regular file"):
+    with pytest.raises(UsageError, match="not a regular file") as error:
         load(site)
+    assert error.value.hint == "a file belongs there: remove what is in its place"
 
 
 # What root hooks read
