@@ -455,7 +455,7 @@ def test_a_process_of_the_users_is_not_believed(site: Site, told: str) -> None:
     """Had a user taken over the process that works for them: no link of root's leads elsewhere."""
     evil = f"def _work(*a):\n    _send(a[1], {told})\n    a[1].recv(1)\n    return {{}}\n"
     seen: list[str] = []
-    with site.patched("forjob", evil, "n1"):
+    with site.patched("hooks/forjob", evil, "n1"):
         job = play(
             site,
             "batch1",

@@ -326,7 +326,7 @@ def test_jobs_at_once_pack_an_environment_once(site: Site) -> None:
         "    time.sleep(3)\n"  # all jobs are there meanwhile
         "    return _pack(*args, **kwargs)\n"
     )
-    with site.patched("pack", code):
+    with site.patched("packing/pack", code):
         jobs = [
             site.cluster.sbatch(
                 f"#!/bin/sh\nsrun {SHOW}\n",

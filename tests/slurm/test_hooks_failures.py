@@ -75,7 +75,9 @@ def worker_traceback(site: Site) -> AbstractContextManager[None]:
 
 
 def staging_traceback(site: Site) -> AbstractContextManager[None]:
-    return site.patched("store", "def boot_id():\n    raise ValueError('no \\x1b[31mboot')", "n2")
+    return site.patched(
+        "staging/store", "def boot_id():\n    raise ValueError('no \\x1b[31mboot')", "n2"
+    )
 
 
 def staging_segfault(site: Site) -> AbstractContextManager[None]:

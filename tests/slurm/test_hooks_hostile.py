@@ -211,7 +211,7 @@ def test_what_runs_for_a_user_leaves_nothing_running(site: Site, *, fails: bool)
         "        time.sleep(0.01)\n"
         f"    return {'1 / 0' if fails else '_before(*arguments)'}\n"
     )
-    with site.patched("forjob", evil, "n1"):
+    with site.patched("hooks/forjob", evil, "n1"):
         told = only(site, "pyenv:mine")[1]
     site.settled()
     running = site.root("n1", "ps", "-eo", "args")
@@ -382,11 +382,14 @@ def test_a_message_of_the_users_process_is_not_believed(site: Site) -> None:
         (says.format(1, "b'x' * 70000"), "too long a message"),
         (says.format(9999, "b'{\"trees\": []}'"), "more questions, and no answer read"),
     ):
-        with site.patched("forjob", code, "n1"):
+        with site.patched("hooks/forjob", code, "n1"):
             _, (line,) = only(site, "pyenv:mine")
         assert told in line
     node = "def _work(*a):\n    raise StagerError('disk!', blame='node')\n"
-    with site.patched("forjob", node, "n1"), site.configured("hook: {on_node_fault: drain}", "n1"):
+    with (
+        site.patched("hooks/forjob", node, "n1"),
+        site.configured("hook: {on_node_fault: drain}", "n1"),
+    ):
         only(site, "pyenv:mine")
     assert site.settled() == idle()
     assert "event=fake" not in site.syslog("n1")

@@ -200,7 +200,7 @@ def test_a_user_who_claims_that_anything_is_the_sites(site: Site) -> None:
     """Root's side looks for itself: what works as the user may be the user's by then."""
     site.make_environment("alice", "mine")
     code = f"sitestore.of = lambda *_: sitestore.SiteStore('{SHARED}')\n"
-    with site.patched("forjob", code, "n1"):
+    with site.patched("hooks/forjob", code, "n1"):
         done = site.batch(SHOW, "-w", "n1", comment="pyenv:mine")
     (line,) = done.told()
     assert "is no repository of this site" in line
@@ -326,7 +326,7 @@ def test_what_works_as_the_user_is_the_users(site: Site, message: str, after: bo
         "    time.sleep(60)\n"
     )
     site.evict_shared("n1")
-    with site.patched("forjob", code, "n1"), site.slow(1.0, "n1"), original(site):
+    with site.patched("hooks/forjob", code, "n1"), site.slow(1.0, "n1"), original(site):
         done = site.batch(SHOW, "-w", "n1", comment="pyenv:central")
     assert done.prefixes() == {"n1": {f"{APPS}/envs/central"}}
     site.settled()
