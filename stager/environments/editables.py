@@ -18,10 +18,9 @@ import ast
 import os
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 from stager import fsutil
-from stager.paths import is_within
 from stager.rewriting import relocate
 
 _REBUILDS = re.compile(r"_.+_editable(_loader)?\.py\Z")
@@ -55,12 +54,12 @@ class Rebuilding(NamedTuple):
     named_by: str
 
 
-def find(site: str, inside: tuple[str, ...]) -> tuple[list[Source], list[Rebuilding]]:
+def find(site: str, packed: Callable[[str], bool]) -> tuple[list[Source], list[Rebuilding]]:
     """Find every editable install of a site-packages directory.
 
     Args:
         site: absolute path of the directory.
-        inside: prefixes that are packed anyway; paths below them are no matter.
+        packed: tells of a path whether it is on the nodes anyway.
 
     Returns:
         Source trees to copy, and installs that cannot be copied.
@@ -81,18 +80,27 @@ def find(site: str, inside: tuple[str, ...]) -> tuple[list[Source], list[Rebuild
         else:
             continue
         for source in found:
-            real = os.path.realpath(source.path)
-            if not any(is_within(one, inside) for one in (source.path, real)):
+            if not _is_there(source, packed):
                 sources.setdefault(source.path, source)
     return list(sources.values()), rebuilding
 
 
-def scripts(directory: str, inside: tuple[str, ...]) -> list[Source]:
+def _is_there(source: Source, packed: Callable[[str], bool]) -> bool:
+    """Tell whether what Python would import from a place is on the nodes anyway.
+
+    Of a directory that is searched: what it holds, for a base may be packed without its packages.
+    """
+    places = (source.path, os.path.realpath(source.path))
+    paths = (os.path.join(place, name) for place in places for name in source.items or (".",))
+    return any(packed(os.path.normpath(path)) for path in paths)
+
+
+def scripts(directory: str, packed: Callable[[str], bool]) -> list[Source]:
     """Find the scripts that launchers of ``setup.py develop`` read and run from their source.
 
     Args:
         directory: where the environment's programs are.
-        inside: prefixes that are packed anyway.
+        packed: tells of a path whether it is on the nodes anyway.
     """
     found: dict[str, Source] = {}
     for name in sorted(_names(directory)):
@@ -104,9 +112,9 @@ def scripts(directory: str, inside: tuple[str, ...]) -> list[Source]:
             continue
         if not (isinstance(value, str) and value.startswith("/") and os.path.isfile(value)):
             continue
-        target = os.path.normpath(value)
-        if not any(is_within(one, inside) for one in (target, os.path.realpath(target))):
-            found.setdefault(target, Source(target, path, module=target))
+        source = Source(os.path.normpath(value), path, module=os.path.normpath(value))
+        if not _is_there(source, packed):
+            found.setdefault(source.path, source)
     return list(found.values())
 
 
@@ -157,7 +165,8 @@ def _importable(directory: str) -> Iterator[str]:
         if os.path.isdir(path):
             if os.path.exists(os.path.join(path, "pyvenv.cfg")):
                 continue
-            if name.endswith((".egg-info", ".dist-info")) or (
+            # The libraries that auditwheel puts beside a package lie in a directory of their own.
+            if name.endswith((".egg-info", ".dist-info", ".libs")) or (
                 name.isidentifier() and _has_modules(path)
             ):
                 yield name

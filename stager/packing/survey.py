@@ -14,12 +14,14 @@ import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator
+from typing import Callable
 
 from stager import freshness, walk
 from stager.config import Config
 from stager.environments import Environment, Tree, editables
 from stager.manifest import TREE, USER, Finding, Watch
 from stager.packing import plan
+from stager.paths import is_within
 from stager.rewriting import condameta
 from stager.rewriting.condameta import Recorded
 from stager.rewriting.relocate import Move, Relocation
@@ -238,11 +240,10 @@ def _installed_data(survey: Survey) -> frozenset[str]:
 
 def _take_in_editables(survey: Survey, environment: Environment, config: Config) -> None:
     tree, policy = survey.tree, config["pack.editables"]
-    inside = tuple(spelling for one in environment.trees for spelling in one.spellings)
-    inside += tuple(config["local_prefixes"])
+    packed = _packed(environment, config)
     sources: list[editables.Source] = []
     for site in tree.sites:
-        found, rebuilding = editables.find(os.path.join(tree.root, site), inside)
+        found, rebuilding = editables.find(os.path.join(tree.root, site), packed)
         sources += found
         for one in rebuilding:
             survey.findings.append(
@@ -254,7 +255,7 @@ def _take_in_editables(survey: Survey, environment: Environment, config: Config)
                     "note" if policy == "keep" else "error",
                 )
             )
-    sources += editables.scripts(os.path.join(tree.root, "bin"), inside)
+    sources += editables.scripts(os.path.join(tree.root, "bin"), packed)
     # A copy of a staged environment has copies of its own.
     taken = {entry.path for entry in survey.entries}
     places = (f"{SNAPSHOTS}/{number}" for number in itertools.count())
@@ -279,6 +280,26 @@ def _take_in_editables(survey: Survey, environment: Environment, config: Config)
         parents = {os.path.dirname(at) for _, at in survey.moves}
         new = {".stager", SNAPSHOTS, *parents} - taken
         survey.entries += (top._replace(path=path, mode=0o755) for path in sorted(new))
+
+
+def _packed(environment: Environment, config: Config) -> Callable[[str], bool]:
+    """Tell of a path whether the nodes have it: their own, or in a tree and not left out of it.
+
+    What --exclude leaves out is not wanted, and counts as there.
+    """
+    trees = [
+        (spelling, Excluder(tree.exclude, tree.only).leaves_out)
+        for tree in environment.trees
+        for spelling in tree.spellings
+    ]
+
+    def packed(path: str) -> bool:
+        return is_within(path, config["local_prefixes"]) or any(
+            is_within(path, [root]) and not leaves_out(os.path.relpath(path, root))
+            for root, leaves_out in trees
+        )
+
+    return packed
 
 
 def _snapshot(source: editables.Source, at: str) -> Iterator[Entry]:

@@ -250,6 +250,26 @@ def test_path_lines(bench: Bench, environment: Environment) -> None:
     assert workbench.traces(staged, [environment.prefix, outside]) == {}
 
 
+def test_path_lines_to_what_is_left_out_of_the_base(bench: Bench) -> None:
+    """The base's own packages, and those of an environment in its prefix, are no part of it."""
+    base = environments.make_base(bench.root / "origin" / "base")
+    packages = base.prefix / "lib" / BASE_PYTHON.name / "site-packages"
+    packages.mkdir()
+    (packages / "based.py").write_text("WORD = 'based'\n")
+    other = environments.make_small_venv(base.prefix / "other", python=base.python)
+    (other.site_packages / "others.py").write_text("WORD = 'others'\n")
+    origin = bench.root / "origin"
+    for name, line, word in (("one", packages, "based"), ("two", other.site_packages, "others")):
+        environment = environments.make_small_venv(origin / name, python=base.python)
+        (environment.site_packages / "a.pth").write_text(f"{line}\n")
+        bench.pack(environment, name=name)
+        staged = bench.stage(name=name, hide=[origin])
+        told, file = staged.eval(f"{word}.WORD, {word}.__file__", word).split()
+        assert told == word
+        assert file.startswith(f"{staged.prefix}/.stager/")
+        assert staged.told("editable")
+
+
 def test_code_in_a_path_file_that_leads_out_is_told(bench: Bench, environment: Environment) -> None:
     outside = bench.root / "outside"
     outside.mkdir()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Callable
 
 import pytest
 
 from stager.environments import editables
 from stager.environments.editables import Rebuilding, Source
+from stager.paths import is_within
 
 pytestmark = pytest.mark.unit
 
@@ -36,12 +38,16 @@ class Project:
         return str(self.site / name)
 
     def find(self, *inside: str) -> tuple[list[Source], list[Rebuilding]]:
-        return editables.find(str(self.site), (str(self.env), *inside))
+        return editables.find(str(self.site), below(str(self.env), *inside))
 
     def sources(self, *inside: str) -> list[Source]:
         found, rebuilding = self.find(*inside)
         assert rebuilding == []
         return found
+
+
+def below(*directories: str) -> Callable[[str], bool]:
+    return lambda path: is_within(path, directories)
 
 
 @pytest.fixture
@@ -99,7 +105,7 @@ def test_what_is_copied_of_a_directory_is_what_python_could_import(project: Proj
         project.package("repo", name)
     project.package("repo", "venv")
     (root / "venv" / "pyvenv.cfg").touch()
-    for directory in ("data", "proj.egg-info", "proj-1.dist-info"):
+    for directory in ("data", "proj.egg-info", "proj-1.dist-info", "proj.libs"):
         (root / directory).mkdir()
     for name in ("mod.py", "ext.cpython-311.so", "setup.cfg", "README.md", ".hidden.py", "big.bin"):
         (root / name).touch()
@@ -107,6 +113,7 @@ def test_what_is_copied_of_a_directory_is_what_python_could_import(project: Proj
     (found,) = project.sources()
     assert found.items == (
         "ext.cpython-311.so", "mod.py", "namespace", "pkg", "proj-1.dist-info", "proj.egg-info",
+        "proj.libs",
     )  # fmt: skip
 
 
@@ -117,6 +124,13 @@ def test_what_is_packed_anyway_is_no_source(project: Project) -> None:
     assert [one.path for one in project.sources(f"{project.tmp}/base")] == [f"{project.tmp}/src"]
     assert len(project.sources(f"{project.tmp}/bas")) == 2  # part of a name is not a parent
     assert project.sources("/", f"{project.tmp}") == []
+
+
+def test_a_directory_that_is_packed_without_what_it_holds_is_one(project: Project) -> None:
+    packages = str(project.package("base", "site-packages", "pkg").parent)
+    path = project.write("a.pth", "{}/base/site-packages\n{}/src\n")
+    found, _ = editables.find(str(project.site), lambda one: one == packages or "/src" in one)
+    assert found == [Source(packages, path, ("pkg",))]
 
 
 def test_a_link_to_what_is_packed_anyway_is_no_source(project: Project) -> None:
@@ -166,20 +180,20 @@ def test_a_script_that_is_run_where_it_lies(project: Project) -> None:
     directory = launcher(project, "'{}/tools/run'")
     (project.env / "bin" / "binary").write_bytes(b"\x7fELF\0")
     (project.env / "bin" / "nowhere").symlink_to("none")
-    assert editables.scripts(directory, (str(project.env),)) == [
+    assert editables.scripts(directory, below(str(project.env))) == [
         Source(str(script), f"{directory}/run", module=str(script))
     ]
-    assert editables.scripts(directory, (str(project.tmp),)) == []
+    assert editables.scripts(directory, below(str(project.tmp))) == []
 
 
 @pytest.mark.parametrize("script", ["'{}/none'", "'{}'", "'run'", "7", "name", "'", "b'{}'"])
 def test_a_launcher_that_names_no_script(project: Project, script: str) -> None:
-    assert editables.scripts(launcher(project, script), ()) == []
+    assert editables.scripts(launcher(project, script), below()) == []
 
 
 def test_a_program_that_only_reads_a_file(project: Project) -> None:
     directory = launcher(project, "'{}/src/proj/__init__.py'", "__file__ = NAMED\n")
-    assert editables.scripts(directory, ()) == []
+    assert editables.scripts(directory, below()) == []
 
 
 # 3. setuptools' finder
@@ -323,7 +337,7 @@ def test_the_file_that_tells_of_the_origin_is_not_the_evidence(
 
 
 def test_a_directory_that_is_not_there() -> None:
-    assert editables.find("/no/such/place", ()) == ([], [])
+    assert editables.find("/no/such/place", below()) == ([], [])
 
 
 @pytest.mark.parametrize(
