@@ -18,9 +18,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, Callable, NamedTuple, TextIO
 
 from stager import fsutil, warm
-from stager.errors import SITE, UsageError
+from stager.errors import SITE, OptionError, UsageError
 
 SITE_DIRECTORY = "/etc/stager"
+COMMAND_LINE = "command line"
+"""The source of a value that was given to the command itself."""
 MAX_STORE_BYTES = 100
 """Longest store path: shebang lines (127 bytes on old kernels) and padded binaries must hold it."""
 
@@ -277,6 +279,7 @@ class Config:
 
         Raises:
             UsageError: the key is unknown or the value malformed; the message names the source.
+            OptionError: the value is malformed, and the command line's.
         """
         if key not in KEYS:
             import difflib
@@ -290,9 +293,10 @@ class Config:
         try:
             self.values[key] = KEYS[key].parse(value)
         except ValueError as error:
-            raise UsageError(
-                f"`{key}` cannot be {value!r} ({source})", hint=str(error), blame=SITE
-            ) from error
+            message = f"`{key}` cannot be {value!r} ({source})"
+            if source == COMMAND_LINE:
+                raise OptionError(message, hint=str(error)) from error
+            raise UsageError(message, hint=str(error), blame=SITE) from error
         self.sources[key] = source
 
 
@@ -351,7 +355,7 @@ def load(
                     config.set(key, environ[variable], f"${variable}")
     for key, value in (overrides or {}).items():
         if value is not None:
-            config.set(key, value, "command line")
+            config.set(key, value, COMMAND_LINE)
     if "repository" not in config.values:
         raise UsageError(
             "there is no home directory for the repository",

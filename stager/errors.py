@@ -45,6 +45,10 @@ class UsageError(StagerError):
     blame = JOB
 
 
+class OptionError(UsageError):
+    """A value of the command line is not what it should be: the command is not what was meant."""
+
+
 class NotFoundError(StagerError):
     """No such environment, reference or repository."""
 

@@ -7,7 +7,7 @@ import os
 
 from stager import freshness, lookup, ref
 from stager.cli.common import count, load_config, print_json, printable, say, size, table
-from stager.config import Config
+from stager.config import COMMAND_LINE, Config
 from stager.errors import NotFoundError, StagerError
 from stager.manifest import plain
 from stager.ref import Ref
@@ -76,7 +76,7 @@ def _tell_missing(repository: Repository, config: Config) -> None:
     """
     if repository.root != config["repository"]:
         say(f"stager: there is no repository {repository.root} (key `repositories`)")
-    elif config.sources["repository"] == "command line":
+    elif config.sources["repository"] == COMMAND_LINE:
         raise NotFoundError(
             f"there is no repository {repository.root}", hint="`stager pack` makes it"
         )

@@ -12,7 +12,7 @@ from typing import Any, Callable
 from stager import config as configuration
 from stager import lookup
 from stager.cli.common import Bars, count, is_terminal, load_config, print_json, say, size
-from stager.config import Config
+from stager.config import COMMAND_LINE, Config
 from stager.errors import StagerError, UsageError
 from stager.push import nodes, protocol
 from stager.push.protocol import Outcome, Settings
@@ -94,7 +94,7 @@ def _settings(arguments: argparse.Namespace, config: Config) -> Settings:
         return found
 
     # Where the store is, a node's own configuration says, unless this command's line or variable.
-    chosen = config.sources["store"] in ("command line", "$STAGER_STORE")
+    chosen = config.sources["store"] in (COMMAND_LINE, "$STAGER_STORE")
     return Settings(
         remote=arguments.remote_stager,
         store=config.store_template if chosen else "",

@@ -15,7 +15,7 @@ from stager import containers, fsutil, lookup, schedulers
 from stager.cli import report
 from stager.cli.common import Bars, load_config, say
 from stager.cli.preparing import ask_job, prepare
-from stager.errors import StagerError, UsageError, known
+from stager.errors import OptionError, StagerError, UsageError, known
 from stager.staging import allocation, lease, sessions
 from stager.staging.processes import KEEPER
 from stager.staging.stage import Staged
@@ -111,11 +111,11 @@ def _without(
     arguments: argparse.Namespace, error: StagerError, *, strict: bool
 ) -> dict[str, str] | None:
     """The environment to run in where staging failed; None where that is an error."""
-    if strict:
+    if strict or isinstance(error, OptionError):
         report(error)
         return None
     original = None
-    with contextlib.suppress(StagerError):  # a wrong option stands in the way of both
+    with contextlib.suppress(StagerError):  # there may be no home
         original = activation.original(arguments.env, load_config(arguments, []), os.environ)
     if original is None and not arguments.env and _is_active(os.environ):
         original = dict(os.environ)

@@ -194,7 +194,7 @@ def _collect_all_users(arguments: argparse.Namespace) -> int:
         ("collect.min_free", arguments.min_free),
     ):
         if value is not None:
-            config.set(key, value, "command line")
+            config.set(key, value, configuration.COMMAND_LINE)
     found = collecting.for_all_users(config, everything=arguments.all)
     if arguments.json:
         print_json({"users": {str(uid): count for uid, count in found.items()}})

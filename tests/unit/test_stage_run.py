@@ -406,6 +406,15 @@ def test_mistakes_are_125_and_run_nothing(site: Site, argv: list[str]) -> None:
     assert not any(one.endswith("/true") for one in done.programs)
 
 
+@pytest.mark.parametrize("option", ["--timeout=soon", "--store=relative\ty"])
+def test_a_mistake_in_an_option_runs_nothing_in_an_active_environment(
+    site: Site, option: str
+) -> None:
+    done = site.run(option, "echo", "ran", VIRTUAL_ENV=site.prefix)
+    assert (done.status, done.out) == (125, "")
+    assert "(command line)" in done.err
+
+
 def test_a_bug_of_ours_is_no_reason_for_a_job_not_to_run(site: Site, tmp_path: Path) -> None:
     """Anything that goes wrong in staging, foreseen or not, ends in the original environment."""
     done = site.run(
