@@ -579,9 +579,11 @@ def spoil(directory: Path, name: str = "zstandard") -> None:
         file.rename(file.with_name(f"{file.name.partition('.')[0]}.cpython-20-other.so"))
 
 
-def install_below(root: Path, python: Path, *more: object, cwd: Path | None = None) -> Any:
+def install_below(
+    root: Path, python: Path, *more: object, units: str = "", cwd: Path | None = None
+) -> Any:
     return subprocess.run(
-        [REPO / "deploy/install", "--root", root, "--python", python, "--unitdir", "", *more],
+        [REPO / "deploy/install", "--root", root, "--python", python, "--unitdir", units, *more],
         capture_output=True, text=True, check=False, cwd=cwd,
     )  # fmt: skip
 
@@ -636,6 +638,21 @@ def test_packages_that_hooks_cannot_import_are_refused(
         assert hint in done.stderr
         assert "Traceback" not in done.stderr
         assert files(root) == before
+
+
+def test_the_timer_is_enabled_in_an_image(tmp_path: Path, bare: Path) -> None:
+    """Which the systemd of the machine that makes it cannot be asked for."""
+    packages, root, units = tmp_path / "packages", tmp_path / "root", "/usr/lib/systemd/system"
+    put_packages(packages, "yaml", "zstandard")
+    for _ in range(2):
+        done = install_below(root, bare, "--packages", packages, units=units)
+        assert done.returncode == 0, done.stderr
+    link = root / "etc/systemd/system/timers.target.wants/stager-collect.timer"
+    assert os.readlink(link) == f"{units}/stager-collect.timer"
+    assert "WantedBy=timers.target\n" in (root / os.readlink(link)[1:]).read_text()
+    done = install_below(root, bare, "--uninstall", units=units)
+    assert done.returncode == 0, done.stderr
+    assert not os.path.lexists(link)
 
 
 def test_own_packages_of_the_python_come_first(tmp_path: Path, bare: Path) -> None:
