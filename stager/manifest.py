@@ -87,7 +87,7 @@ class Python(NamedTuple):
 
 
 class Platform(NamedTuple):
-    """What a node must offer: machine, and the lowest glibc that the packed binaries name."""
+    """What a node must offer: machine, and the highest glibc that a packed binary asks for."""
 
     machine: str
     glibc: str

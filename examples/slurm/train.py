@@ -6,8 +6,9 @@ import sys
 import torch
 import torch.distributed as dist
 
-dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-total = torch.ones(1)
+cuda = torch.cuda.is_available()
+dist.init_process_group("nccl" if cuda else "gloo")
+total = torch.ones(1, device=f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu")
 dist.all_reduce(total)
 node, rank = os.environ.get("SLURMD_NODENAME", "-"), os.environ["RANK"]
 print("rank", node, rank, sys.prefix, f"of {int(total)}", flush=True)

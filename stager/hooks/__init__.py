@@ -13,7 +13,7 @@ says, see :mod:`stager.jobstate`, and gives up after ``hook.deadline``.
 This is the only code that fails open: whatever happens, the status is 0 and the job runs, unless
 it asked for ``strict``: that is written down first, and its tasks end themselves. Only where the
 site chose ``hook.on_node_fault: drain`` and root itself cannot write beside the store is the status
-another one. Nothing here asks a scheduler anything.
+another one. No Prolog or Epilog asks a scheduler anything; what clears up by the clock does.
 """
 
 from __future__ import annotations

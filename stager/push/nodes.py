@@ -14,7 +14,8 @@ def missing(error: ImportError) -> IncompatibleError:
     """The error where the optional packages are not installed."""
     return IncompatibleError(
         f"reaching other nodes needs a package that is not installed: {error.name}",
-        hint="install the extra `ssh` beside stager: pip install ClusterShell paramiko",
+        hint="install the extra `ssh` beside stager: pip install ClusterShell paramiko; one that a"
+        " site installed for its hooks cannot use it: get one by pip",
         blame=SITE,
     )
 

@@ -2,7 +2,8 @@
 
 What the environment tells is never asked. A question is about one job (5 ms, 0.1 ms of the
 controller's time), by pyslurm where one is installed that fits this Slurm, else by ``squeue``,
-which is there wherever jobs can be submitted. Nothing here is called by a hook, nor once per rank.
+which is there wherever jobs can be submitted. Nothing here is called by a job's hook, nor once per
+rank.
 """
 
 from __future__ import annotations
