@@ -72,7 +72,7 @@ def look_through(tree: Tree, environment: Environment, config: Config) -> Survey
     found.entries = [
         one._replace(mtime_ns=0) if one.path in exclude.partial else one for one in found.entries
     ]
-    if tree.role == "env":
+    if tree.role in ("env", "base"):
         _take_in_editables(found, environment, config)
     _settle_links(found)
     if tree is environment.top:
@@ -241,27 +241,23 @@ def _installed_data(survey: Survey) -> frozenset[str]:
 def _take_in_editables(survey: Survey, environment: Environment, config: Config) -> None:
     tree, policy = survey.tree, config["pack.editables"]
     packed = _packed(environment, config)
+    # A base may be packed without its packages; a copy of a staged environment has copies already.
+    taken = {entry.path for entry in survey.entries}
     sources: list[editables.Source] = []
     for site in tree.sites:
         found, rebuilding = editables.find(os.path.join(tree.root, site), packed)
         sources += found
         for one in rebuilding:
-            survey.findings.append(
-                Finding(
-                    os.path.relpath(one.named_by, tree.root),
-                    "editable",
-                    "an editable install that rebuilds itself on import cannot be packed;"
-                    " install the package without -e",
-                    "note" if policy == "keep" else "error",
-                )
-            )
+            named_by = os.path.relpath(one.named_by, tree.root)
+            if named_by in taken:
+                survey.findings.append(_rebuilds(named_by, tree, policy))
     sources += editables.scripts(os.path.join(tree.root, "bin"), packed)
-    # A copy of a staged environment has copies of its own.
-    taken = {entry.path for entry in survey.entries}
     places = (f"{SNAPSHOTS}/{number}" for number in itertools.count())
     free = (place for place in places if place not in taken)
     for source in sources:
         named_by = os.path.relpath(source.named_by, tree.root)
+        if named_by not in taken:
+            continue
         if policy != "snapshot":
             severity = "error" if policy == "refuse" else "warning"
             reason = f"an editable install of {source.path}, which is not on the node"
@@ -280,6 +276,15 @@ def _take_in_editables(survey: Survey, environment: Environment, config: Config)
         parents = {os.path.dirname(at) for _, at in survey.moves}
         new = {".stager", SNAPSHOTS, *parents} - taken
         survey.entries += (top._replace(path=path, mode=0o755) for path in sorted(new))
+
+
+def _rebuilds(named_by: str, tree: Tree, policy: str) -> Finding:
+    reason = "an editable install that rebuilds itself on import cannot be packed; install the"
+    reason += " package without -e"
+    if policy == "keep":
+        return Finding(named_by, "editable", reason, "note")
+    # In a base it is somebody else's, and leads where it has always led.
+    return Finding(named_by, "editable", reason, "warning" if tree.role == "base" else "error")
 
 
 def _packed(environment: Environment, config: Config) -> Callable[[str], bool]:

@@ -270,6 +270,33 @@ def test_path_lines_to_what_is_left_out_of_the_base(bench: Bench) -> None:
         assert staged.told("editable")
 
 
+def test_editable_installs_of_the_base_are_included_with_its_packages(bench: Bench) -> None:
+    origin = bench.root / "origin"
+    base = environments.make_base(origin / "base")
+    packages = base.prefix / "lib" / BASE_PYTHON.name / "site-packages"
+    packages.mkdir()
+    (packages / "beside.py").write_text("WORD = 'beside'\n")
+    source = origin / "src"
+    source.mkdir()
+    (source / "developed.py").write_text("WORD = 'developed'\n")
+    (packages / "a.pth").write_text(f"{source}\n")
+    (packages / "_rebuilt_editable_loader.py").touch()
+    with_them = environments.make_venv(
+        origin / "with", "--system-site-packages", python=base.python
+    )
+    bench.pack(with_them)
+    staged = bench.stage(hide=[origin])
+    for word in ("beside", "developed"):
+        told, file = staged.eval(f"{word}.WORD, {word}.__file__", word).split()
+        assert told == word
+        assert file.startswith(f"{staged.trees[0]}/")
+    severities = {path: one["severity"] for path, one in staged.told("editable").items()}
+    site = f"lib/{BASE_PYTHON.name}/site-packages"
+    assert severities == {f"{site}/a.pth": "note", f"{site}/_rebuilt_editable_loader.py": "warning"}
+    bench.pack(environments.make_small_venv(origin / "without", python=base.python), name="without")
+    assert not bench.stage(name="without").told("editable")
+
+
 def test_code_in_a_path_file_that_leads_out_is_told(bench: Bench, environment: Environment) -> None:
     outside = bench.root / "outside"
     outside.mkdir()
