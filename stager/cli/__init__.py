@@ -44,7 +44,7 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(125 if self.prog == "stage-run" else 2)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(asked: str) -> argparse.ArgumentParser:
     # argparse looks for translations: eight paths for each of fifty words, below Python's prefix,
     # which may be on shared storage.
     argparse._ = str  # type: ignore[attr-defined]
@@ -60,8 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     def verb(
         name: str, module: str, text: str, *, store: bool = False, ours: bool = False
     ) -> argparse.ArgumentParser:
-        if ours:  # other verbs start it: not in the list
-            command = verbs.add_parser(name, description=text)
+        if ours and name != asked:  # other verbs start it: nobody is to read of it
+            command = _Parser()
         else:
             command = verbs.add_parser(name, description=text, help=text)
         command.set_defaults(module=module, function=name.replace("-", "_"), parser=command)
@@ -369,7 +369,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     try:
-        arguments, unknown = _parser().parse_known_args(argv)
+        arguments, unknown = _parser(argv[0] if argv else "").parse_known_args(argv)
         if unknown:  # the verb's own parser knows its status
             arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         for name in _NEVER_EMPTY:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -689,6 +690,13 @@ def test_a_variable_that_is_not_set_stands_for_nothing_else(
     found = machine(*argv)
     assert found.status == status
     assert f"`{name}` is empty" in found.err
+
+
+@pytest.mark.parametrize("argv", [["stag"], ["--help"]])
+def test_verbs_that_only_others_start_are_in_no_list(machine: Machine, argv: list[str]) -> None:
+    found = machine(*argv)
+    assert "verify" in found.out + found.err
+    assert not re.search(r"\b(keep|watch|receive)\b", found.out + found.err)
 
 
 def test_a_name_that_is_almost_right_is_suggested(machine: Machine) -> None:
