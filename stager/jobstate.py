@@ -27,7 +27,7 @@ from stager.staging.store import boot_id
 
 ROOT = "/run/stager"
 PENDING, READY, FAILED, CANCELLED = "pending", "ready", "failed", "cancelled"
-STAGED, ORIGINAL, FAULTY, STRICT = "staged", "original", "fault", "strict"
+STAGED, ORIGINAL, FAULTY, STRICT, PARTLY = "staged", "original", "fault", "strict", "partly"
 _OF_THE_USER = (STAGED, ORIGINAL, "message")
 """Files with what may be secret: an environment's variables have tokens in them."""
 MAX_MESSAGE = 65536
@@ -36,7 +36,8 @@ MAX_MESSAGE = 65536
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 _NODE = re.compile(r"\[([0-9A-Za-z]+)[^\]]*\]")
-_MOST, _LONGEST = 200, 4096
+MOST, _LONGEST = 200, 4096
+"""Variables, and characters of one, that a process of the user's may tell."""
 
 
 class Job(NamedTuple):
@@ -217,8 +218,16 @@ class Activation(NamedTuple):
         return "\n".join(out) + "\n"
 
 
+def can_have(name: str, value: str) -> bool:
+    """Tell whether an activation can set a variable: its text is one line, and not too long."""
+    try:
+        return bool(_name(name)) and _text(value) == value
+    except ValueError:
+        return False
+
+
 def _few(value: Any, kind: type) -> Any:
-    if not isinstance(value, kind) or len(value) > _MOST:  # type: ignore[arg-type]
+    if not isinstance(value, kind) or len(value) > MOST:  # type: ignore[arg-type]
         raise ValueError("not a list or mapping, or too long a one")
     return value
 

@@ -21,7 +21,6 @@ file; the only jobs that do not run are those that ask for ``?strict`` and canno
 import contextlib
 import os
 import re
-import sys
 import time
 
 import pbs
@@ -47,13 +46,17 @@ _OPTIONS = {
 _LONGEST = 1024
 _STARTING = 60.0  # seconds; measured: 0.2
 _DEAD = 15.0  # seconds for which a living worker does not leave its status alone
-
+_READ_ONLY = re.compile(r"PBS_|TMPDIR\Z")  # PBS lets no hook change these (pbs/v1/_base_types.py)
 
 MESSAGES = {
     "": "stager could not be started on this node; tell your administrator",
     "pending": "staging does not come to an end; tell your administrator",
     "dead": "the staging worker was killed; tell your administrator",
 }
+PARTLY = (
+    "only PATH leads to the environment, its other variables are not set: they were not known"
+    " within {:g} s; pack it before you submit"
+)
 
 # -- on the server -----------------------------------------------------------------------------
 
@@ -120,11 +123,12 @@ def begin(event):
     """Start staging. The first node must not wait here: it would hold up every other job."""
     job = event.job
     wish = wanted(job)
-    if not wish:
+    first = job.in_ms_mom()
+    if first or not wish:  # to the others comes what the first node has set by then
         forget(job)
+    if not wish:
         make_store(job)
         return
-    first = job.in_ms_mom()
     told = about(job)
     told.update(pyenv=wish, first=bool(first), find=SETTINGS["find"])
     if first:
@@ -134,30 +138,43 @@ def begin(event):
     answer = call("pbs-begin", told)
     if first and "error" in answer and status_of(job)[0] in ("pending", "ready"):
         call("pbs-end", about(job))  # the job will not know where it is: it is not staged
-    for name in answer.get("unset", ()):
-        if name in list(job.Variable_List.keys()):
-            del job.Variable_List[name]
-    for name, value in answer.get("set", {}).items():
-        job.Variable_List[name] = escaped(value)
+    try:
+        activate(job, answer)
+    except Exception as error:  # a value that PBS does not take: not by half, then
+        log(f"the job's variables cannot be set: {type(error).__name__}: {error}")
+        call("pbs-end", about(job))
+        forget(job)
     if not first:
         status, _ = await_worker(job)
-        if status not in ("ready", "failed"):  # then nobody has told the first node
+        if "error" in answer or status not in ("ready", "failed"):  # nobody told the first node
             reason = "the staging worker was killed or never began; tell your administrator"
+            reason = answer.get("error") or reason
             call("pbs-note", dict(about(job), pyenv=wish, reason=reason))
     elif ALIAS in list(job.Variable_List.keys()):
         job.Variable_List[ALIAS] = escaped(wish)  # what stage-run in the job goes by
     leave_broken_node(event)
 
 
+def activate(job, answer):
+    """Set the job's variables, but those that are for PBS alone to set."""
+    for name in answer.get("unset", ()):
+        if name in list(job.Variable_List.keys()):
+            del job.Variable_List[name]
+    for name, value in answer.get("set", {}).items():
+        if not _READ_ONLY.match(name):
+            job.Variable_List[name] = escaped(value)
+
+
 def forget(job):
-    """Take back what an earlier run of the job has set, when it asked for an environment."""
+    """Take back what was set for an earlier run of the job, or for the job that submitted it."""
     jobs = os.path.join(SETTINGS["state"], "jobs") + "/"
     for name in list(job.Variable_List.keys()):
         value = unescaped(str(job.Variable_List[name]))
-        if jobs not in value:
+        if jobs not in value or _READ_ONLY.match(name):
             continue
-        rest = ":".join(item for item in value.split(":") if not item.startswith(jobs))
-        if name == "PATH" and rest:
+        separator = "," if name.endswith("_BIND") else ":"
+        rest = separator.join(item for item in value.split(separator) if jobs not in item)
+        if rest:
             job.Variable_List[name] = escaped(rest)
         else:
             del job.Variable_List[name]
@@ -168,35 +185,59 @@ def make_store(job):
     import pwd
 
     user = pwd.getpwnam(str(job.euser))
-    store = os.path.join(SETTINGS["stores"], str(user.pw_uid))
-    if user.pw_uid == 0 or os.path.lexists(store):
-        return
-    parent = os.lstat(SETTINGS["stores"])
-    if parent.st_uid == 0 and not parent.st_mode & 0o022:  # elsewhere users make their own
-        os.mkdir(store, 0o700)
-        os.chown(store, user.pw_uid, user.pw_gid)
+    name = str(user.pw_uid)
+    try:
+        parent = os.open(SETTINGS["stores"], os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return  # this site has none
+    try:
+        info = os.fstat(parent)
+        if user.pw_uid == 0 or info.st_uid != 0 or info.st_mode & 0o022:
+            return  # elsewhere users make their own
+        # Only its name is looked at: whatever its user has mounted there might never answer.
+        if name in os.listdir(parent):
+            return
+        new = name + ".new"
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(new, 0o700, dir_fd=parent)
+        os.chown(new, user.pw_uid, user.pw_gid, dir_fd=parent, follow_symlinks=False)
+        os.rename(new, name, src_dir_fd=parent, dst_dir_fd=parent)
+    finally:
+        os.close(parent)
 
 
 def prologue(event):
-    """Wait for the first node's staging, and tell the user what went wrong."""
+    """See that the first node is staged, and tell the user what went wrong."""
     job = event.job
-    wish = wanted(job)
-    if not wish or not job.in_ms_mom():
+    if not wanted(job) or not job.in_ms_mom():
         return
+    try:
+        see_to(event)
+    except Exception as error:  # reject() raises SystemExit
+        log(f"{type(error).__name__}: {error}")
+        if strict(job):
+            end_strict(event, "nobody knows whether it is staged; tell your administrator")
+
+
+def see_to(event):
+    job = event.job
     status, message = await_worker(job)
     if status == "cancelled":
         job.delete()
         event.reject("stager: the job was deleted while it was staged")
     leave_broken_node(event)
     message = MESSAGES.get(status, message)
-    # Where stager itself is gone, only what the job asked for is known.
-    strict = is_strict(wish) or os.path.exists(in_state(job, "strict"))
-    failed = tell_of_others(job, strict and status == "ready")
-    if strict and (status != "ready" or failed):
-        if status != "ready":
-            say("not staged, and this job is strict: " + message)
-        job.delete()
-        event.reject("stager: not staged, and this job is strict")
+    if status in ("dead", "pending"):
+        # Nothing of ours is to change while the job runs.
+        call("pbs-cancel", dict(about(job), reason=message))
+    partly = status == "ready" and os.path.exists(in_state(job, "partly"))
+    if partly:
+        message = "; ".join(filter(None, (PARTLY.format(SETTINGS["find"]), message)))
+    failed = tell_of_others(job, strict(job) and status == "ready")
+    if strict(job) and (status != "ready" or partly):
+        end_strict(event, message)
+    if strict(job) and failed:
+        end_strict(event)
     if status == "ready":
         if message:
             say(message)
@@ -208,7 +249,19 @@ def prologue(event):
         say("not staged, running without: " + message)
 
 
-def tell_of_others(job, strict):
+def strict(job):
+    # Where stager itself is gone, only what the job asked for is known.
+    return is_strict(wanted(job)) or os.path.exists(in_state(job, "strict"))
+
+
+def end_strict(event, reason=""):
+    if reason:
+        say("not staged, and this job is strict: " + reason)
+    event.job.delete()
+    event.reject("stager: not staged, and this job is strict")
+
+
+def tell_of_others(job, all_tell):
     """Say which other nodes are not staged; returns whether any is not, as far as is known.
 
     All nodes of a strict job tell how it went; those of others, where it went wrong.
@@ -221,10 +274,11 @@ def tell_of_others(job, strict):
             failed = True
             say("not staged there: " + reason, node)
     # They are counted: a mom may call its node otherwise than the server calls the node's host.
-    if strict and len(told) < others:
+    if all_tell and (len(told) < others or others < 0):
         failed = True
         known = {node.partition(".")[0] for node in told | {pbs.get_local_nodename()}}
-        silent = sorted(host for host in hosts(job) if host.partition(".")[0] not in known)
+        names = {host.partition(":")[0] for host in hosts(job)}
+        silent = sorted(host for host in names if host.partition(".")[0] not in known)
         say("not known to be staged, and this job is strict", ",".join(silent) or "a node")
     return failed
 
@@ -232,7 +286,7 @@ def tell_of_others(job, strict):
 def preterm(event):
     """The end of a job; of interest where it is staged still."""
     if wanted(event.job) and status_of(event.job)[0] == "pending":
-        call("pbs-cancel", about(event.job))
+        call("pbs-cancel", dict(about(event.job), reason="the job was deleted"))
 
 
 def ended(event):
@@ -259,11 +313,27 @@ def leave_broken_node(event):
     if not reason or int(job.run_count or 0) > SETTINGS["reruns"]:
         return
     node = pbs.get_local_nodename()
-    event.vnode_list[node].state = pbs.ND_OFFLINE
-    event.vnode_list[node].comment = "stager: " + reason
+    vnodes = own_vnodes(event)
+    if not vnodes:
+        log(f"{node} is not taken offline: none of the job's vnodes has its name; {reason}")
+        return
+    for vnode in vnodes:
+        event.vnode_list[vnode].state = pbs.ND_OFFLINE
+        event.vnode_list[vnode].comment = "stager: " + reason
     job.rerun()
     call("pbs-end", about(job))  # no other event of this run comes to a node that rejects
     event.reject(f"stager: {node}: {reason}")
+
+
+def own_vnodes(event):
+    """The names of this node's vnodes among the job's: ``n1``, ``n1[0]``, ``n1.site``."""
+    node = pbs.get_local_nodename().lower()
+    found = []
+    for vnode in list(event.vnode_list.keys()):
+        host = vnode.partition("[")[0].lower()
+        if node in (host, host.partition(".")[0]):
+            found.append(vnode)
+    return found
 
 
 # -- the job, and what is known of it ----------------------------------------------------------
@@ -285,11 +355,8 @@ def about(job):
 
 
 def hosts(job):
-    """The hosts of the job's nodes: ``exec_host2`` is ``n1.site:15002/0*2+n2.site:15002/0``."""
-    found = {
-        part.partition(":")[0].partition("/")[0] for part in str(job.exec_host2 or "").split("+")
-    }
-    return found - {""}
+    """The nodes, with their ports: ``exec_host2`` is ``n1.site:15002/0*2+n2.site:15002/0``."""
+    return {part.partition("/")[0] for part in str(job.exec_host2 or "").split("+")} - {""}
 
 
 def escaped(value):
@@ -376,8 +443,11 @@ def ask(verb, told):
 
 def say(text, node=None):
     """To the job's own error output, or the user's terminal: a prologue has them."""
-    sys.stderr.write(f"stager: {node or pbs.get_local_nodename()}: {text}\n")
-    sys.stderr.flush()
+    text = f"{node or pbs.get_local_nodename()}: {text}"
+    try:  # no buffer, which Python would try to write again at its end
+        os.write(2, f"stager: {text}\n".encode("utf-8", "surrogateescape"))
+    except OSError as error:  # a full disk, a terminal that is gone
+        log(f"cannot tell the user ({error.strerror}): {text}")
 
 
 def log(text):

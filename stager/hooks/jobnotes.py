@@ -57,12 +57,22 @@ def read(note: str) -> StagerError | None:
 
 def tell_first(job: Job, reason: str) -> None:
     """Tell the job's first node why this one is not staged; with no reason, that it is."""
-    leave(path(configuration.load(), job, job.node), StagerError(reason))
+    leave(path(_config(), job, job.node), StagerError(reason))
+
+
+def tell_others(job: Job, reason: str) -> None:
+    """Tell the job's other nodes that the first one, which this is, packs nothing any more."""
+    leave(path(_config(), job), StagerError(reason))
+
+
+def _config() -> Config:
+    # A malformed one may be what there is to tell of.
+    return configuration.load(faults=[])
 
 
 def take(job: Job) -> str:
     """What other nodes have told, ``NODE: REASON`` in a line each; it is removed."""
-    directory, name = os.path.split(path(configuration.load(), job))
+    directory, name = os.path.split(path(_config(), job))
     beginning, found = name[: -len("failed")], []
     with contextlib.suppress(OSError):
         for one in sorted(os.listdir(directory)):

@@ -120,6 +120,7 @@ def _beforehand(talk: Any, state: State, seconds: float) -> Activation:
             return Activation.checked(json.loads(said[1:]), below=(state.path,))
         if said[:1] != worker.MAY_MOUNT:
             break
+    state.write(jobstate.PARTLY, "")  # the user is told, and a strict job ends
     prefix = os.path.join(state.path, "env")
     return Activation(
         python=f"{prefix}/bin/python",
@@ -153,12 +154,18 @@ def notes(told: Mapping[str, Any], root: str) -> dict[str, Any]:
 
 
 def cancel(told: Mapping[str, Any], root: str) -> dict[str, Any]:
-    """The job was deleted while it is staged: end that, at once."""
+    """Staging is given up, for the job was deleted: end it at once, and other nodes' waiting."""
+    from stager.hooks import jobnotes
+
     state = State(root, schedulers.file_name(str(told["id"])))
     if state.read("status").startswith(PENDING):
         state.end_worker()
+        reason, record = str(told["reason"]), state.record()
         if state.exists():
-            state.finish(CANCELLED, "the job was deleted")
+            state.finish(CANCELLED, reason)
+        if record.get("first") is True:
+            job = Job(**{name: record[name] for name in Job._fields})
+            as_user(job.uid, job.gid, jobnotes.tell_others, job, reason, limit=_NOTES)
     return {}
 
 

@@ -107,6 +107,7 @@ class Worker:
         self.trees: list[tuple[str, str, str]] = []  # links, what they lead to once staged, before
         self.fields: dict[str, object] = {"job": job.id, "uid": job.uid, "node": job.node}
         self.proven = False  # whether root could look at the store's parent
+        self.told = False  # whether the user's process said itself what went wrong
         self.child = 0  # works as the user
         self.holder = lease.of_job(job.scheduler, job.key)
         self.aside: Aside | None = None  # works as root, for the user
@@ -234,6 +235,7 @@ class Worker:
             _answer(talk, self._may_mount())
         elif "error" in message:
             blame = message.get("blame")
+            self.told = True
             raise StagerError(
                 events.clean(message["error"], 600),
                 hint=events.clean(message.get("hint") or "", 300),
@@ -320,6 +322,15 @@ class Worker:
 
             as_user(self.job.uid, self.job.gid, jobnotes.tell_first, self.job, reason, limit=_NOTE)
 
+    def _tell_other_nodes(self, reason: str) -> None:
+        """They wait for what the first node packs, and know only what its user's process says."""
+        if self.told or not self.job.first:
+            return
+        with contextlib.suppress(StagerError):
+            from stager.hooks import jobnotes
+
+            as_user(self.job.uid, self.job.gid, jobnotes.tell_others, self.job, reason, limit=_NOTE)
+
     def _tell(self, what: bytes) -> None:
         with contextlib.suppress(OSError):  # the hook has returned
             self.hook.send(what)
@@ -383,6 +394,7 @@ class Worker:
             self._unlink()
             self._tell_first_node(text)
             self.state.finish(FAILED, text)
+            self._tell_other_nodes(text)
         self.fields.update(blame=blame, reason=reason)
         self.fields["seconds"] = f"{time.monotonic() - self.started:.2f}"
         emit(events.FAIL, self.fields, self.config, self.root)

@@ -59,6 +59,8 @@ class Played:
     outcomes: list[dict[str, Any]] = field(default_factory=list)
     domain: str = ""
     """What the server's names of hosts have, and those of moms do not."""
+    vnodes: str = ""
+    """The same of vnodes."""
     runs: list[list[Task]] = field(default_factory=list)
     output: str = ""
     """What hooks said to the user."""
@@ -161,6 +163,7 @@ class Played:
             },
             "job_list": event.get("jobs", []),
             "nodes": nodes,
+            "vnodes": self.vnodes,
             "config": CONFIG,
             "hook": str(REPO / "hooks/pbs/stager_hook.py"),
         }

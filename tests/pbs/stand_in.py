@@ -3,7 +3,8 @@
 What the module does is what was measured on OpenPBS 23.06 (docs/pbs.md): a resource that is not
 there is None; ``reject`` and ``accept`` raise SystemExit; attributes that an event does not have
 raise; the value of a variable ends at a comma that is not escaped. Standard input has one JSON
-object: ``event``, ``node``, ``job``, ``job_list``, ``config``, ``hook``. Standard output gets
+object: ``event``, ``node``, ``nodes`` of the job, ``vnodes``, what the names of vnodes have behind
+those of their hosts, ``job``, ``job_list``, ``config``, ``hook``. Standard output gets
 what came of it; standard error is whatever the hook's would be.
 """
 
@@ -28,6 +29,8 @@ class Variables(dict):  # type: ignore[type-arg]
     def __setitem__(self, name: str, value: object) -> None:
         if not isinstance(value, str):
             raise TypeError("Variable_List values are strings")
+        if name.startswith("PBS_") or name == "TMPDIR":
+            raise ValueError(f"env variable '{name}' is readonly")
         first, *rest = re.split(r"(?<!\\),", value)
         super().__setitem__(name, first)
         for one in rest:
@@ -85,6 +88,7 @@ def main() -> None:
     name = told["event"]
     outcome: dict[str, Any] = {"accepted": True, "log": []}
     vnode = types.SimpleNamespace(state="free", comment=None)
+    other = types.SimpleNamespace(state="free", comment=None)
 
     event = types.SimpleNamespace(type=name)
     if name == "EXECHOST_PERIODIC":
@@ -92,8 +96,11 @@ def main() -> None:
     else:
         event.job = Job(told["job"], name)
     if name not in SERVER:
-        others = {name: types.SimpleNamespace() for name in told.get("nodes", [])}
-        event.vnode_list = {**others, told["node"]: vnode}
+        names = {one: one + told["vnodes"] for one in told["nodes"]}
+        event.vnode_list = {
+            names.pop(told["node"], ""): vnode,
+            **dict.fromkeys(names.values(), other),
+        }
 
     def end(accepted: bool, message: str = "") -> None:
         outcome.update(accepted=accepted, message=message)
@@ -126,7 +133,7 @@ def main() -> None:
         outcome["environ"] = event.job.Variable_List.told()
         outcome["resources"] = dict(event.job.Resource_List)
         outcome["done"] = event.job.done
-    outcome["vnode"] = vars(vnode)
+    outcome.update(vnode=vars(vnode), other=vars(other))
     json.dump(outcome, sys.stdout)
 
 

@@ -70,6 +70,24 @@ def test_variables_of_the_users_survive(site: Site, hidden: None) -> None:
     assert virtual.endswith("/env") and path == f"{virtual}/bin:/usr/bin:/bin"
 
 
+def test_variables_of_another_job(site: Site) -> None:
+    """``qsub -V`` within a job: what was its environment goes, and nothing else of a list."""
+    old = "/run/stager/jobs/6.head/env"
+    variables = {
+        "PATH": f"{old}/bin:/opt/bin:/bin", "LD_LIBRARY_PATH": f"{old}/lib:/opt/lib",
+        "GDAL_DATA": f"{old}/share/gdal", "PBS_O_PATH": f"{old}/bin:/bin",
+        "APPTAINER_BIND": f"/scratch\\,{old}:{old}",
+    }  # fmt: skip
+    script = 'printf "%s|" "$PATH" "$LD_LIBRARY_PATH" "$GDAL_DATA" "$PBS_O_PATH" "$APPTAINER_BIND"'
+    first, *rest = play(site, "batch1", variables=variables, script=script).tasks[0].out.split("|")
+    assert first == "/opt/bin:/bin"
+    assert rest == ["/opt/lib", "", f"{old}/bin:/bin", "/scratch", ""]
+    job = play(site, "batch1", "science", variables=variables, script=script)
+    path, library, data, *_ = job.tasks[0].out.split("|")
+    assert path.endswith("/env/bin:/opt/bin:/bin") and "6.head" not in path
+    assert (library, data) == ("/opt/lib", "")
+
+
 def test_login_shells_make_path_anew(site: Site) -> None:
     # The user's own process stands for the job's shell while the job's links are there.
     shown: list[str] = []
@@ -342,6 +360,42 @@ def test_a_strict_job_that_is_staged_everywhere(site: Site, hidden: None, record
     assert staged(play(site, recording, "science?strict?timeout=5m", domain=".site"))
 
 
+def test_another_node_whose_configuration_is_malformed(site: Site) -> None:
+    with site.configured("stage: {timeout: soon}", "n2"):
+        job = play(site, "batch3", "science", script="true")
+    (line,) = job.output.splitlines()
+    assert line.startswith("stager: n2: not staged there: ") and "stage.timeout" in line
+
+
+@pytest.mark.parametrize("wish", ["", "?strict"])
+def test_variables_that_come_too_late(site: Site, wish: str) -> None:
+    """What is packed first is not known when PBS wants to know the job's variables."""
+    for name in ("fresh", "more"):
+        site.shell(
+            "alice", f"rm -rf envs/{name} && /usr/bin/python3 -m venv --without-pip envs/{name}"
+        )
+    slow = "def pack(*a, **k):\n    import time\n    time.sleep(4)\n    return real(*a, **k)\n"
+    refs = f"/home/alice/envs/fresh+/home/alice/envs/more{wish}"
+    with site.patched("packing/pack", "real = pack\n" + slow, "n1"):
+        job = play(site, "rejected by the prologue" if wish else "batch3", refs)
+    assert "only PATH leads to the environment" in job.output
+    if wish:
+        assert "this job is strict" in job.output
+        assert job.rejected() == [("execjob_prologue", "n1", ["delete"])] and job.runs == []
+    else:
+        assert staged(job), job.tasks
+
+
+def test_packing_that_is_killed_on_the_first_node(site: Site) -> None:
+    """The others do not wait for it until their deadline."""
+    site.shell("alice", "rm -rf envs/fresh && /usr/bin/python3 -m venv --without-pip envs/fresh")
+    code = "def pack(*a, **k):\n    import os\n    os.kill(os.getpid(), 9)\n"
+    with site.patched("packing/pack", code, "n1"):
+        job = play(site, "batch3", "/home/alice/envs/fresh")
+    assert job.output.count("SIGKILL") == 3
+    assert all(task.prefix[1] == "/home/alice/envs/fresh" for task in job.tasks)
+
+
 def test_a_worker_that_is_killed_on_another_node(site: Site) -> None:
     code = "Worker._listen = lambda self, talk: os.kill(os.getpid(), 9)\n"
     with site.patched("hooks/worker", code, "n2"):
@@ -400,17 +454,33 @@ def test_nothing_to_fall_back_to(site: Site) -> None:
 
 
 @pytest.mark.parametrize(
-    ("recording", "node"), [("broken first node", "n1"), ("broken other node", "n2")]
+    ("recording", "node", "vnodes"),
+    [
+        ("broken first node", "n1", ""),
+        ("broken other node", "n2", ""),
+        ("broken other node", "n2", ".site"),
+        ("broken other node", "n2", "[0]"),  # by pbs_cgroups
+    ],
 )
-def test_a_broken_node(site: Site, hidden: None, recording: str, node: str) -> None:
+def test_a_broken_node(site: Site, hidden: None, recording: str, node: str, vnodes: str) -> None:
     """It is set offline and the job runs elsewhere, where the site wants that."""
     with read_only(site, node), site.configured("hook: {on_node_fault: drain}"):
-        job = play(site, recording, "science")
+        job = play(site, recording, "science", vnodes=vnodes)
     assert job.rejected() == [("execjob_begin", node, ["rerun"])]
-    (vnode,) = [one["vnode"] for one in job.outcomes if not one["accepted"]]
-    assert vnode["state"] == "offline"
-    assert vnode["comment"].startswith("stager: cannot make the store")
+    (rejected,) = [one for one in job.outcomes if not one["accepted"]]
+    assert rejected["vnode"]["state"] == "offline"
+    assert rejected["vnode"]["comment"].startswith("stager: cannot make the store")
+    assert rejected["other"]["state"] == "free"
     assert len(job.runs) == 1 and staged(job)
+
+
+def test_a_broken_node_that_pbs_calls_otherwise(site: Site) -> None:
+    """It cannot be set offline: the job is treated as where the site does not want that."""
+    with read_only(site, "n1"), site.configured("hook: {on_node_fault: drain}"):
+        job = play(site, "rejected by the prologue", "science?strict", vnodes="-rack7")
+    assert job.runs == []
+    assert job.rejected() == [("execjob_prologue", "n1", ["delete"])]
+    assert "this job is strict" in job.output
 
 
 def test_a_job_that_found_only_broken_nodes(site: Site) -> None:

@@ -189,6 +189,15 @@ def test_a_mom_that_does_not_get_it(server: Server) -> None:
     assert server.run("--wait", "1").returncode == 0
 
 
+def test_jobs_go_on_while_it_is_installed_again(server: Server) -> None:
+    """A mom that is waiting in the hook gets the rest of it minutes after it was disabled."""
+    assert server.run().returncode == 0
+    before = len(server.said())
+    assert server.run().returncode == 0
+    assert "set hook stager enabled = false" not in server.said()[before:]
+    assert server.state["hook"]["stager"]["enabled"] == "true"
+
+
 def test_another_resource_of_that_name(server: Server) -> None:
     server.change(resource={"pyenv": {"type": "long", "flag": "h"}})
     done = server.run()
@@ -272,8 +281,14 @@ def test_files_for_nodes(tmp_path: Path) -> None:
     assert told.endswith("pbs/install\n")
     assert "mom_priv/epilogue will not run any more" in told
     assert "Prolog=" not in told
-    for name in ("etc/profile.d/zz-stager.sh", "etc/profile.d/zz-stager.csh"):
-        assert (tmp_path / name).is_file()
+    for shell, suffix in ((["sh"], "sh"), (["csh", "-f"], "csh")):
+        profile = tmp_path / "etc/profile.d" / f"zz-stager.{suffix}"
+        script = tmp_path / f"script.{suffix}"
+        read = "." if suffix == "sh" else "source"
+        script.write_text(f"{read} {profile}\n{read} {profile}\necho $PATH\n")
+        environ = {"PATH": "/usr/bin:/bin", "STAGER_PATH": "/j/env/bin", "PBS_JOBID": "7.head"}
+        shown = subprocess.run([*shell, script], env=environ, stdout=subprocess.PIPE, check=True)
+        assert shown.stdout == b"/j/env/bin:/usr/bin:/bin\n"  # once
     installed = tmp_path / "usr/libexec/stager/pbs"
     assert (installed / "stager_hook.py").is_file()
     assert stat.S_IMODE((installed / "install").stat().st_mode) == 0o755
