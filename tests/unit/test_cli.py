@@ -336,7 +336,7 @@ def test_what_is_not_ours_is_told_and_left_alone(machine: Machine) -> None:
         (store / name).mkdir(mode=0o700)
     (store / ".bashrc").rmdir()
     (store / ".bashrc").write_text("keep me")
-    ours = [store / ".stager-7-abc", store / "ready" / f".{'a' * 16}.{'b' * 12}.new"]
+    ours = [store / f".stager-{os.getuid()}-abc", store / "ready" / f".{'a' * 16}.{'b' * 12}.new"]
     for path in ours:
         path.touch()
     for path in (store / ".bashrc", store / "envs" / "mine", *ours):
@@ -672,14 +672,14 @@ def test_a_mistake_has_its_status_and_a_line_that_names_it(
 @pytest.mark.parametrize(
     ("argv", "status", "name"),
     [
-        (["pack", ""], 2, "environment"),
-        (["pack", "--repository", ""], 2, "repository"),
-        (["pack", "--user", "--python", ""], 2, "python"),
-        (["stage", ""], 2, "ref"),
-        (["stage", "tiny", "--store="], 2, "store"),
-        (["activate", ""], 2, "ref"),
-        (["run", "--env", "", "false"], 125, "env"),
-        (["collect", "--all", "-w", ""], 2, "nodes"),
+        (["pack", ""], 2, "ENV"),
+        (["pack", "--repository", ""], 2, "--repository"),
+        (["pack", "--user", "--python", ""], 2, "--python"),
+        (["stage", ""], 2, "REF"),
+        (["stage", "tiny", "--store="], 2, "--store"),
+        (["activate", ""], 2, "REF"),
+        (["run", "--env", "", "false"], 125, "--env"),
+        (["collect", "--all", "-w", ""], 2, "-w"),
     ],
 )
 def test_a_variable_that_is_not_set_stands_for_nothing_else(
@@ -689,7 +689,7 @@ def test_a_variable_that_is_not_set_stands_for_nothing_else(
     monkeypatch.setenv("VIRTUAL_ENV", str(machine.prefix))
     found = machine(*argv)
     assert found.status == status
-    assert f"`{name}` is empty" in found.err
+    assert f"error: {name} is empty" in found.err
 
 
 @pytest.mark.parametrize("argv", [["stag"], ["--help"]])
@@ -697,6 +697,24 @@ def test_verbs_that_only_others_start_are_in_no_list(machine: Machine, argv: lis
     found = machine(*argv)
     assert "verify" in found.out + found.err
     assert not re.search(r"\b(keep|watch|receive)\b", found.out + found.err)
+
+
+def test_choices_are_those_of_the_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    """The command line has copies, for reading the table of keys takes long."""
+    for verb, options in {
+        "stage": {"--how": "stage.how", "--on-stale": "stage.on_stale"},
+        "pack": {
+            "--format": "pack.format",
+            "--editables": "pack.editables",
+            "--links": "pack.links",
+        },
+    }.items():
+        for option, key in options.items():
+            with pytest.raises(SystemExit):
+                cli.main([verb, option, "?"])
+            (offered,) = re.findall(r"choose from (.*)\)", capsys.readouterr().err)
+            for choice in re.findall(r"'(.*?)'", offered):
+                configuration.KEYS[key].parse(choice)
 
 
 def test_a_name_that_is_almost_right_is_suggested(machine: Machine) -> None:
