@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from stager import containers
+from stager import containers, paths
 from stager.config import Config
 from stager.envpatch import EnvPatch
 from stager.errors import StagerError
@@ -62,8 +62,9 @@ def _path_lines(site: str) -> list[str]:
         if not name.endswith(".pth"):
             continue
         with open(os.path.join(site, name), encoding="utf-8", errors="surrogateescape") as file:
-            paths = [os.path.normpath(os.path.join(site, line.strip())) for line in file]
-        found += [path for path in paths if path != site and os.path.isdir(path)]
+            added = [os.path.join(site, line) for line in map(paths.of_pth_line, file) if line]
+        directories = [path for path in map(os.path.normpath, added) if os.path.isdir(path)]
+        found += [path for path in directories if path != site]
     return found
 
 

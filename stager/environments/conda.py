@@ -7,7 +7,6 @@ installation is no part of the environment.
 
 from __future__ import annotations
 
-import csv
 import glob
 import itertools
 import json
@@ -19,7 +18,7 @@ from collections.abc import Iterable, Iterator
 
 from stager import fsutil
 from stager.config import Config
-from stager.environments import Environment, Tree, ask, default_name, names, spellings
+from stager.environments import Environment, Tree, ask, default_name, names, records, spellings
 from stager.envpatch import EnvPatch
 from stager.errors import IncompatibleError
 from stager.manifest import Finding
@@ -252,20 +251,16 @@ def _clone_of(path: str, name: str, installation: str) -> Iterator[str]:
 def _in_bytecode(path: str, library: str) -> Iterator[str]:
     """The prefix in bytecode of what pip installed: a clone has it from its original."""
     site = os.path.join(path, library, "site-packages")
-    records = os.path.join(glob.escape(site), "*.dist-info", "RECORD")
-    for record in sorted(glob.glob(records)):
+    recorded = os.path.join(glob.escape(site), "*.dist-info", "RECORD")
+    for record in sorted(glob.glob(recorded)):
         try:
             installer = os.path.join(os.path.dirname(record), "INSTALLER")
             with open(installer, opener=fsutil.regular) as file:
                 if file.read().strip() == "conda":
                     continue
-            with open(
-                record, encoding="utf-8", errors="surrogateescape", opener=fsutil.regular
-            ) as file:
-                listed = [row[0] for row in csv.reader(file) if row]
-        except (OSError, csv.Error, UnicodeError):
+        except (OSError, UnicodeError):
             continue
-        found = next(_of_bytecode(site, library, listed), None)
+        found = next(_of_bytecode(site, library, records.read(record)), None)
         if found:
             yield found
 

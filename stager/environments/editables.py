@@ -20,8 +20,7 @@ import re
 from collections.abc import Iterator
 from typing import Callable, NamedTuple
 
-from stager import fsutil
-from stager.rewriting import relocate
+from stager import fsutil, paths
 
 _REBUILDS = re.compile(r"_.+_editable(_loader)?\.py\Z")
 _REDIRECTS = re.compile(r"_editable_skbc_.+\.py\Z")
@@ -148,8 +147,8 @@ def _parsed(path: str) -> ast.Module:
 def _path_lines(path: str, site: str, *, link: bool) -> Iterator[Source]:
     lines = _read(path).decode("utf-8", "surrogateescape").splitlines()
     for line in lines[:1] if link else lines:
-        text = line.strip().lstrip(relocate.MARK)
-        if not text or text.startswith(("#", "import ", "import\t")):
+        text = paths.of_pth_line(line)
+        if not text:
             continue
         directory = os.path.normpath(os.path.join(site, text))
         if os.path.isdir(directory):

@@ -6,11 +6,9 @@ are its library, the scripts that it runs, and the files that installed packages
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Iterator, Mapping
 
-from stager import fsutil
 from stager.config import Config
 from stager.environments import (
     Environment,
@@ -18,6 +16,7 @@ from stager.environments import (
     Request,
     Tree,
     base_of,
+    records,
     spellings,
 )
 from stager.envpatch import EnvPatch
@@ -102,15 +101,7 @@ def _recorded(path: str, site: str) -> Iterator[str]:
     for name in os.listdir(directory):
         if not name.endswith(".dist-info"):
             continue
-        try:
-            record = os.path.join(directory, name, "RECORD")
-            with open(
-                record, encoding="utf-8", errors="surrogateescape", opener=fsutil.regular
-            ) as file:
-                names = [row[0] for row in csv.reader(file) if row]
-        except (OSError, csv.Error):
-            continue
-        for one in names:
+        for one in records.read(os.path.join(directory, name, "RECORD")):
             found = os.path.normpath(os.path.join(site, one))
             if not one.startswith("../") or found.startswith(("../", "/", f"{site}/")):
                 continue

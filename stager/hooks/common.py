@@ -53,7 +53,9 @@ def is_strict(job: Job, config: Config | None) -> bool:
 def explained(error: BaseException) -> tuple[str, str]:
     """What happened, and what to do; empty where nobody knows."""
     if isinstance(error, OSError):
-        return f"{error.strerror} ({error.filename})", "tell your administrator"
+        said = error.strerror or str(error) or type(error).__name__
+        where = f" ({error.filename})" if error.filename else ""
+        return f"{said}{where}", "tell your administrator"
     told = known(error, "tell your administrator")
     return told.message, told.hint or ""
 

@@ -41,7 +41,7 @@ from stager.hooks import jobactivation, jobnotes
 from stager.jobstate import MAX_MESSAGE, Job
 from stager.manifest import Layer
 from stager.ref import KEYS, Directive, Ref
-from stager.repository import Published, Repository
+from stager.repository import Published
 from stager.staging import allocation, fitness, sitestore, store, trees
 from stager.staging.stage import HIT, Staged, slowest
 from stager.staging.store import MOUNTED, Store
@@ -134,13 +134,15 @@ def _work(order: Order, talk: socket.socket) -> dict[str, Any]:
     try:
         looked = [_published(wish, config, job, until, meanwhile) for wish in directive.refs]
     except StagerError as error:
+        if broken is not None and job.first:  # nor does this node pack what others wait for
+            jobnotes.leave(jobnotes.path(config, job), broken)
         raise broken or error from error
     found = [published for published, _ in looked]
     together.require([published.manifest for published in found])
     places = [sitestore.of(published, trusted) or node for published in found]
-    beforehand = None
+    described = None
     if job.scheduler == schedulers.PBS:
-        beforehand = _beforehand(order, directive, found, places, config, talk)
+        described = _beforehand(order, directive, found, places, config, talk)
     elif len(found) == 1:
         _send(talk, {"original": jobactivation.of_original(found[0].manifest)})
     if node is None:
@@ -154,9 +156,12 @@ def _work(order: Order, talk: socket.socket) -> dict[str, Any]:
         stage = functools.partial(_staged, published, node, config, talk, order, until)
         results.append(_with_room(stage, talk))
     parts = list(map(activate.Part.staged, results))
-    staged = beforehand or jobactivation.of_staged(directive, parts, config)
-    warning = "; ".join(filter(None, (changed() for _, changed in looked)))
-    return {**_outcome(staged, directive, found, results), "warning": warning}
+    described = described or jobactivation.of_staged(directive, parts, config)
+    warnings = (described.warning, *(changed() for _, changed in looked))
+    return {
+        **_outcome(described.value, directive, found, results),
+        "warning": "; ".join(filter(None, warnings)),
+    }
 
 
 def _beforehand(
@@ -166,7 +171,7 @@ def _beforehand(
     places: Sequence[Store | None],
     config: Config,
     talk: socket.socket,
-) -> dict[str, Any]:
+) -> jobactivation.Described:
     """Tell PBS by which links the job will find what is to be staged."""
     below = [
         os.path.join(config["store"] if place is None else place.root, "envs") for place in places
@@ -176,9 +181,9 @@ def _beforehand(
         jobactivation.linked(published.manifest, order.directory, part)
         for part, published in enumerate(found)
     ]
-    value = jobactivation.of_staged(directive, parts, config, bound=tuple(sorted({*below})))
-    _send(talk, {"beforehand": value})
-    return value
+    described = jobactivation.of_staged(directive, parts, config, bound=tuple(sorted({*below})))
+    _send(talk, {"beforehand": described.value})
+    return described
 
 
 def _timeout(directive: Directive) -> float:
@@ -240,7 +245,6 @@ def _published(
     while True:
         wish, found = _found(wish, config, job)
         if isinstance(found, Published):
-            origin = found.manifest.origin
             changed, is_used = _looked_at(found, wish, config, job)
             if not is_used:
                 meanwhile(found)
@@ -250,16 +254,14 @@ def _published(
                 raise StagerError(changed(), hint="pack it again", blame=JOB)
             missing = NotFoundError(changed(), hint="pack it again")
         else:
-            origin, missing = wish.path, found
+            missing = found
         if not config["hook.pack"]:
             raise missing
         note = jobnotes.path(config, job)
         if job.first:
-            own = Repository(config["repository"])
             try:
-                # Jobs of an array would pack it a thousand times: who waited looks again.
-                with own.alone(origin, timeout=max(0.0, until - time.monotonic())):
-                    return lookup.fresh(wish, config)[0], str
+                limit = max(0.0, until - time.monotonic())
+                return lookup.fresh(wish, config, timeout=limit)[0], str
             except Exception as error:
                 jobnotes.leave(note, error)
                 raise

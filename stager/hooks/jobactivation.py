@@ -6,11 +6,12 @@ What works as the job's user makes it; who writes it into the job is root, and b
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 from stager import activate, jobstate
 from stager.config import Config
 from stager.envpatch import EnvPatch
+from stager.errors import JOB, StagerError
 from stager.manifest import Manifest
 from stager.ref import Directive
 
@@ -24,6 +25,20 @@ _INHERITED = (
     "SINGULARITYENV_VIRTUAL_ENV", "SINGULARITYENV_CONDA_PREFIX",
 )  # fmt: skip
 """Traces of an activation that a job may have inherited from where it was submitted."""
+_SHOWN = 4
+"""Names that are told."""
+
+
+class Described(NamedTuple):
+    """An activation, and what the user is to know of it.
+
+    Attributes:
+        value: what :meth:`stager.jobstate.Activation.checked` takes.
+        warning: which variables are left out; empty for none.
+    """
+
+    value: dict[str, Any]
+    warning: str
 
 
 def of_path(path: str) -> dict[str, Any]:
@@ -51,14 +66,19 @@ def of_staged(
     config: Config,
     *,
     bound: tuple[str, ...] = (),
-) -> dict[str, Any]:
+) -> Described:
     """The activation of staged environments together, see :func:`stager.activate.patch`.
+
+    Variables that a job's state has no place for, with a newline in them, say, are left out.
 
     Args:
         directive: by which they were named.
         parts: each with its trees, the first with the Python of all.
         config: the job's.
         bound: directories besides the trees that a container has to bind.
+
+    Raises:
+        StagerError: there are more variables than a job's state takes.
     """
     name = "+".join(str(wish) for wish in directive.refs)
     patch = activate.patch(parts, config, ref=name, bound=bound)
@@ -75,7 +95,20 @@ def of_staged(
         if new == part.prefix
     ]
     executable = parts[0].manifest.python.executable
-    return _value(patch, parts[0].prefix, executable, tuple(dict.fromkeys(leave)))
+    left = sorted(key for key, value in patch.set.items() if not jobstate.can_have(key, value))
+    kept = {key: value for key, value in patch.set.items() if key not in left}
+    if max(len(kept), len(patch.unset) + len(_INHERITED)) > jobstate.MOST:
+        raise StagerError(
+            f"the environment sets more than {jobstate.MOST} variables",
+            hint="`conda env config vars list` shows those of a conda environment",
+            blame=JOB,
+        )
+    value = _value(
+        patch._replace(set=kept), parts[0].prefix, executable, tuple(dict.fromkeys(leave))
+    )
+    names = ", ".join(map(ascii, left[:_SHOWN])) + (", ..." if len(left) > _SHOWN else "")
+    reason = "a job can have no variable of several lines, or of more than 4096 characters"
+    return Described(value, f"{names} not set: {reason}" if left else "")
 
 
 def _value(patch: EnvPatch, prefix: str, executable: str, leave: tuple[str, ...]) -> dict[str, Any]:

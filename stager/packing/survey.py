@@ -6,8 +6,6 @@ editable installs.
 
 from __future__ import annotations
 
-import contextlib
-import csv
 import filecmp
 import glob
 import itertools
@@ -18,7 +16,7 @@ from typing import Callable
 
 from stager import freshness, walk
 from stager.config import Config
-from stager.environments import Environment, Tree, editables
+from stager.environments import Environment, Tree, editables, records
 from stager.manifest import TREE, USER, Finding, Watch
 from stager.packing import plan
 from stager.paths import is_within
@@ -223,18 +221,13 @@ def _installed_data(survey: Survey) -> frozenset[str]:
     """The files outside of site-packages that installed packages list as theirs."""
     found: set[str] = set()
     for entry in survey.entries:
-        if entry.path.endswith(".dist-info/RECORD") and os.path.isfile(entry.source):
+        if entry.path.endswith(".dist-info/RECORD"):
             site = os.path.dirname(os.path.dirname(entry.path))
-            with (
-                contextlib.suppress(csv.Error),
-                open(entry.source, encoding="utf-8", errors="surrogateescape") as file,
-            ):
-                names = (row[0] for row in csv.reader(file) if row)
-                found.update(
-                    os.path.normpath(os.path.join(site, name))
-                    for name in names
-                    if name.startswith("../")
-                )
+            found.update(
+                os.path.normpath(os.path.join(site, name))
+                for name in records.read(entry.source)
+                if name.startswith("../")
+            )
     return frozenset(found)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from typing import Callable, NamedTuple
 from urllib.parse import quote
 
+from stager import paths
 from stager.errors import UsageError
 from stager.rewriting import prefix
 
@@ -191,9 +192,6 @@ def wide_encoding(data: bytes) -> str:
     return ""
 
 
-MARK = "\ufeff"
-"""What a text in Unicode may begin with; since 3.13, Python does not take it for part of a path."""
-
 # Longest first: that of UTF-16 is the beginning of another. The codecs named do not eat the mark.
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -269,8 +267,8 @@ def rewrite_paths(data: bytes, directory: str, relocation: Relocation) -> bytes:
     """
     lines = []
     for line in data.decode("utf-8", "surrogateescape").splitlines(keepends=True):
-        text = line.strip().lstrip(MARK)
-        if text.startswith(("import ", "import\t", "#")) or not text:
+        text = paths.of_pth_line(line)
+        if not text:
             lines.append(relocation.text(os.fsencode(line)))
             continue
         absolute = os.path.normpath(os.path.join(directory, text))

@@ -141,8 +141,8 @@ def test_a_task_of_slurm(one: Staged, tmp_path: Path) -> None:
     assert directive is not None
     made = {layer.id: stage.HIT for layer in published.manifest.layers}
     result = stage.Staged(str(one.prefix), stage.HIT, published.manifest, made)
-    value = jobactivation.of_staged(directive, [activate.Part.staged(result)], config.load())
-    checked = jobstate.Activation.checked(value, (str(one.prefix.parent),))
+    described = jobactivation.of_staged(directive, [activate.Part.staged(result)], config.load())
+    checked = jobstate.Activation.checked(described.value, (str(one.prefix.parent),))
     state = tmp_path / "jobs" / "7"
     state.mkdir(parents=True)
     (state / "status").write_text("ready\n")

@@ -349,6 +349,8 @@ def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (RuntimeError("can't start new thread"), ("no thread can be started", LIMITS)),
         (KeyError("x"), ("a bug in stager: KeyError: 'x'", "tell your administrator")),
         (OSError(5, "I/O error", "/x"), ("I/O error (/x)", "tell your administrator")),
+        (OSError(11, "No more of it"), ("No more of it", "tell your administrator")),
+        (TimeoutError(), ("TimeoutError", "tell your administrator")),
     ],
 )
 def test_what_a_hook_tells_of_an_error(error: Exception, told: tuple[str, str]) -> None:

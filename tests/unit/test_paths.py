@@ -46,3 +46,11 @@ def test_a_base_has_the_modules_of_one_python(tmp_path: Path, own: str) -> None:
     )
     left_out = Excluder(environments.base_tree(python, with_packages=False).exclude)
     assert [name for name in names if not left_out(f"lib/{name}")] == [own, "pythonic"]
+
+
+def test_lines_of_pth_files() -> None:
+    lines = {
+        "/x/y\n": "/x/y", "\ufeffsource\r\n": "source", "  z ": "z",
+        "# no": "", "import os": "", "import\tos": "", "\n": "", "imported/x": "imported/x",
+    }  # fmt: skip
+    assert {line: paths.of_pth_line(line) for line in lines} == lines

@@ -15,14 +15,21 @@ from pathlib import Path
 import pytest
 
 import tiny
-from environments import BASE_PYTHON, VENV, clean_environ
+from environments import BASE_PYTHON, REPO, VENV, clean_environ
 from stager import containers
+from stager.staging import allocation
 
 pytestmark = pytest.mark.unit
 
 STAGE_RUN = VENV / "bin" / "stage-run"
 SHELLS = ["dash", "bash", "busybox sh"]
 """What ``/bin/sh`` may be."""
+
+
+def test_programs_that_start_others_elsewhere_are_the_same_ones() -> None:
+    script = (REPO / "stager/scripts/stage-run").read_text()
+    (found,) = re.findall(r"case \$\{command##\*/\} in (srun [^)]*)\)", script)
+    assert {*found.split(" | ")} == allocation.LAUNCHERS
 
 
 @dataclass

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 import tiny
-from stager import activate, lookup, ref, together
+from stager import activate, jobstate, lookup, ref, together
 from stager.activate import Part
 from stager.environments import kept
 from stager.envpatch import EnvPatch
-from stager.errors import IncompatibleError, UsageError
+from stager.errors import JOB, IncompatibleError, StagerError, UsageError
 from stager.hooks import forjob, jobactivation
 from stager.manifest import Manifest, Python
 from stager.ref import Ref
@@ -106,7 +106,9 @@ def test_a_job_of_several(public_path: Path) -> None:
     (_, one), (_, two) = everything
     directive = ref.parse_directive("one+two?verbose")
     parts = [Part.staged(result) for _, result in everything]
-    value = jobactivation.of_staged(directive, parts, config)
+    described = jobactivation.of_staged(directive, parts, config)
+    assert described.warning == ""
+    value = described.value
     assert value["prefix"] == one.prefix
     assert value["python"] == f"{one.prefix}/bin/python"
     assert value["set"]["VIRTUAL_ENV"] == one.prefix
@@ -118,6 +120,34 @@ def test_a_job_of_several(public_path: Path) -> None:
     said = forjob._outcome(value, directive, list(found), list(results))
     assert said["ref"] == "+".join(published.ref for published in found)
     assert (said["staged"], said["verbose"]) == (value, True)
+
+
+def test_what_a_job_has_no_place_for_is_left_out_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``conda env config vars`` take anything; a job's state has a line for each variable."""
+    odd = {"LINES": "a\nb", "LONG": "x" * 5000, "a-b": "1", "FINE": "1"}
+    monkeypatch.setattr(activate, "patch", lambda *_, **__: EnvPatch(set=odd))
+    directive = ref.parse_directive("base")
+    config = tiny.configured(Path("/x"))
+    described = jobactivation.of_staged(directive, [part("base")], config)
+    assert described.value["set"] == {"FINE": "1"}
+    assert described.warning.startswith("'LINES', 'LONG', 'a-b' not set: ")
+    jobstate.Activation.checked(described.value)
+    many = {f"V{number}": "1" for number in range(201)}
+    monkeypatch.setattr(activate, "patch", lambda *_, **__: EnvPatch(set=many))
+    with pytest.raises(StagerError, match="more than 200 variables") as raised:
+        jobactivation.of_staged(directive, [part("base")], config)
+    assert raised.value.blame == JOB
+
+
+def test_modules_that_pth_files_of_another_one_add(tmp_path: Path) -> None:
+    value = manifest("one")
+    site = tmp_path / value.library / "site-packages"
+    for name in ("source", "marked"):
+        (site / name).mkdir(parents=True)
+    (site / "a.pth").write_text("# source\nimport os; os.sep\nsource\nmissing\n\n.\n")
+    (site / "b.pth").write_text("\ufeffmarked\n")
+    patch = activate.together([part("base"), Part(value, (str(tmp_path),))])
+    assert patch.prepend["PYTHONPATH"] == (str(site), f"{site}/source", f"{site}/marked")
 
 
 # -- what the user typed
