@@ -42,7 +42,41 @@ def _main() -> int:
         gc.disable()  # for all of it: see stager/packing/pack.py
     from stager import cli
 
-    _leave(cli.main(sys.argv[1:]))
+    ended_by = _end_in_order()
+    status = cli.main(sys.argv[1:])
+    if ended_by:
+        _die_of(ended_by[0])
+    _leave(status)
+
+
+def _end_in_order() -> list[int]:
+    """Have signals that would end us do what Ctrl-C does: what is half made is cleared away.
+
+    Returns:
+        A list in which they are told.
+    """
+    import signal
+
+    told: list[int] = []
+
+    def end(number: int, frame: object) -> None:
+        told.append(number)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup has us ignore one
+            signal.signal(number, end)
+    return told
+
+
+def _die_of(number: int) -> NoReturn:
+    """End by a signal, for whoever sent it looks at that."""
+    import signal
+
+    _flush()
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    _leave(128 + number)
 
 
 def _speak_utf8() -> None:
@@ -69,12 +103,16 @@ def _leave(status: int) -> NoReturn:
     Python takes itself apart meanwhile, it crashes (seen under load: 36 of 780 packs that found
     nothing to do). That takes 6 ms, besides.
     """
+    _flush()
+    os._exit(status)
+
+
+def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         try:  # noqa: SIM105 - contextlib is not needed for it
             stream.flush()
         except (AttributeError, OSError, ValueError):
             pass  # closed, or nobody reads any more: what can be said was said
-    os._exit(status)
 
 
 def _nothing_changed(wish: str) -> bool:

@@ -25,6 +25,11 @@ _STILL_WRITTEN = 5.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MOST_AT_ONCE = 32
 """Questions to shared storage at the same time; an environment has fewer than ten groups."""
+_SHARED = (
+    "9p", "afs", "beegfs", "ceph", "cifs", "fuse.ceph", "fuse.glusterfs", "fuse.sshfs", "gfs2",
+    "gpfs", "lustre", "nfs", "nfs4", "ocfs2", "orangefs", "panfs", "smb3", "virtiofs", "wekafs",
+)  # fmt: skip
+"""Kinds of file systems that several machines have mounted, as a rule."""
 SCARCE = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 """Errors of a process that met a limit, or whose machine has no more of something."""
 
@@ -49,7 +54,8 @@ def explain(error: OSError, doing: str, *, blame: str | None = None) -> StagerEr
         return NoSpaceError(
             message,
             hint="free some space there (`stager collect` for the store, `stager remove` for the"
-            " repository), or choose another place with --store or the key `repository`",
+            " repository), or choose another place: with --store one on a disk of this node's own,"
+            " or the key `repository`",
             blame=blame,
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -164,6 +170,11 @@ def file_system(path: str) -> str:
     return kind
 
 
+def is_shared(path: str) -> bool:
+    """Tell whether a path is on a file system that other machines may have mounted, too."""
+    return file_system(path) in _SHARED
+
+
 def mount_point(path: str) -> str:
     """The directory that the file system which a path is on is mounted at."""
     path = os.path.realpath(path)
@@ -265,7 +276,8 @@ def locked(
             time.sleep(min(0.2, 0.01 + waited / 4))
         yield
     finally:
-        fcntl.flock(fd, fcntl.LOCK_UN)  # a child that was forked meanwhile has it open still
+        with contextlib.suppress(OSError):  # not all file systems have it
+            fcntl.flock(fd, fcntl.LOCK_UN)  # a child that was forked meanwhile has it open still
         os.close(fd)
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Callable
+from typing import TYPE_CHECKING, Callable, NamedTuple
 
 from stager import freshness, fsutil, ref
 from stager.config import Config
 from stager.errors import NotFoundError, UsageError
-from stager.manifest import Manifest
 from stager.ref import Ref
 from stager.repository import Published, Repository
 
@@ -129,12 +128,19 @@ def ask_ahead(published: Published) -> Callable[[], freshness.Seen]:
 
 
 def fresh(
-    wish: Ref, config: Config, *, progress: Progress | None = None
+    wish: Ref, config: Config, *, progress: Progress | None = None, timeout: float | None = None
 ) -> tuple[Published, list[str]]:
     """Find an environment and see to it that it is up to date, by the policy ``stage.on_stale``.
 
     A path that was never packed is packed now, where the policy is to pack; so is what a tool keeps
-    under a name that is not published.
+    under a name that is not published. Of several that would pack the same at once, all nodes of a
+    job or an array of jobs, one does.
+
+    Args:
+        wish: which.
+        config: the policy, and where to publish.
+        progress: told what is done.
+        timeout: seconds to wait for another who packs it; None is the key ``stage.timeout``.
 
     Returns:
         The environment, and the paths that changed since it was packed: empty where it is up to
@@ -142,8 +148,39 @@ def fresh(
 
     Raises:
         NotFoundError: no repository has it.
+        BusyError: another one packs it, for longer.
         StagerError: packing it again failed.
     """
+    found = _looked_at(wish, config)
+    if found.published is not None and not found.is_to_pack:
+        return found.published, found.changes
+    own = Repository(config["repository"])
+    limit = config["stage.timeout"] if timeout is None else timeout
+    waiting = progress.waiting if progress is not None else None
+    with own.alone(found.origin, timeout=limit, waiting=waiting):
+        found = _looked_at(wish, config)  # who waited finds what the other one has packed
+        if found.published is not None and not found.is_to_pack:
+            return found.published, found.changes
+        return _pack(found, config, progress), []
+
+
+class _Looked(NamedTuple):
+    """An environment as it is published, if it is.
+
+    Attributes:
+        published: what there is.
+        origin: the path to pack.
+        changes: the paths that changed since.
+        is_to_pack: whether the policy is to pack it again.
+    """
+
+    published: Published | None
+    origin: str
+    changes: list[str]
+    is_to_pack: bool
+
+
+def _looked_at(wish: Ref, config: Config) -> _Looked:
     policy = config["stage.on_stale"]
     try:
         try:
@@ -154,26 +191,15 @@ def fresh(
     except NotFoundError:
         if not (wish.path and policy == "repack" and os.path.isdir(wish.path)):
             raise
-        if progress is not None:
-            progress.note(f"packing {wish.path}, which was never packed")
-        return _pack(None, wish.path, config, progress), []
+        return _Looked(None, wish.path, [], True)
     changes = []
     if not wish.digest and policy != "ignore":
         changes = freshness.changed(published.manifest, ask_ahead(published)())
     if changes and _is_covered(published, config):
         changes = []
     own = published.repository.root == config["repository"]
-    if not (changes and policy == "repack" and own):
-        return published, changes
-    manifest = published.manifest
-    options = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in manifest.options.items()
-    }
-    config = config.changed(options)
-    if progress is not None:
-        progress.note(f"packing `{manifest.name}` again: {changes[0]} changed")
-    return _pack(manifest, manifest.origin, config, progress), []
+    again = bool(changes) and policy == "repack" and own
+    return _Looked(published, published.manifest.origin, changes, again)
 
 
 def _is_covered(published: Published, config: Config) -> bool:
@@ -186,14 +212,24 @@ def _is_covered(published: Published, config: Config) -> bool:
         return False
 
 
-def _pack(
-    known: Manifest | None, path: str, config: Config, progress: Progress | None
-) -> Published:
+def _pack(found: _Looked, config: Config, progress: Progress | None) -> Published:
     from stager.environments import Request
     from stager.packing import pack  # a warm start does without
 
-    request = Request.again(known) if known is not None else Request.here((path,))
-    name = known.name if known is not None else None
+    if found.published is not None:
+        manifest = found.published.manifest
+        request, name = Request.again(manifest), manifest.name
+        options = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in manifest.options.items()
+        }
+        config = config.changed(options)
+        note = f"packing `{manifest.name}` again: {found.changes[0]} changed"
+    else:
+        request, name = Request.here((found.origin,)), None
+        note = f"packing {found.origin}, which was never packed"
+    if progress is not None:
+        progress.note(note)
     result = pack.pack(request, config, name=name, progress=progress)
     assert result.published is not None  # only a check publishes nothing
     return result.published

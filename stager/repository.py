@@ -21,7 +21,7 @@ import json
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from stager import fsutil, manifest
@@ -127,22 +127,17 @@ class Repository:
 
     @staticmethod
     def _read_manifest(path: str) -> bytes | None:
-        try:
-            # One open: nothing else is asked before it is known what the name stands for.
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        tries = 3
+        while True:
             try:
-                info = os.fstat(fd)
-                if not stat.S_ISREG(info.st_mode):
-                    raise IntegrityError(f"{path} is not a file", hint="pack the environment again")
-                with open(fd, "rb", closefd=False) as file:
-                    # Memory for as much as is asked for is taken at once.
-                    return file.read(min(info.st_size, _MAX_MANIFEST))
-            finally:
-                fsutil.close_aside(fd)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            raise fsutil.explain(error, "read the manifest", blame=JOB) from error
+                return _content(path)
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            except OSError as error:
+                tries -= 1
+                # On NFS what is replaced after it was opened can no longer be read.
+                if error.errno != errno.ESTALE or not tries:
+                    raise fsutil.explain(error, "read the manifest", blame=JOB) from error
 
     def manifest(self, digest: str) -> str:
         """The path of the manifest that a whole digest names."""
@@ -181,9 +176,10 @@ class Repository:
     def workspace(self) -> Iterator[str]:
         """A directory for half-written files beside the published ones, removed at the end.
 
-        One that a killed pack has left is removed by the next: its lock is free.
+        One that a killed pack has left is removed by the next of its node: its lock is free. What
+        another node's lock says is not relied on, for many mounts have locks of their own node's
+        only (``localflock``, ``nolock``): there age tells.
         """
-        import socket
         import tempfile
 
         self._umask = os.umask(0o077)  # told only by being changed: before there are threads
@@ -193,25 +189,27 @@ class Repository:
             stack.enter_context(self._lock("packing", shared=True))
             with self._lock("lock"):  # nobody may sweep a directory whose lock is not held yet
                 self._sweep()
-                prefix = f"{socket.gethostname()}-"
-                directory = tempfile.mkdtemp(prefix=prefix, dir=self._path("tmp"))
+                directory = tempfile.mkdtemp(prefix=_of_this_node(), dir=self._path("tmp"))
                 stack.callback(_removed, directory)
                 lock = os.path.join("tmp", os.path.basename(directory), "lock")
                 stack.enter_context(self._lock(lock))
             yield directory
 
     @contextlib.contextmanager
-    def alone(self, origin: str, *, timeout: float) -> Iterator[None]:
+    def alone(
+        self, origin: str, *, timeout: float, waiting: Callable[[float], None] | None = None
+    ) -> Iterator[None]:
         """Keep others who would pack the same original waiting, as far as they ask for this.
 
         Args:
             origin: the original's path.
             timeout: seconds to wait for who is at it.
+            waiting: as :func:`stager.fsutil.locked` has it.
 
         Raises:
             BusyError: somebody is, for longer.
         """
-        with self._lock(f"tmp/packing-{_origin_key(origin)}", timeout=timeout):
+        with self._lock(f"tmp/packing-{_origin_key(origin)}", timeout=timeout, waiting=waiting):
             yield
 
     def _sweep(self) -> None:
@@ -226,7 +224,8 @@ class Repository:
                     continue
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    _removed(directory)
+                    if name.startswith(_of_this_node()) or fsutil.is_abandoned(directory):
+                        _removed(directory)
                 except OSError as error:
                     # Without working locks (some shared file systems) only age tells.
                     if error.errno in _FLOCK_MISSING and fsutil.is_abandoned(directory):
@@ -348,10 +347,11 @@ class Repository:
         return self.collect()
 
     def collect(self, *, keep: float = 0.0) -> list[str]:
-        """Remove manifests no name leads to, and images no manifest names.
+        """Remove manifests no name leads to, and images that only those named.
 
         Where one cannot be read nothing is removed, for what it refers to is not known.
-        Nothing is removed while a pack is at work: it may be about to name what it found.
+        Nothing is removed while a pack is at work: it may be about to name what it found. What no
+        manifest has ever named may be of one whose lock we cannot see: that goes after a day.
 
         Args:
             keep: seconds for which a replaced manifest stays, for nodes that are staging it.
@@ -379,20 +379,28 @@ class Repository:
                         kept[f"{published.digest}.json"] = published.manifest
         except StagerError:
             return []
-        for path in unnamed:
-            os.unlink(path)
         images = {layer.filename for one in kept.values() for layer in one.layers}
+        left: set[str] = set()  # images of the manifests that go
+        for path in unnamed:
+            with contextlib.suppress(StagerError):
+                if published := self._load(path):
+                    left |= {layer.filename for layer in published.manifest.layers}
+            os.unlink(path)
+
+        def is_over(image: str, path: str) -> bool:
+            return image not in images and (image in left or fsutil.is_abandoned(path))
+
         for name in self._whole("layers"):
             path = self._path("layers", name)
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 with open(path, "rb") as file:
                     image = json.load(file)["image"]
-                if image not in images:
+                if is_over(image, path):
                     os.unlink(path)
         removed = []
         for name in self._listdir("images"):
-            if name not in images:
-                with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):
+                if is_over(name, self._path("images", name)):
                     os.unlink(self._path("images", name))
                     removed.append(name)
         return removed
@@ -405,17 +413,43 @@ class Repository:
         return [name for name in names if not name.startswith(".")]
 
     @contextlib.contextmanager
-    def _lock(self, name: str, *, shared: bool = False, timeout: float = 60) -> Iterator[None]:
+    def _lock(
+        self,
+        name: str,
+        *,
+        shared: bool = False,
+        timeout: float = 60,
+        waiting: Callable[[float], None] | None = None,
+    ) -> Iterator[None]:
         self.create()
         held = False
         try:
-            with fsutil.locked(self._path(name), timeout=timeout, shared=shared):
+            path = self._path(name)
+            with fsutil.locked(path, timeout=timeout, shared=shared, waiting=waiting):
                 held = True
                 yield
         except OSError as error:
             if held or error.errno not in _FLOCK_MISSING:
                 raise
             yield  # renames keep readers right even where locks do not work
+
+
+def _content(path: str) -> bytes:
+    # One open: nothing else is asked before it is known what the name stands for.
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            raise IntegrityError(f"{path} is not a file", hint="pack the environment again")
+        with open(fd, "rb", closefd=False) as file:
+            # Memory for as much as is asked for is taken at once.
+            return file.read(min(info.st_size, _MAX_MANIFEST))
+    finally:
+        fsutil.close_aside(fd)
+
+
+def _of_this_node() -> str:
+    return f"{os.uname().nodename}-"
 
 
 def _removed(directory: str) -> None:

@@ -10,11 +10,13 @@ note, :mod:`stager.staging.notes`. The only question to shared storage about the
 whether the file that the name stands for is the same.
 
 What a node is asked on either way stands here once, and is imported by the modules it belongs to.
-Nothing but ``os`` may be imported at the top: even ``re`` is a quarter of the whole time.
+Nothing but ``os`` and what is built in may be imported at the top: even ``re`` is a quarter of the
+whole time.
 """
 
 from __future__ import annotations
 
+import _thread
 import os
 
 import stager
@@ -22,6 +24,13 @@ import stager
 ABSENT = "-"
 """What :func:`identity` says of a path that does not exist."""
 
+LIVE, DEAD, SILENT = "live", "dead", "silent"
+"""What may be mounted on a directory, see :func:`mounted`."""
+
+_PATIENCE = 2.0
+"""Seconds in which a FUSE server of this node answers, if it ever does."""
+_NO_SERVER = (107, 103)
+"""ENOTCONN and ECONNABORTED of Linux; the module errno would be one more to load."""
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
 _VARIABLES = ("HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "SLURM_JOB_ID", "SLURM_STEP_ID")
 """What an answer may depend on, besides all that begin with ``STAGER_``."""
@@ -102,14 +111,45 @@ def identity_of(info: os.stat_result) -> str:
     return f"{info.st_ino} {info.st_size} {info.st_mtime_ns} {info.st_ctime_ns}"
 
 
-def is_mounted(directory: str) -> bool:
-    """Tell whether a live mount is on ``directory``; a dead FUSE server is no live mount."""
+def mounted(directory: str) -> str:
+    """What is mounted on a directory, so far as we can see it.
+
+    Returns:
+        :data:`LIVE`; :data:`DEAD`, where the FUSE server is gone; :data:`SILENT`, where it does not
+        answer within :data:`_PATIENCE`, as that of a suspended job; empty for nothing.
+    """
+    answers: list[int] = []
+    answered = _thread.allocate_lock()
+    answered.acquire()
+
+    def ask() -> None:
+        try:
+            # The kernel knows the root's attributes by heart; only this asks the server.
+            os.statvfs(directory)
+            answers.append(0)
+        except OSError as error:
+            answers.append(error.errno or 0)
+        finally:
+            answered.release()
+
     try:
-        # The kernel knows the root's attributes by heart; only this asks the server.
-        os.statvfs(directory)
-        return os.stat(directory).st_dev != os.stat(os.path.dirname(directory)).st_dev
+        _thread.start_new_thread(ask, ())
+    except RuntimeError:  # no more threads
+        ask()
+    if not answered.acquire(timeout=_PATIENCE):
+        return SILENT
+    if answers[0]:
+        return DEAD if answers[0] in _NO_SERVER else ""
+    try:
+        on = os.stat(directory).st_dev != os.stat(os.path.dirname(directory)).st_dev
+        return LIVE if on else ""
     except OSError:
-        return False
+        return ""
+
+
+def is_mounted(directory: str) -> bool:
+    """Tell whether a live mount is on ``directory``."""
+    return mounted(directory) == LIVE
 
 
 def is_there(tree: str, *, mounted: bool) -> bool:

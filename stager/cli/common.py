@@ -199,7 +199,9 @@ class Bars:
         if self._quiet or seconds < self._waited + (2 if not self._waited else 30):
             return
         self._waited = max(seconds, 2)
-        say(f"stager: waiting: another process stages the same environment ({seconds:.0f} s)")
+        say(
+            f"stager: waiting: another process is at work on the same environment ({seconds:.0f} s)"
+        )
 
     def note(self, message: str) -> None:
         """Something the user may want to know."""

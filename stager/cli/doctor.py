@@ -138,6 +138,10 @@ def _store(path: str) -> list[Check]:
             checks.append((BAD, f"{what}, and nothing can be mounted", "name another with --store"))
         else:
             checks.append((WORSE, what, "only mounted images can be used there"))
+    if fsutil.is_shared(place):
+        what = f"the store {path} is on {fsutil.file_system(place)}"
+        advice = "nodes that share it take away each other's trees: choose a disk of their own"
+        checks.append((BAD, what, advice))
     if fsutil.file_system(place) == "tmpfs":
         checks.append(
             (WORSE, f"{path} is in memory", "extracted trees there count against the job's memory")

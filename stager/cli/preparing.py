@@ -6,7 +6,7 @@ import argparse
 import os
 
 from stager import activate as activation
-from stager import lookup, together
+from stager import fsutil, lookup, together
 from stager.cli.common import Bars, say
 from stager.config import Config
 from stager.errors import JOB, StagerError, UsageError
@@ -63,11 +63,21 @@ def prepare(
                 for published in found
             ]
             if not quiet:
+                _warn_of_shared(config["store"], results)
                 for conflict in together.conflicts(list(map(activation.Part.staged, results))):
                     say(f"stager: warning: {conflict}")
         return found, results
     finally:
         bars.finish()
+
+
+def _warn_of_shared(store: str, results: list[staging.Staged]) -> None:
+    if all(result.how == staging.HIT for result in results) or not fsutil.is_shared(store):
+        return
+    say(
+        f"stager: warning: the store {store} is on {fsutil.file_system(store)}: nodes that share it"
+        " take away each other's trees; choose a disk of this node's own (--store)"
+    )
 
 
 def up_to_date(wish: Ref, config: Config, bars: Bars, *, quiet: bool = False) -> Published:

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Mapping
 
@@ -132,6 +133,9 @@ def _is_active(environ: Mapping[str, str]) -> bool:
 
 
 def _exec(command: list[str], environ: Mapping[str, str]) -> int:
+    # Python ignores these two, and what it becomes would: `yes | head -1` would not end.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     try:
         try:
             os.execvpe(command[0], command, environ)
@@ -171,7 +175,7 @@ def keep(arguments: argparse.Namespace) -> int:
     where = schedulers.allocation(os.environ)
     if where is None or KEEPER not in os.environ:
         raise UsageError("only stage-run and `stager activate` start this, in an allocation")
-    keeper.ignore_end()
+    keeper.put_off_end()
     held: list[str] = []
     bars = Bars(quiet=True)
     try:

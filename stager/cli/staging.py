@@ -64,7 +64,7 @@ def activate(arguments: argparse.Namespace) -> int:
     """Print shell code that activates a staged environment, or its original where that fails."""
     try:
         sys.stdout.write(_activation(arguments))
-    except Exception:
+    except BaseException:
         # `eval` of nothing succeeds; a script that goes on must be able to notice.
         print("false")
         raise

@@ -293,15 +293,6 @@ def mount(image: str, directory: str) -> None:
         raise StagerError(f"squashfuse cannot mount {os.path.basename(image)}: {line}")
 
 
-def is_dead(directory: str) -> bool:
-    """Tell whether a mount is there whose FUSE server is gone (ENOTCONN)."""
-    try:
-        os.statvfs(directory)
-    except OSError as error:
-        return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
-    return False
-
-
 def unmount(directory: str, *, force: bool = False) -> bool:
     """Unmount what :func:`mount` has mounted.
 
@@ -326,7 +317,7 @@ def _unmounted(argv: list[str]) -> bool:
             argv, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=MOUNT_TIMEOUT
         )
     directory = argv[-1]
-    return not is_mounted(directory) and not is_dead(directory)
+    return not warm.mounted(directory)
 
 
 def extract(image: str, directory: str) -> None:

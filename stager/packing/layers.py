@@ -39,6 +39,9 @@ class Progress(Protocol):
     def finish(self) -> None:
         """The layer is done."""
 
+    def waiting(self, seconds: float) -> None:
+        """Somebody else is packing the same; so long so far."""
+
     def note(self, message: str) -> None:
         """Something the user may want to know."""
 

@@ -129,7 +129,8 @@ def pack(
         if progress is not None and name is not None:
             _note_replaced(repository, manifest, progress)
         published = repository.publish(manifest, replace=name is not None)
-    repository.collect(keep=config["keep_replaced"])
+    with contextlib.suppress(OSError):  # it is published, whatever became of what nobody needs
+        repository.collect(keep=config["keep_replaced"])
     return _packed(published, environment, findings, layers.reused, layers.outcomes, started)
 
 

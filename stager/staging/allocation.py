@@ -19,7 +19,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 
-from stager import fsutil, ref, schedulers
+from stager import fsutil, ref, schedulers, warm
 from stager.config import Config
 from stager.errors import NoSpaceError, StagerError
 from stager.formats import squashfs
@@ -84,7 +84,10 @@ def _lives(owner: Owner) -> bool:
 def foreign(node: Store, layer: Layer) -> Owner | None:
     """Who else a mounted tree depends on, or None where it can be relied on."""
     stamp = node.stamp(layer.id)
-    if stamp is None or stamp.how != MOUNTED or not squashfs.is_mounted(node.tree(layer.id)):
+    if stamp is None or stamp.how != MOUNTED:
+        return None
+    # One whose job is suspended, say, does not answer now, and will again.
+    if warm.mounted(node.tree(layer.id)) not in (warm.LIVE, warm.SILENT):
         return None
     told = stamp.owner
     owner = Owner.read(told) if told is not None else _server_owner(node.tree(layer.id))
@@ -100,10 +103,8 @@ def _is_elsewhere(node: Store, layer: Layer) -> bool:
     To make it anew would take it away there: a directory that is removed in one namespace is
     unmounted in all others.
     """
-    stamp, tree = node.stamp(layer.id), node.tree(layer.id)
-    if stamp is None or (stamp.how, stamp.boot) != (MOUNTED, store.boot_id()):
-        return False
-    if squashfs.is_mounted(tree) or squashfs.is_dead(tree):
+    tree = node.tree(layer.id)
+    if not node.was_mounted(layer.id) or warm.mounted(tree):
         return False
     return any(one.is_server and one.arguments[-1] == tree for one in processes())
 

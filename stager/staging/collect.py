@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Callable, NamedTuple
 
@@ -46,7 +47,9 @@ def collect(
         everything: evict every unclaimed tree.
         exists: asks the scheduler about jobs, see :func:`stager.staging.lease.is_alive`.
     """
-    fsutil.sweep(node.root, beginning=SENT)  # images that nobody took in
+    for place in (node.root, os.path.dirname(node.root)):  # where keeper.py has sbcast put them
+        with contextlib.suppress(OSError):  # not everybody may look beside the store
+            fsutil.sweep(place, beginning=f"{SENT}{os.geteuid()}-")  # images that nobody took in
     fsutil.sweep(os.path.join(node.root, "ready"))  # halves of stamps
     dropped = _drop_dead(node, exists)
     before = node.free()

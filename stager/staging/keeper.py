@@ -311,17 +311,17 @@ def mounted_layers(result: Staged, node: Store) -> list[str]:
     return [one.id for one in result.manifest.layers if squashfs.is_mounted(node.tree(one.id))]
 
 
-def ignore_end() -> None:
-    """Ignore SIGTERM, and have the FUSE servers we start ignore it: see :func:`hold`.
+def put_off_end() -> None:
+    """Block SIGTERM until :func:`hold`, and for ever in the FUSE servers we start.
 
-    They inherit that; with the signal's default they would unmount (fuse_set_signal_handlers(3)).
+    They inherit that; else they would unmount when it comes (fuse_set_signal_handlers(3)).
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
 
 def stay() -> None:
     """Stay until the job ends; a watcher does the rest (:mod:`stager.staging.watcher`)."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # one may have come meanwhile
     while True:
         signal.pause()
 
@@ -334,10 +334,7 @@ def hold(layers: list[str], node: Store, holder: str) -> None:
     """
     me = owner_of(os.environ)
     assert me is not None
-    fsutil.settle()  # a thread more would take the signal, and end us
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.sigwait({signal.SIGTERM})
+    signal.sigwait({signal.SIGTERM})  # no thread takes it: all have been started with it blocked
     while has_tasks(me.job):
         time.sleep(0.2)
     for layer in layers:
@@ -408,7 +405,8 @@ def receive(received: Iterable[str], node: Store) -> None:
             store.blame_node("take in an image"),
             node.lock(layer, timeout=_MOMENT),
         ):
-            if node.ready(layer) is None:
+            # Where one is mounted, if only where we cannot see it, its image is here already.
+            if node.ready(layer) is None and not node.was_mounted(layer):
                 # Only an image of this boot that has a stamp is used without being verified.
                 node.withdraw(layer)
                 try:

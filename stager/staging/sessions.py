@@ -8,9 +8,12 @@ import time
 from collections.abc import Mapping
 
 from stager import envpatch, fsutil
+from stager.staging.store import SENT
 
 _OLD = 86400.0
 """Seconds after which nobody reads it any more."""
+_LONGEST_JOB = 60 * _OLD
+"""Seconds for which what a keeper has left may be read."""
 
 
 def session_directory() -> str:
@@ -35,16 +38,21 @@ def write_session(
 ) -> None:
     """Leave the outcome for the other ranks of the node, as lines of ``sh``.
 
+    That something could not be staged holds for those who came with us, and not for a later step
+    or task of the same name.
+
     Args:
         path: the file ``stage-run`` waits for.
         options: its options; a rank with others does not use it. The file also uses its functions.
         before: our environment.
         after: the environment to run in; None means that every rank is to fail.
-        prefix: a staged tree that must be there, if any.
+        prefix: the staged tree, which must be there; empty where none could be staged.
     """
     from shlex import quote
 
     lines = [f'[ "$options" = {quote(options)} ] || return 1']
+    if not prefix:
+        lines.append(f"! over {time.time():.0f} || return 1")
     if after is None:
         lines.append("exit 125")
     else:
@@ -71,9 +79,10 @@ def _sweep(directory: str) -> None:
     """Remove what jobs of the past have left here, and images that nobody took in."""
     import glob
 
-    sent = glob.glob(f"/tmp/stager-{os.getuid()}-*")  # noqa: S108 - only our own are removed
+    sent = glob.glob(f"/tmp/{SENT}{os.getuid()}-*")  # noqa: S108 - only our own are removed
     for path in (*glob.glob(os.path.join(glob.escape(directory), "*")), *sent):
         with contextlib.suppress(OSError):
             info = os.lstat(path)
-            if info.st_uid == os.geteuid() and time.time() - info.st_mtime > _OLD:
+            limit = _LONGEST_JOB if ".keeper-" in path else _OLD
+            if info.st_uid == os.geteuid() and time.time() - info.st_mtime > limit:
                 os.unlink(path)

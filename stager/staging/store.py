@@ -119,6 +119,11 @@ class Store:
         there = warm.is_there(self.tree(layer_id), mounted=stamp.how == MOUNTED)
         return stamp if there else None
 
+    def was_mounted(self, layer_id: str) -> bool:
+        """Tell whether a tree was mounted in this boot; it may still be, where we cannot see it."""
+        stamp = self.stamp(layer_id)
+        return stamp is not None and _is_of_a_mount(stamp)
+
     def stamp(self, layer_id: str) -> Stamp | None:
         """The stamp as it is written, or None."""
         try:
@@ -173,7 +178,7 @@ class Store:
         self.withdraw(layer_id)
         tree = self.tree(layer_id)
         for _ in range(8):  # mounts may lie on top of each other
-            if squashfs.is_dead(tree) or squashfs.is_mounted(tree):
+            if warm.mounted(tree):
                 self.unmount(layer_id, force=True)
         fsutil.remove_tree(tree)
 
@@ -235,7 +240,7 @@ class Store:
     def _set_received(self, layer_id: str, image: str, size: int, before: Stamp | None) -> None:
         stamp = Stamp(image, RECEIVED, boot_id(), size)
         # One that is mounted elsewhere, in a job's own mount namespace, goes on being used.
-        if before is not None and (before.boot, before.how) == (stamp.boot, MOUNTED):
+        if before is not None and _is_of_a_mount(before):
             stamp = before._replace(image=image)
         self.set_ready(layer_id, stamp)
 
@@ -324,7 +329,7 @@ class Store:
             StagerError: something still uses the tree.
         """
         tree = self.tree(layer_id)
-        if squashfs.is_mounted(tree) and not self.unmount(layer_id):
+        if warm.mounted(tree) in (warm.LIVE, warm.SILENT) and not self.unmount(layer_id):
             raise StagerError(f"{tree} is in use")
         self.clear(layer_id)
         for room in ("images", "tmp"):
@@ -341,6 +346,10 @@ class Store:
         """Inodes free there; of a file system that does not count them, more than enough."""
         info = os.statvfs(self.root)
         return info.f_favail if info.f_files else sys.maxsize
+
+
+def _is_of_a_mount(stamp: Stamp) -> bool:
+    return (stamp.how, stamp.boot) == (MOUNTED, boot_id())
 
 
 def holder_name(text: str) -> str:

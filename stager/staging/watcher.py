@@ -41,7 +41,7 @@ def start(where: Allocation, store: str, command: list[str]) -> None:
     since = lease.start_time(session)
     arguments = ["--session", f"{session} {since}", "--mark", mark, "--store", store]
     environ = {"PATH": os.environ.get("PATH", os.defpath), "PBS_JOBID": os.environ["PBS_JOBID"]}
-    with contextlib.suppress(OSError):
+    try:
         subprocess.Popen(
             [*command, "watch", *arguments],
             stdin=subprocess.DEVNULL,
@@ -51,6 +51,8 @@ def start(where: Allocation, store: str, command: list[str]) -> None:
             cwd="/",
             start_new_session=True,
         )
+    except OSError:  # the next one to stage here tries again
+        os.unlink(mark)
 
 
 def watch(session: str, mark: str, node: Store, job: str) -> None:

@@ -46,6 +46,8 @@ class Step:
     place: Path
     sessions: Path
     shell: str
+    through: tuple[str, ...] = ()
+    """A command that starts each rank."""
 
     def run(
         self, behaviour: str, *options: str, ranks: int = RANKS, **changes: str
@@ -64,6 +66,7 @@ class Step:
         environ = clean_environ(**{**variables, **changes})
         command = ["sh", "-c", "echo found $FOUND"]
         argv = [*self.shell.split(), str(self.place / "stage-run"), *options, "--", *command]
+        argv = [*self.through, *argv]
 
         def rank(_: int) -> tuple[int, str]:
             done = subprocess.run(
@@ -114,6 +117,25 @@ def test_the_word_of_failure_is_for_all(step: Step) -> None:
     behaviour = WRITES.format(lines="exit 125") + "exit 125"
     assert step.run(behaviour, "--strict") == [(125, "")] * RANKS
     assert step.calls() == 1
+
+
+def test_a_failure_of_long_ago_is_no_answer(step: Step) -> None:
+    """The tasks of a PBS job are all one step, and a loop may try again in one of Slurm's."""
+    ago = "! over $(($(date +%s) - {})) || return 1\nexit 125"
+    assert step.run(WRITES.format(lines=ago.format(5)) + "exit 125") == [(125, "")] * RANKS
+    assert step.run("") == [(125, "")] * RANKS
+    (step.sessions / "17.3.0.n1").write_text(ago.format(100) + "\n")
+    assert step.run("") == [(0, "found self\n")] * RANKS
+
+
+def test_nobody_waits_for_a_leader_that_cannot_say_who_it_is(step: Step) -> None:
+    """The disk is full, or it was killed in between."""
+    step.through = ("sh", "-c", 'trap "" XFSZ; ulimit -f 0; exec "$@"', "sh")
+    assert step.run("") == [(0, "found self\n")] * RANKS
+    assert list(step.sessions.iterdir()) == []
+    step.through = ()
+    (step.sessions / "17.3.0.n1.leader").touch()
+    assert step.run("") == [(0, "found self\n")] * RANKS
 
 
 def test_a_leader_that_dies_leaves_the_others_to_themselves(step: Step) -> None:

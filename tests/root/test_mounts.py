@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import multiprocessing
@@ -227,7 +228,7 @@ def test_a_mount_whose_server_died_is_mounted_again(
     site.stage()
     for _ in range(2):
         site.kill_servers()
-        assert squashfs.is_dead(site.tree)
+        assert warm.mounted(site.tree) == warm.DEAD
         assert not squashfs.is_mounted(site.tree)
         assert site.node.ready(site.id) is None
 
@@ -241,6 +242,46 @@ def test_a_mount_whose_server_died_is_mounted_again(
         assert again.how == MOUNTED
         assert works(again)
         assert len(site.mounts) == len(site.servers) == 1
+
+
+@pytest.fixture
+def stopped(site: Site, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Staged, and the server is stopped, as with a job that Slurm suspends."""
+    monkeypatch.setattr(warm, "_PATIENCE", 0.2)
+    site.stage()
+    servers = site.servers
+    for pid in servers:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        assert warm.mounted(site.tree) == warm.SILENT
+        assert site.node.ready(site.id) is None
+        yield
+    finally:
+        for pid in servers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def test_a_mount_that_does_not_answer_is_mounted_again(site: Site, stopped: None) -> None:
+    again = site.stage()
+    assert again.how == MOUNTED and works(again)
+    assert len(site.mounts) == 1
+
+
+def test_a_mount_of_a_suspended_job_is_not_taken_away(
+    site: Site, stopped: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its job goes on from what is extracted in its place; what it has open it keeps."""
+    stamp = site.node.stamp(site.id)
+    assert stamp is not None
+    site.node.set_ready(site.id, stamp._replace(owner=Owner("7", "0").text))
+    monkeypatch.setattr(allocation, "_lives", lambda owner: True)
+    before = site.servers
+    again = allocation.stage_here(site.published, site.config, holder="slurm-8")
+    stamp = site.node.ready(site.id)
+    assert stamp is not None and stamp.how == EXTRACTED
+    assert works(again)
+    assert site.servers == before  # for the files that are open
 
 
 def test_mounts_on_top_of_each_other_are_all_taken_away(site: Site) -> None:

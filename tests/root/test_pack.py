@@ -314,6 +314,24 @@ def test_stale_environment_is_packed_again(bench: Bench, stale: Environment) -> 
     assert staged.eval("second.__name__", "second") == "second"
 
 
+def test_only_one_packs_what_all_need(bench: Bench, stale: Environment) -> None:
+    """The nodes of a job and the jobs of an array begin at the same time."""
+    stages = [
+        subprocess.Popen(
+            [VENV / "bin" / "stager", "stage", "it"],
+            env=bench.environ(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(4)
+    ]
+    said = [stage.communicate(timeout=workbench.LIMIT) for stage in stages]
+    assert [stage.returncode for stage in stages] == [0] * 4
+    assert len({out for out, _ in said}) == 1
+    assert sum("packing `it` again" in err for _, err in said) == 1
+
+
 def test_stale_environment_is_not_looked_at(bench: Bench, stale: Environment) -> None:
     argv = [VENV / "bin" / "stager", "stage", "it", "--on-stale", "ignore", "--how=extract"]
     asked = strace_files(argv, env=bench.environ())

@@ -24,7 +24,7 @@ from stager.schedulers import Allocation
 from stager.staging import keeper, lease
 from stager.staging.processes import KEEPER
 from stager.staging.stage import Staged
-from stager.staging.store import Store
+from stager.staging.store import MOUNTED, Stamp, Store, boot_id
 
 pytestmark = pytest.mark.unit
 
@@ -56,7 +56,7 @@ def test_a_node_answers_whatever_it_meets(
         raise problem
 
     monkeypatch.setattr(running, "load_config", fail)
-    monkeypatch.setattr(keeper, "ignore_end", lambda: None)  # it would be for all tests
+    monkeypatch.setattr(keeper, "put_off_end", lambda: None)  # it would be for all tests
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv(KEEPER, "17")
     monkeypatch.setenv("STAGER_DEBUG", debug)
@@ -89,6 +89,52 @@ def test_images_that_were_sent_are_taken_in(tmp_path: Path, sent: list[str]) -> 
     keeper.receive(sent, node)
     assert [Path(node.image(name)).read_text() for name in (A, B)] == [A, B]
     assert not (tmp_path / A).exists()
+
+
+def test_an_image_of_what_is_mounted_elsewhere_is_not_taken_in(
+    tmp_path: Path, sent: list[str]
+) -> None:
+    """Another job may have it mounted in a mount namespace of its own, where we cannot see it."""
+    node = Store(str(tmp_path / "store"))
+    stamp = Stamp("image", MOUNTED, boot_id(), 1, owner="slurm-1.0")
+    Path(node.image(A)).write_text("its image")
+    node.set_ready(A, stamp)
+    keeper.receive(sent, node)
+    assert node.stamp(A) == stamp
+    assert Path(node.image(A)).read_text() == "its image"
+    assert not (tmp_path / A).exists()
+    node.set_ready(A, stamp._replace(boot="another"))
+    (tmp_path / A).write_text(A)
+    keeper.receive(sent, node)
+    assert node.stamp(A) is None
+    assert Path(node.image(A)).read_text() == A
+
+
+def test_an_end_that_comes_while_it_stages_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = Store(str(tmp_path / "store"))
+    node.lease(A, "slurm-17")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    monkeypatch.setattr(keeper, "has_tasks", lambda job: False)
+
+    def keep() -> None:
+        signal.alarm(30)
+        keeper.put_off_end()
+        os.kill(os.getpid(), signal.SIGTERM)
+        keeper.hold([], node, "slurm-17")
+
+    assert tiny.in_child(keep) == 0
+    assert node.leases(A) == ()
+
+    def stay() -> None:
+        signal.alarm(30)
+        keeper.put_off_end()
+        os.kill(os.getpid(), signal.SIGTERM)
+        keeper.stay()
+
+    assert tiny.in_child(stay) == -signal.SIGTERM
 
 
 def test_an_image_whose_tree_somebody_makes_is_not_needed(tmp_path: Path, sent: list[str]) -> None:

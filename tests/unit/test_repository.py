@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ import time
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -409,10 +411,34 @@ def test_a_name_alone_keeps_its_images(repository: Repository) -> None:
 def test_files_of_nobody_are_collected(repository: Repository) -> None:
     value = named("torch")
     tiny.publish(repository, value)
-    Path(repository.root, "images", "left.squashfs").touch()
+    young, old = (Path(repository.root, "images", f"{name}.squashfs") for name in ("young", "old"))
+    young.touch()  # of a pack on another node, whose lock is not seen here
+    old.touch()
+    os.utime(old, (1, 1))
     Path(repository.root, "manifests", "left.json").write_bytes(value.encode())
-    assert repository.collect() == ["left.squashfs"]
+    assert repository.collect() == ["old.squashfs"]
+    assert young.exists()
     assert len(os.listdir(os.path.join(repository.root, "manifests"))) == 1
+
+
+def test_a_name_that_is_replaced_on_nfs_is_read_again(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.publish(repository, named("torch"))
+    real, stale = os.open, [2]
+
+    def open_(path: Any, *arguments: Any, **options: Any) -> int:
+        if str(path).endswith("refs/torch") and stale[0]:
+            stale[0] -= 1
+            raise OSError(errno.ESTALE, "Stale file handle", path)
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", open_)
+    found = repository.find(Ref(name="torch"))
+    assert found is not None and found.manifest.name == "torch"
+    stale[0] = 3
+    with pytest.raises(StagerError, match="Stale"):
+        repository.find(Ref(name="torch"))
 
 
 # Workspaces
@@ -441,6 +467,18 @@ def test_the_workspace_of_a_killed_pack_is_swept_by_the_next(repository: Reposit
     (left,) = workspaces(repository)
     with repository.workspace() as directory:
         assert workspaces(repository) == [os.path.basename(directory)] != [left]
+
+
+def test_the_workspace_of_another_node_is_swept_when_it_is_old(repository: Repository) -> None:
+    """Many mounts of shared storage have locks that other nodes do not see."""
+    repository.create()
+    for name, age in (("n7-old", 100_000.0), ("n7-new", 0.0)):
+        path = Path(repository.root, "tmp", name)
+        path.mkdir()
+        (path / "lock").touch()
+        os.utime(path, (time.time() - age,) * 2)
+    with repository.workspace() as directory:
+        assert sorted(workspaces(repository)) == sorted([os.path.basename(directory), "n7-new"])
 
 
 def test_a_workspace_without_a_lock_is_swept_when_it_is_old(repository: Repository) -> None:

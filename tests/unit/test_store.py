@@ -307,6 +307,21 @@ def test_nothing_is_evicted_within_the_bounds(node: Store) -> None:
     assert is_ready(node, A)
 
 
+def test_images_that_nobody_took_in_are_removed(node: Store) -> None:
+    """sbcast puts them into the store, or beside it where it is made by the first stage."""
+    uid = os.geteuid()
+    places = (node.root, os.path.dirname(node.root))
+    sent = [os.path.join(place, f".stager-{uid}-{name}") for place in places for name in "xy"]
+    others = [os.path.join(places[1], name) for name in (f"stager-{uid}-notes", ".stager-7-x")]
+    for path in (*sent, *others):
+        Path(path).touch()
+        if not path.endswith("y"):
+            os.utime(path, (1, 1))
+    collecting(node)
+    assert [os.path.exists(path) for path in sent] == [False, True, False, True]
+    assert all(map(os.path.exists, others))
+
+
 def test_the_least_recently_used_goes_first_and_no_more_than_is_needed(node: Store) -> None:
     for layer_id, used in ((A, 300), (B, 100), (C, 200)):
         made(node, layer_id, size=1000, used=used)
