@@ -22,8 +22,7 @@ from stager.envpatch import EnvPatch, separator
 from stager.errors import StagerError
 from stager.ref import Directive
 from stager.schedulers import PBS, SLURM
-from stager.staging import lease
-from stager.staging.store import boot_id
+from stager.warm import boot_id, start_time
 
 ROOT = "/run/stager"
 PENDING, READY, FAILED, CANCELLED = "pending", "ready", "failed", "cancelled"
@@ -320,12 +319,12 @@ def _let_read(fd: int, uid: int) -> None:
 def _end(pid: int, start: str) -> None:
     """End a process of ours, if it is still the one that was started; no matter how it is."""
     for number, tries in ((signal.SIGTERM, 40), (signal.SIGKILL, 20)):
-        if start in ("", "0") or lease.start_time(pid) != start:
+        if start in ("", "0") or start_time(pid) != start:
             return
         with contextlib.suppress(OSError):
             os.killpg(pid, number)  # each leads a group of its own
         for _ in range(tries):
-            if lease.start_time(pid) != start:
+            if start_time(pid) != start:
                 return
             time.sleep(0.05)
 

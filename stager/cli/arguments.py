@@ -27,7 +27,7 @@ _SHELLS = {"bash": "sh", "dash": "sh", "ksh": "sh", "zsh": "sh", "tcsh": "csh"}
 
 _NEVER_EMPTY = {
     "environment": "ENV", "ref": "REF", "env": "--env", "python": "--python", "store": "--store",
-    "repository": "--repository", "nodes": "-w",
+    "repository": "--repository", "nodes": "-w/--nodes",
 }  # fmt: skip
 """Arguments that are left out where nothing is meant: if empty, a variable is not set."""
 

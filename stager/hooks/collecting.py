@@ -165,7 +165,7 @@ class _Round:
 
     def evict_oldest(self, size: int, inodes: int) -> None:
         """Evict what is idle, the least recently used first, until disks have so much free."""
-        for tree in sorted(self._idle):
+        for tree in sorted(self._idle, key=lambda one: one.used):
             uid = tree.place.uid
             if uid in self.broken:
                 continue

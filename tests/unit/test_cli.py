@@ -679,7 +679,7 @@ def test_a_mistake_has_its_status_and_a_line_that_names_it(
         (["stage", "tiny", "--store="], 2, "--store"),
         (["activate", ""], 2, "REF"),
         (["run", "--env", "", "false"], 125, "--env"),
-        (["collect", "--all", "-w", ""], 2, "-w"),
+        (["collect", "--all", "-w", ""], 2, "-w/--nodes"),
     ],
 )
 def test_a_variable_that_is_not_set_stands_for_nothing_else(

@@ -212,7 +212,7 @@ class _Report:
         self._max_bytes = max_bytes
         self._parents: set[str] = set()
         self._links: dict[int, list[Member]] = {}
-        self._begun: dict[tuple[int, int, int, bytes], Member] = {}
+        self._begun: dict[Piece, Member] = {}
 
     def add(self, number: int, report: dict[str, Any]) -> None:
         """Take in the report on one frame."""
@@ -229,14 +229,15 @@ class _Report:
         if report["span"]:
             *fields, offset = report["span"]
             member = Member(*fields)
-            self._begun[number + 1, offset, member.size, os.fsencode(member.path)] = member
+            piece = Piece(number + 1, offset, member.size, os.fsencode(member.path))
+            self._begun[piece] = member
 
     def check(self) -> None:
         """Compare the reports on all frames with each other and with the index."""
         orphans = self._parents - self.directories.keys() - {""}
         if orphans:
             raise IntegrityError(f"refused tar stream: {min(orphans)!r} is no directory of it")
-        first: dict[bytes, tuple[int, int, int, bytes]] = {}
+        first: dict[bytes, Piece] = {}
         for piece in self._index.pieces:
             first.setdefault(piece.path, piece)
         if set(first.values()) != self._begun.keys():
