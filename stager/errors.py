@@ -7,6 +7,11 @@ exits with, and a hint that says what to do next.
 
 from __future__ import annotations
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # typing is not needed for it
+    from collections.abc import Mapping
+    from typing import Any
+
 JOB = "job"
 """The user's reference, environment or options."""
 SITE = "site"
@@ -36,6 +41,15 @@ class StagerError(Exception):
         self.hint = hint
         if blame is not None:
             self.blame = blame
+
+    def as_data(self) -> dict[str, Any]:
+        """The error as JSON has it, for another process or node: see :func:`from_data`."""
+        return {
+            "error": self.message,
+            "hint": self.hint or "",
+            "blame": self.blame,
+            "code": self.exit_code,
+        }
 
 
 class UsageError(StagerError):
@@ -94,6 +108,28 @@ class IncompatibleError(StagerError):
 
     exit_code = 15
     blame = JOB
+
+
+_KINDS: tuple[type[StagerError], ...] = (
+    UsageError, NotFoundError, BusyError, IntegrityError, NoSpaceError, DeniedError,
+    IncompatibleError,
+)  # fmt: skip
+
+
+def from_data(value: Mapping[str, Any], *, blame: str = SITE) -> StagerError:
+    """The error that another process or node has met, of the class that it was.
+
+    Args:
+        value: what :meth:`StagerError.as_data` gave there; only ``error`` has to be in it.
+        blame: whose fault it is where that is not told.
+    """
+    kind = next((one for one in _KINDS if one.exit_code == value.get("code")), StagerError)
+    told = value.get("blame")
+    return kind(
+        str(value["error"]),
+        hint=str(value.get("hint") or "") or None,
+        blame=str(told) if told in (JOB, SITE, NODE) else blame,
+    )
 
 
 def known(

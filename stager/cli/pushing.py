@@ -76,7 +76,7 @@ def receive(arguments: argparse.Namespace) -> int:
         config = load_config(arguments)
     except StagerError as error:
         os.write(answers, protocol.encode(protocol.greeting()))
-        os.write(answers, protocol.encode(protocol.told(error)))
+        os.write(answers, protocol.encode(error.as_data()))
         return error.exit_code
     return Receiver(config, 0, answers).run()
 

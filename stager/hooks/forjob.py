@@ -18,7 +18,7 @@ which is root and believes nothing, what came out: one JSON object for each mess
                                                         or an error
     {"may": "mount"}                                    answered with one byte, ``y`` or ``n``
     {"staged": activation, "how": ..., ...}             the end, or
-    {"error": reason, "hint": ..., "blame": ...}        the end, or
+    {"error": reason, ...}                              the end, see StagerError.as_data, or
     {"nothing": true}                                   the comment has no directive after all
 """
 
@@ -36,7 +36,16 @@ from typing import Any, Callable, NamedTuple
 from stager import activate, fsutil, privilege, schedulers, together
 from stager import config as configuration
 from stager.config import Config
-from stager.errors import JOB, SITE, NoSpaceError, NotFoundError, StagerError, UsageError, known
+from stager.errors import (
+    JOB,
+    SITE,
+    NoSpaceError,
+    NotFoundError,
+    StagerError,
+    UsageError,
+    from_data,
+    known,
+)
 from stager.hooks import jobactivation, jobnotes
 from stager.jobstate import MAX_MESSAGE, Job
 from stager.manifest import Layer
@@ -82,7 +91,7 @@ def run(order: Order, talk: socket.socket) -> None:
         privilege.become(order.job.uid, order.job.gid)
         _send(talk, _work(order, talk))
     except StagerError as error:
-        _send(talk, {"error": error.message, "hint": error.hint or "", "blame": error.blame})
+        _send(talk, error.as_data())
     except BaseException as error:
         where = ""
         trace = error.__traceback__
@@ -91,7 +100,7 @@ def run(order: Order, talk: socket.socket) -> None:
             where = f" ({os.path.basename(code.co_filename)}:{trace.tb_lineno})"
             trace = trace.tb_next
         told = known(error, "tell your administrator")
-        _send(talk, {"error": told.message + where, "hint": told.hint, "blame": SITE})
+        _send(talk, {**told.as_data(), "error": told.message + where})
 
 
 def _send(talk: socket.socket, message: Mapping[str, Any]) -> None:
@@ -388,7 +397,7 @@ def _shared(wish: Ref, published: Published, talk: socket.socket) -> Staged:
     _send(talk, {"shared": wanted})
     answer = json.loads(talk.recv(MAX_MESSAGE))
     if "error" in answer:
-        raise StagerError(answer["error"], hint=answer["hint"], blame=SITE)
+        raise from_data({**answer, "blame": SITE})
     return sitestore.described(published.manifest, answer["layers"])
 
 

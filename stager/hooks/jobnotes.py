@@ -15,7 +15,7 @@ import time
 from stager import config as configuration
 from stager import events, fsutil
 from stager.config import Config
-from stager.errors import JOB, StagerError, known
+from stager.errors import JOB, StagerError, from_data, known
 from stager.jobstate import MAX_MESSAGE, Job
 
 _OLD = 3600.0
@@ -34,8 +34,7 @@ def leave(note: str, error: Exception) -> None:
     """Write down what went wrong, where :func:`path` says; nothing happens where that fails."""
     with contextlib.suppress(OSError):
         os.makedirs(os.path.dirname(note), 0o700, exist_ok=True)
-        told = known(error)
-        data = json.dumps({"error": told.message, "hint": told.hint or ""}).encode()
+        data = json.dumps(known(error).as_data()).encode()
         fsutil.write_atomic(note, data, mode=0o600, durable=False)
         for one in os.listdir(os.path.dirname(note)):
             if one.startswith("job-") and one.endswith(".failed"):
@@ -50,7 +49,7 @@ def read(note: str) -> StagerError | None:
     try:
         with open(note, "rb", opener=fsutil.regular) as file:
             value = json.loads(file.read(MAX_MESSAGE))
-        return StagerError(str(value["error"]), hint=str(value["hint"]), blame=JOB)
+        return from_data({**value, "blame": JOB})
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
 

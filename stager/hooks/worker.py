@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Callable, NoReturn
 
 from stager import events, fsutil, jobstate, privilege, schedulers
 from stager.config import Config
-from stager.errors import JOB, NODE, SITE, StagerError
+from stager.errors import NODE, SITE, StagerError, from_data
 from stager.hooks import orphans
 from stager.hooks.common import (
     as_user,
@@ -234,13 +234,9 @@ class Worker:
         elif "may" in message:
             _answer(talk, self._may_mount())
         elif "error" in message:
-            blame = message.get("blame")
             self.told = True
-            raise StagerError(
-                events.clean(message["error"], 600),
-                hint=events.clean(message.get("hint") or "", 300),
-                blame=blame if blame in (JOB, SITE, NODE) else SITE,
-            )
+            texts = {key: events.clean(message.get(key) or "", 600) for key in ("error", "hint")}
+            raise from_data({**message, **texts})
         elif "nothing" in message and self.shares:
             raise ValueError("nothing, after something was shared")
         else:

@@ -14,16 +14,9 @@ from typing import Any, Callable, NamedTuple, TypeVar
 import stager
 from stager import manifest
 from stager.errors import (
-    NODE,
     SITE,
-    BusyError,
-    DeniedError,
     IncompatibleError,
-    IntegrityError,
-    NoSpaceError,
-    NotFoundError,
     StagerError,
-    UsageError,
 )
 
 VERSION = 1
@@ -43,15 +36,6 @@ LONGEST_WAIT = 1e6
 """Seconds that either side may be told to wait."""
 
 _T = TypeVar("_T")
-_KINDS: tuple[type[StagerError], ...] = (
-    UsageError,
-    NotFoundError,
-    BusyError,
-    IntegrityError,
-    NoSpaceError,
-    DeniedError,
-    IncompatibleError,
-)
 
 
 class Settings(NamedTuple):
@@ -130,7 +114,7 @@ class Outcome(NamedTuple):
     @classmethod
     def failed(cls, node: str, error: StagerError, *, sent: int = 0) -> Outcome:
         """Of a node that failed."""
-        return cls(node, sent=sent, **told(error))
+        return cls(node, sent=sent, **error.as_data())
 
     def through(self, node: str) -> Outcome:
         """The same, told by the node that served it."""
@@ -224,24 +208,6 @@ def _made(kind: type[_T], values: Mapping[str, Any]) -> _T:
         if type(value).__name__ != declared:
             raise TypeError(f"`{name}` is of another type")
     return made
-
-
-def told(error: StagerError) -> dict[str, Any]:
-    """An error, as a message and in an :class:`Outcome`."""
-    return {
-        "error": error.message,
-        "hint": error.hint or "",
-        "blame": error.blame,
-        "code": error.exit_code,
-    }
-
-
-def raised(message: Mapping[str, Any]) -> StagerError:
-    """The error that the other side told of."""
-    code = message.get("code")
-    kind = next((one for one in _KINDS if one.exit_code == code), StagerError)
-    hint, blame = str(message.get("hint", "")), str(message.get("blame", NODE))
-    return kind(str(message["error"]), hint=hint or None, blame=blame)
 
 
 def outcome(message: Mapping[str, Any]) -> Outcome:

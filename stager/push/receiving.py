@@ -60,12 +60,12 @@ class Receiver:
             self._answer({"done": self._push()})
         except StagerError as error:
             with contextlib.suppress(OSError):
-                self._answer(protocol.told(error))
+                self._answer(error.as_data())
             return error.exit_code
         except OSError as error:
             failure = fsutil.explain(error, "receive", blame=NODE)
             with contextlib.suppress(OSError):
-                self._answer(protocol.told(failure))
+                self._answer(failure.as_data())
             return failure.exit_code
         finally:
             self._ended.set()

@@ -27,6 +27,7 @@ from stager.errors import (
     IntegrityError,
     NotFoundError,
     StagerError,
+    from_data,
     known,
 )
 from stager.manifest import Layer, Manifest
@@ -214,7 +215,7 @@ class _Visit:
                 raise self._ended(session)
             message = protocol.decode(line)
             if "error" in message:
-                raise protocol.raised(message)
+                raise from_data(message, blame=NODE)
             if "send" in message:
                 with contextlib.suppress(BrokenPipeError):
                     self._send(session, str(message.get("layer")), message["send"])

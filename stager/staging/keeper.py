@@ -27,7 +27,7 @@ from typing import Any
 
 from stager import fsutil, schedulers
 from stager.config import Config
-from stager.errors import BusyError, StagerError
+from stager.errors import BusyError, StagerError, from_data
 from stager.formats import squashfs
 from stager.repository import Published, Repository
 from stager.schedulers import Allocation
@@ -259,11 +259,8 @@ def _folded(failed: list[dict[str, Any]], total: int) -> StagerError:
     reason, those = max(reasons.items(), key=lambda item: len(item[1]))
     names = sorted(str(one["node"]) for one in those)
     shown = ",".join(names[:4]) + (",..." if len(names) > 4 else "")
-    return StagerError(
-        f"{len(failed)} of {total} nodes cannot stage: {shown}: {reason}",
-        hint=those[0]["hint"],
-        blame=those[0]["blame"],
-    )
+    message = f"{len(failed)} of {total} nodes cannot stage: {shown}: {reason}"
+    return from_data({**those[0], "error": message})
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -287,11 +284,7 @@ def report(result: Staged | StagerError, *, mounted: bool = False, stays: bool =
     """
     node = os.environ.get("SLURMD_NODENAME") or os.uname().nodename
     if isinstance(result, StagerError):
-        value: dict[str, Any] = {
-            "error": result.message,
-            "hint": result.hint,
-            "blame": result.blame,
-        }
+        value = result.as_data()
     else:
         how = MOUNTED if mounted else EXTRACTED
         serves = stays and MOUNTED in result.layers.values()

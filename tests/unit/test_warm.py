@@ -167,7 +167,7 @@ def test_help_imports_no_verb(words: list[str]) -> None:
     environ = {**clean_environ(), "PYTHONPROFILEIMPORTTIME": "1"}
     done = subprocess.run([STAGER, *words], env=environ, capture_output=True, text=True, check=True)
     found = imported(done.stderr)
-    ours = {"stager", "stager.__main__", "stager.cli", "stager.errors"}
+    ours = {"stager", "stager.__main__", "stager.cli", "stager.cli.arguments", "stager.errors"}
     assert {one for one in found if one.split(".")[0] == "stager"} == ours
     assert not found & {"dataclasses", "inspect", "json", "subprocess", "yaml", "zstandard"}
 

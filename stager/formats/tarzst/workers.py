@@ -12,8 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, Callable, NoReturn
 
-from stager import errors
-from stager.errors import StagerError
+from stager.errors import StagerError, from_data
 from stager.formats.tarzst.index import write_all
 
 MAX_WORKERS = 128  # so that all tasks there can be fit into the smallest pipe the kernel makes
@@ -93,9 +92,7 @@ class Workers:
             for line in lines:
                 number, slot, report = json.loads(line)
                 if "error" in report:
-                    name, message, hint, blame = report["error"]
-                    kind = getattr(errors, name, StagerError)
-                    raise kind(message, hint=hint, blame=blame)
+                    raise from_data(report)
                 yield number, slot, report
 
     def _kill(self) -> None:
@@ -148,13 +145,13 @@ def _work(
             try:
                 result = work(number, slot)
             except BaseException as error:
-                result = {"error": _described(error)}
+                result = _described(error).as_data()
             write_all(report, json.dumps([number, slot, result]).encode() + b"\n")
     finally:
         os._exit(1)
 
 
-def _described(error: BaseException) -> list[str | None]:
-    if not isinstance(error, StagerError):
-        error = StagerError(f"extraction failed: {type(error).__name__}: {error}")
-    return [type(error).__name__, error.message, error.hint, error.blame]
+def _described(error: BaseException) -> StagerError:
+    if isinstance(error, StagerError):
+        return error
+    return StagerError(f"extraction failed: {type(error).__name__}: {error}")
