@@ -145,7 +145,7 @@ title '5. Verify: import, and watch every path'
 status=0
 stager verify demo ${imports:+--import "$imports"} --json >"$work/verified" || status=$?
 [ -s "$work/verified" ] || exit "$status"
-json '"imported: %d of its top-level modules; of %d paths named (seen by %s), of the original: %d"
+json '"imported: %d of its top-level modules; of %d paths accessed (traced with %s), of the original: %d"
     % (len(d["modules"]), d["paths"], d["method"], len(d["origin"]))' <"$work/verified"
 
 title '6. Clean up'

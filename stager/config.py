@@ -39,7 +39,7 @@ def parse_size(text: object) -> int:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", str(text).strip())
     if match is None:
-        raise ValueError("a size is written 500MiB, 10GiB or 4096")
+        raise ValueError("expected a size such as 500MiB, 10GiB or 4096")
     return int(float(match[1]) * _UNITS[match[2]])
 
 
@@ -51,13 +51,13 @@ def parse_duration(text: object) -> float:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|)", str(text).strip())
     if match is None:
-        raise ValueError("a duration is written 30s, 5m or 1h")
+        raise ValueError("expected a duration such as 30s, 5m or 1h")
     return float(match[1]) * _SECONDS[match[2]]
 
 
 def _integer(text: object) -> int:
     if isinstance(text, bool) or not re.fullmatch(r"-?\d+", str(text).strip()):
-        raise ValueError("a whole number is expected")
+        raise ValueError("expected a whole number")
     return int(str(text))
 
 
@@ -65,7 +65,7 @@ def _between(low: int, high: int) -> Callable[[object], int]:
     def parse(text: object) -> int:
         value = _integer(text)
         if not low <= value <= high:
-            raise ValueError(f"a number from {low} to {high} is expected")
+            raise ValueError(f"expected a number from {low} to {high}")
         return value
 
     return parse
@@ -79,13 +79,13 @@ def _boolean(text: object) -> bool:
         return True
     if value in ("no", "false", "off", "0"):
         return False
-    raise ValueError("yes or no is expected")
+    raise ValueError("expected yes or no")
 
 
 def _path(text: object) -> str:
     value = os.path.expanduser(str(text))
     if not value.startswith("/"):
-        raise ValueError("an absolute path is expected")
+        raise ValueError("expected an absolute path")
     # Two leading slashes are a prefix of their own to normpath, and another spelling to nobody.
     return os.path.normpath("/" + value.lstrip("/"))
 
@@ -113,7 +113,7 @@ def _list(item: Callable[[object], Any]) -> Callable[[object], tuple[Any, ...]]:
     def parse(value: object) -> tuple[Any, ...]:
         items: Iterable[object]
         if value is None:
-            raise ValueError("a list is expected")
+            raise ValueError("expected a list")
         if isinstance(value, (list, tuple)):
             items = value
         else:
@@ -126,7 +126,7 @@ def _list(item: Callable[[object], Any]) -> Callable[[object], tuple[Any, ...]]:
 def _choice(*names: str) -> Callable[[object], str]:
     def parse(value: object) -> str:
         if str(value) not in names:
-            raise ValueError("one of " + ", ".join(names) + " is expected")
+            raise ValueError("expected one of " + ", ".join(names))
         return str(value)
 
     return parse
@@ -153,14 +153,12 @@ KEYS: dict[str, Key] = {
     "site_store": Key(
         _optional_store,
         "",
-        "node-local, root's: for what was packed for it and is in `repositories`, mounted by the"
-        " kernel, once for all users; empty: none",
+        "node-local store owned by root, shared by all users: environments from `repositories`"
+        " packed for this path are staged there once, mounted by the kernel; empty: disabled",
     ),
     "repository": Key(_path, None, "where packed environments are published"),
     "repositories": Key(_list(_path), (), "read-only repositories of the site, searched after it"),
-    "keep_replaced": Key(
-        parse_duration, 3600.0, "how long a manifest stays that a newer pack replaced"
-    ),
+    "keep_replaced": Key(parse_duration, 3600.0, "how long a replaced manifest is kept"),
     "stripe_count": Key(
         _between(-1, 2000),
         -1,
@@ -196,7 +194,9 @@ KEYS: dict[str, Key] = {
     "stage.how": Key(
         _choice("auto", "mount", "extract"), "auto", "how a tree is made usable on a node"
     ),
-    "stage.timeout": Key(parse_duration, 600.0, "longest wait for whoever else stages it"),
+    "stage.timeout": Key(
+        parse_duration, 600.0, "longest wait for another process that stages the same environment"
+    ),
     "stage.on_stale": Key(
         _choice("repack", "warn", "fallback", "ignore"),
         "repack",
@@ -420,7 +420,7 @@ def _merge_file(
         info = os.fstat(file.fileno())
         if trusted and (info.st_uid != 0 or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
             raise UsageError(
-                f"the configuration file {path} can be changed by others than root",
+                f"the configuration file {path} is writable by users other than root",
                 hint=f"chown root:root {path}; chmod 644 {path}",
                 blame=SITE,
             )
@@ -463,12 +463,12 @@ def _require_once(path: str, node: Any) -> None:
         line = key.start_mark.line + 1
         if not isinstance(key.value, str):
             raise UsageError(
-                f"{path} has a key that is no text (line {line})", hint=_YAML, blame=SITE
+                f"{path} has a key that is not a string (line {line})", hint=_YAML, blame=SITE
             )
         if key.value in seen:
             raise UsageError(
                 f"{path} has the key `{key.value}` twice (line {line})",
-                hint="put what is below both into one",
+                hint="merge the two sections",
                 blame=SITE,
             )
         seen.add(key.value)

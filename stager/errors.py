@@ -19,7 +19,7 @@ SITE = "site"
 NODE = "node"
 """This node's own disk: the only blame that may ever drain a node, and only if a site opts in."""
 
-LIMITS = "is there a limit on processes, memory or open files? `ulimit -a` tells"
+LIMITS = "check the limits on processes, memory and open files (`ulimit -a`)"
 """What to do where a process, a thread, memory or a file cannot be had."""
 
 
@@ -146,5 +146,5 @@ def known(
     if isinstance(error, MemoryError):
         return StagerError("there is not enough memory", hint=LIMITS)
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
-        return StagerError("no thread can be started", hint=LIMITS)
+        return StagerError("cannot start a thread", hint=LIMITS)
     return StagerError(f"a bug in stager: {type(error).__name__}: {error}", hint=hint)

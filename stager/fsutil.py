@@ -267,9 +267,9 @@ def locked(
             waited = time.monotonic() - started
             if waited >= timeout:
                 raise BusyError(
-                    f"somebody else has held {path} for more than {timeout:.0f} s",
-                    hint="another stager is at work on the same environment; try again, or raise"
-                    " the time limit (`stage.timeout`)",
+                    f"timed out after {timeout:.0f} s waiting for the lock {path}",
+                    hint="another stager process is working on the same environment; try again,"
+                    " or raise the time limit (`stage.timeout`)",
                 )
             if waiting is not None:
                 waiting(waited)

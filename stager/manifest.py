@@ -317,7 +317,7 @@ def declarations(kind: type) -> Iterator[tuple[str, str]]:
 
 def _texts(items: Sequence[object]) -> tuple[str, ...]:
     if not all(isinstance(item, str) for item in items):
-        raise TypeError("a text is expected")
+        raise TypeError("expected a string")
     return tuple(str(item) for item in items)
 
 

@@ -31,7 +31,9 @@ def become(uid: int, gid: int | None = None, *, known: bool = True) -> None:
         StagerError: there is no such user, it is root, or the kernel refuses.
     """
     if uid <= 0:
-        raise StagerError("nothing is staged for root", hint="run the job as a user")
+        raise StagerError(
+            "stager does not stage environments for root", hint="run the job as a user"
+        )
     try:
         entry = pwd.getpwuid(uid)
     except KeyError as error:

@@ -314,7 +314,7 @@ class Repository:
             known = self.find(Ref(name=name))
             if known is not None and not known.is_of(origin):
                 raise StagerError(
-                    f"the name `{name}` already stands for {known.manifest.origin}",
+                    f"the name `{name}` is already used for {known.manifest.origin}",
                     hint="choose another one with --name",
                     blame=JOB,
                 )

@@ -49,7 +49,7 @@ def enter(parts: Sequence[Part]) -> None:
     if failed:
         reason = os.strerror(failed) if failed > 0 else f"signal {-failed}"
         raise IncompatibleError(
-            f"the staged tree cannot be bound over {next(iter(places))}: {reason}",
+            f"the staged tree cannot be mounted over {next(iter(places))}: {reason}",
             hint="--same-path needs user namespaces, which this node does not let its users make"
             " (sysctl user.max_user_namespaces, or a security module); run without it",
         )
@@ -77,9 +77,9 @@ def _over(tree: str, origin: str, spellings: Sequence[str], below: str = "") -> 
         original = os.stat(origin + below)
     except OSError as error:
         raise IncompatibleError(
-            f"{origin}{below} is not there to be bound over: {error.strerror}",
-            hint="--same-path needs the original's directory, were it empty: mount its file system"
-            " on this node, or run without --same-path",
+            f"the staged tree cannot be mounted over {origin}{below}: {error.strerror}",
+            hint="--same-path needs the original's directory, even an empty one: mount"
+            " its file system on this node, or run without --same-path",
         ) from error
     places: dict[str, str] = {}
     for spelling in (origin, *spellings):

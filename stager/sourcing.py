@@ -122,7 +122,7 @@ def _source(environ: Mapping[str, str], scripts: Iterable[str]) -> dict[str, str
         *entries, last, _ = ["", *os.fsdecode(file.read()).split("\0")]
     if last != _COMPLETE:
         raise StagerError(
-            f"one of the scripts in {os.path.dirname(scripts[0])} ends the shell",
+            f"one of the scripts in {os.path.dirname(scripts[0])} exits the shell",
             hint="`bash -c '. SCRIPT; echo good'` shows which",
             blame=JOB,
         )
@@ -145,7 +145,7 @@ def _run(command: list[str], environ: Mapping[str, str], where: str, variables: 
         shell.wait(LIMIT)
     except subprocess.TimeoutExpired as error:
         raise StagerError(
-            f"the scripts in {where} do not end within {LIMIT:.0f} s", blame=JOB
+            f"the scripts in {where} did not finish within {LIMIT:.0f} s", blame=JOB
         ) from error
     finally:
         with contextlib.suppress(ProcessLookupError):  # what they have left running, too

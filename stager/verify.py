@@ -98,7 +98,7 @@ def verify(
         results: the staged environments; the first one's Python imports.
         config: ``local_prefixes`` are the node's own.
         environ: the activated environment variables.
-        modules: what to import.
+        modules: modules to import.
         original: the variables with the original active; None where it is not here.
 
     Raises:

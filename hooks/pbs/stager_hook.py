@@ -50,11 +50,11 @@ _READ_ONLY = re.compile(r"PBS_|TMPDIR\Z")  # PBS lets no hook change these (pbs/
 
 MESSAGES = {
     "": "stager could not be started on this node; tell your administrator",
-    "pending": "staging does not come to an end; tell your administrator",
+    "pending": "staging has not finished; tell your administrator",
     "dead": "the staging worker was killed; tell your administrator",
 }
 PARTLY = (
-    "only PATH leads to the environment, its other variables are not set: they were not known"
+    "only PATH is set for the environment; its other variables could not be determined"
     " within {:g} s; pack it before you submit"
 )
 
@@ -279,7 +279,10 @@ def tell_of_others(job, all_tell):
         known = {node.partition(".")[0] for node in told | {pbs.get_local_nodename()}}
         names = {host.partition(":")[0] for host in hosts(job)}
         silent = sorted(host for host in names if host.partition(".")[0] not in known)
-        say("not known to be staged, and this job is strict", ",".join(silent) or "a node")
+        say(
+            "did not confirm that it is staged, and this job is strict",
+            ",".join(silent) or "a node",
+        )
     return failed
 
 

@@ -84,7 +84,9 @@ def _flush() -> None:
         from stager.fsutil import explain
 
         failure = explain(error, "write to standard output")
-        failure.hint = "what was asked for is done: look at the disk that its output goes to"
+        failure.hint = (
+            "the command succeeded, only its output could not be written: check that disk"
+        )
         raise failure from error
 
 

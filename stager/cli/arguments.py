@@ -126,16 +126,21 @@ def _on_stale(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--on-stale",
         choices=_ON_STALE,
-        help="where the original changed: pack again (default), warn, use it, or do not look",
+        help=(
+            "if the original changed: repack it (default), use the old pack with a warning,"
+            " fall back to the original, or ignore changes (do not check)"
+        ),
     )
 
 
 def _how(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--how", choices=("auto", "mount", "extract"), help="how the tree is made usable"
+        "--how", choices=("auto", "mount", "extract"), help="mount the image, or extract it"
     )
     command.add_argument(
-        "--timeout", metavar="DURATION", help="longest wait for whoever else stages it, such as 5m"
+        "--timeout",
+        metavar="DURATION",
+        help="longest wait for another process that stages it, such as 5m",
     )
 
 
@@ -162,7 +167,10 @@ def _on_nodes(command: argparse.ArgumentParser, *, required: bool = False) -> No
     )
     command.add_argument("--connect-timeout", metavar="DURATION", default="10s")
     command.add_argument(
-        "--idle-timeout", metavar="DURATION", default="60s", help="longest silence of a node"
+        "--idle-timeout",
+        metavar="DURATION",
+        default="60s",
+        help="give up on a node that sends nothing for this long",
     )
     command.add_argument(
         "--remote-stager", metavar="COMMAND", default="stager", help="stager on the nodes"
@@ -184,7 +192,10 @@ def _pack(verb: _Verb) -> None:
     pack.add_argument("--name", help="name to publish it under; default: the directory's")
     which = pack.add_mutually_exclusive_group()
     which.add_argument(
-        "-n", dest="named", metavar="NAME", help="the environment that is published or kept as NAME"
+        "-n",
+        dest="named",
+        metavar="NAME",
+        help="an environment by name: published, or known to conda, pixi and the like",
     )
     which.add_argument(
         "--user", action="store_true", help="what `pip install --user` has installed"
@@ -210,25 +221,33 @@ def _pack(verb: _Verb) -> None:
     pack.add_argument(
         "--editables",
         choices=("snapshot", "refuse", "keep"),
-        help="editable installs: include a copy of their source (default), refuse, or leave them",
+        help=(
+            "editable installs: include a copy of their source (default), refuse to pack, or"
+            " leave them as they are"
+        ),
     )
     pack.add_argument(
         "--links",
         choices=("copy", "refuse", "keep"),
-        help="links out of the environment: include what they name (default), refuse, or keep",
+        help=(
+            "symbolic links out of the environment: include their targets (default), refuse"
+            " to pack, or keep them"
+        ),
     )
     pack.add_argument(
         "--include-module-paths",
         action="store_const",
         const="include",
         dest="module_paths",
-        help="include what PYTHONPATH and LD_LIBRARY_PATH name that is not on the nodes",
+        help="include directories on PYTHONPATH and LD_LIBRARY_PATH that are not on the nodes",
     )
     pack.add_argument(
         "--no-bytecode", action="store_true", help="do not compile modules that lack bytecode"
     )
     pack.add_argument(
-        "--check", action="store_true", help="only report what would move, what would not, and why"
+        "--check",
+        action="store_true",
+        help="dry run: report what would be rewritten, left out or refused, and why",
     )
     _as_json(pack)
 
@@ -238,7 +257,9 @@ def _published(verb: _Verb) -> None:
     inspect = verb("inspect", "published", "Show what a published environment is.")
     inspect.add_argument("ref", metavar="REF")
     _as_json(inspect)
-    remove = verb("remove", "published", "Take a name back, and remove images nothing else uses.")
+    remove = verb(
+        "remove", "published", "Unpublish an environment, and remove images that nothing else uses."
+    )
     remove.add_argument("ref", metavar="REF")
     plan = verb("plan", "planning", "Estimate whether staging pays.", store=True)
     plan.add_argument("ref", metavar="REF")
@@ -272,17 +293,19 @@ def _stage(verb: _Verb) -> None:
 
 
 def _run(verb: _Verb) -> None:
-    run = verb("run", "running", "Run a command in an environment; stage-run is this.", store=True)
+    run = verb(
+        "run", "running", "Run a command in an environment (the same as stage-run).", store=True
+    )
     run.prog = "stage-run"
     run.add_argument("--env", metavar="REF", help="a published name, or a path")
     run.add_argument("--strict", action="store_true", help="exit 125 where staging fails")
     _how(run)
     _on_stale(run)
-    run.add_argument("--user-site", action="store_true", help="let ~/.local be imported from")
+    run.add_argument("--user-site", action="store_true", help="allow imports from ~/.local")
     run.add_argument(
         "--same-path",
         action="store_true",
-        help="for the command, the staged tree is also at the path of the original",
+        help="the command also sees the staged tree at the path of the original",
     )
     _in_allocation(run)
     run.add_argument("command", nargs=argparse.REMAINDER, metavar="CMD")
@@ -307,8 +330,15 @@ def _run(verb: _Verb) -> None:
 
 
 def _tend(verb: _Verb) -> None:
-    release = verb("release", "staging", "Drop claims on staged environments.", store=True)
-    release.add_argument("--holder", help="whose; default: this job's, or the calling shell's")
+    release = verb(
+        "release",
+        "staging",
+        "Release the claims of this job or shell on staged environments.",
+        store=True,
+    )
+    release.add_argument(
+        "--holder", help="whose claims; default: those of this job, or of the calling shell"
+    )
     collect = verb("collect", "staging", "Evict staged trees that nobody claims.", store=True)
     collect.add_argument("--all", action="store_true", help="evict every unclaimed tree")
     collect.add_argument(
@@ -332,10 +362,12 @@ def _push(verb: _Verb) -> None:
         nargs="?",
         type=int,
         const=2,
-        help="serve K nodes (2), each of which serves a share of the others",
+        help="send to K nodes (default: 2), which forward to the others",
     )
     push.add_argument(
-        "--forward-agent", action="store_true", help="with --tree: lend nodes the ssh agent"
+        "--forward-agent",
+        action="store_true",
+        help="with --tree: forward the ssh agent to the nodes",
     )
     then = push.add_mutually_exclusive_group()
     then.add_argument(
@@ -343,7 +375,7 @@ def _push(verb: _Verb) -> None:
         action="store_const",
         const="everything",
         default="lasting",
-        help="stage on the nodes, mounts too; default: extract where that will be needed",
+        help="also mount on the nodes; default: extract only if mounting will not be possible",
     )
     then.add_argument(
         "--no-stage",
@@ -365,11 +397,13 @@ def _check(verb: _Verb) -> None:
     )
     verify.add_argument("ref", nargs="?", metavar="REF")
     verify.add_argument(
-        "--import", dest="modules", metavar="A,B", action="append", help="what to import"
+        "--import", dest="modules", metavar="A,B", action="append", help="modules to import"
     )
     _as_json(verify)
     _as_json(
-        verb("doctor", "doctor", "Tell what this machine can do and what it lacks.", store=True)
+        verb(
+            "doctor", "doctor", "Check what this machine supports and what is missing.", store=True
+        )
     )
     config = verb("config", "configuration", "Show every value and where it came from.", store=True)
     config.add_argument("action", choices=("show",))

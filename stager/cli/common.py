@@ -200,7 +200,8 @@ class Bars:
             return
         self._waited = max(seconds, 2)
         say(
-            f"stager: waiting: another process is at work on the same environment ({seconds:.0f} s)"
+            "stager: waiting for another process that packs or stages this environment"
+            f" ({seconds:.0f} s)"
         )
 
     def note(self, message: str) -> None:

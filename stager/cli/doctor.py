@@ -21,7 +21,7 @@ from stager.paths import is_within
 from stager.staging import sitestore
 from stager.staging.store import Store
 
-OK, WORSE, BAD = "ok", "worse", "bad"
+OK, WARNING, BAD = "ok", "warning", "error"
 
 _ONE_TARGET = (
     "all nodes together read such an image at the rate of one target (1.7 GB/s, say: 128 nodes wait"
@@ -48,9 +48,9 @@ def doctor(arguments: argparse.Namespace) -> int:
         print_json({"checks": rows})
         return 1 if bad else 0
     for verdict, what, advice in checks:
-        print(f"{verdict:<6} {what}")
+        print(f"{verdict:<8} {what}")
         if advice:
-            print(f"       {advice}")
+            print(f"         {advice}")
     return 1 if bad else 0
 
 
@@ -66,14 +66,14 @@ def _packing() -> Check:
     try:
         path = squashfs.program("mksquashfs")
     except StagerError as error:
-        return WORSE, "cannot write squashfs images: " + error.message, error.hint or ""
+        return WARNING, "cannot write squashfs images: " + error.message, error.hint or ""
     done = subprocess.run([path, "-version"], capture_output=True, text=True, check=False)
     words = done.stdout.split()
     version = words[2] if len(words) > 2 else "?"
     numbers = tuple(int(part) for part in version.split("-")[0].split(".") if part.isdigit())
     if numbers < (4, 5):
         return (
-            WORSE,
+            WARNING,
             f"mksquashfs {version} cannot read streams",
             "use --format tar.zst, or 4.5 or newer",
         )
@@ -84,7 +84,7 @@ def _mounting() -> Check:
     reason = squashfs.why_not_mount()
     if reason:
         return (
-            WORSE,
+            WARNING,
             f"cannot mount images: {reason}",
             "trees are extracted instead, which takes longer",
         )
@@ -94,7 +94,7 @@ def _mounting() -> Check:
 def _extracting() -> Check:
     if shutil.which("unsquashfs") is None:
         return (
-            WORSE,
+            WARNING,
             "cannot extract squashfs images: unsquashfs is missing",
             "install squashfs-tools",
         )
@@ -123,7 +123,7 @@ def _store(path: str) -> list[Check]:
             if place != os.path.dirname(path) or not os.path.isdir(place):
                 return [(BAD, what, "name another with --store")]
             advice = "where jobs run hooks make it; elsewhere name another with --store"
-            return [(WORSE, what, advice)]
+            return [(WARNING, what, advice)]
         told += " is made by the first stage"
     else:
         try:
@@ -137,14 +137,18 @@ def _store(path: str) -> list[Check]:
         if squashfs.why_not_mount():
             checks.append((BAD, f"{what}, and nothing can be mounted", "name another with --store"))
         else:
-            checks.append((WORSE, what, "only mounted images can be used there"))
+            checks.append((WARNING, what, "only mounted images can be used there"))
     if fsutil.is_shared(place):
         what = f"the store {path} is on {fsutil.file_system(place)}"
-        advice = "nodes that share it take away each other's trees: choose a disk of their own"
+        advice = "nodes that share it delete each other's trees: choose a local disk"
         checks.append((BAD, what, advice))
     if fsutil.file_system(place) == "tmpfs":
         checks.append(
-            (WORSE, f"{path} is in memory", "extracted trees there count against the job's memory")
+            (
+                WARNING,
+                f"{path} is in memory",
+                "extracted trees there count against the job's memory",
+            )
         )
     return checks
 
@@ -165,7 +169,7 @@ def _cleared(path: str) -> list[Check]:
             if age == "-":
                 return []
             what = f"systemd-tmpfiles takes files out of {path} that were not read for {age}"
-            return [(WORSE, what, f"add `x {path}` to /etc/tmpfiles.d/stager-store.conf")]
+            return [(WARNING, what, f"add `x {path}` to /etc/tmpfiles.d/stager-store.conf")]
         place = os.path.dirname(place)
     return []
 
@@ -178,13 +182,13 @@ def _repository(path: str, count: int) -> list[Check]:
         return []
     what = f"the repository {path} is on Lustre"
     if not lustre.has_tool():
-        return [(WORSE, f"{what}, and lfs is not installed here: {_ONE_TARGET}", "install lfs")]
+        return [(WARNING, f"{what}, and lfs is not installed here: {_ONE_TARGET}", "install lfs")]
     checks: list[Check] = []
     default = lustre.count_of(path)
-    told = "does not tell its stripe count" if default is None else f"has stripe count {default}"
+    told = "has an unknown stripe count" if default is None else f"has stripe count {default}"
     if count == 0 and default in (None, 1):
         advice = "set the key `stripe_count` to -1, and pack again"
-        checks.append((WORSE, f"{what}, and its directory {told}: {_ONE_TARGET}", advice))
+        checks.append((WARNING, f"{what}, and its directory {told}: {_ONE_TARGET}", advice))
     elif count == 0:
         checks.append((OK, f"{what}; its directory {told}, and images with it", ""))
     else:
@@ -199,7 +203,7 @@ def _repository(path: str, count: int) -> list[Check]:
     if narrow:
         checks.append(
             (
-                WORSE,
+                WARNING,
                 f"{len(narrow)} of its images lie on one storage target: {_ONE_TARGET}",
                 f"lfs migrate -c {count or -1} {os.path.join(images, narrow[0])}"
                 + (" ..." if len(narrow) > 1 else ""),
@@ -229,15 +233,15 @@ def _site_store(config: Config) -> list[Check]:
     checks = [(OK, f"the site's store {path}: trees are mounted by the kernel", "")]
     if not _kernel_mounts():
         lacking = "this kernel has no squashfs, or there are no loop devices"
-        checks = [(WORSE, f"the site's store {path}: trees are extracted: {lacking}", "")]
+        checks = [(WARNING, f"the site's store {path}: trees are extracted: {lacking}", "")]
     if not config["repositories"]:
-        checks.append((WORSE, "no repository publishes for it", "set the key `repositories`"))
+        checks.append((WARNING, "no repository publishes for it", "set the key `repositories`"))
     for repository in config["repositories"]:
         try:
             sitestore.require_trusted(repository)
         except StagerError as error:
             what = f"nothing of {repository} is staged there: {error.message}"
-            checks.append((WORSE, what, error.hint or ""))
+            checks.append((WARNING, what, error.hint or ""))
     return checks
 
 
@@ -266,9 +270,12 @@ def _stores(config: Config) -> list[Check]:
             (BAD, f"{parent} cannot be used: {error.strerror}", "root has to make it: mode 755")
         ]
     if directory is None:
-        what = f"others than root can change {parent}, or what leads there, or a link does"
+        what = (
+            f"users other than root can write to {parent} or a directory above it, or its"
+            " path contains a symbolic link"
+        )
         advice = f"hooks make no store there: set the key `store` to {_ADVISED}, without links"
-        return [(WORSE, what, advice)]
+        return [(WARNING, what, advice)]
     os.close(directory)
     free = os.statvfs(parent)
     return [(OK, f"stores {template}: {size(free.f_bavail * free.f_frsize)} free", "")]
@@ -297,10 +304,10 @@ def _slurm(config: Config) -> list[Check]:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return [(WORSE, "Slurm's controller does not answer", "")]
+        return [(WARNING, "Slurm's controller does not answer", "")]
     if done.returncode != 0:
         said = done.stderr.strip().splitlines()
-        return [(WORSE, "Slurm does not tell its configuration", said[-1] if said else "")]
+        return [(WARNING, "cannot read Slurm's configuration", said[-1] if said else "")]
     settings = slurm_settings(done.stdout)
     return [*_hooks(settings), *_timing(settings, config), *_private(settings, config)]
 
@@ -324,7 +331,11 @@ def _hooks(settings: dict[str, list[str]]) -> list[Check]:
     version = _one(settings, "SLURM_VERSION")
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < (22, 5):
         checks.append(
-            (BAD, f"Slurm {version} tells its Prolog no comment", "22.05 or newer is needed")
+            (
+                BAD,
+                f"Slurm {version} does not pass the job comment to the Prolog",
+                "22.05 or newer is needed",
+            )
         )
     for hook in _HOOKS:
         paths = settings.get(hook.lower(), [])
@@ -333,23 +344,23 @@ def _hooks(settings: dict[str, list[str]]) -> list[Check]:
             effect = "fails every task" if hook == "TaskProlog" else "drains the node"
             checks.append((BAD, f"{hook}={gone[0]} is missing here, which {effect}", ""))
         elif not any("stager" in path or "*" in path for path in paths):
-            checks.append((WORSE, f"{hook} is not stager's", "see deploy/install for the lines"))
+            checks.append((WARNING, f"{hook} is not stager's", "see deploy/install for the lines"))
     flags = {flag.lower() for flag in _one(settings, "PrologFlags").split(",")}
     if not flags & _IMPLY_ALLOC:
         checks.append(
             (
-                WORSE,
+                WARNING,
                 "without PrologFlags=Alloc staging starts with the first step on a node",
                 "set PrologFlags=Alloc",
             )
         )
     if "nohold" in flags:
         checks.append(
-            (WORSE, "with PrologFlags=NoHold a slow Prolog fails srun", "use Alloc instead")
+            (WARNING, "with PrologFlags=NoHold a slow Prolog fails srun", "use Alloc instead")
         )
     if "test_exec" in _one(settings, "LaunchParameters").lower():
         checks.append(
-            (WORSE, "LaunchParameters=test_exec looks for `python` before TaskProlog ran", "")
+            (WARNING, "LaunchParameters=test_exec looks for `python` before TaskProlog ran", "")
         )
     return checks or [(OK, f"Slurm {version} runs the hooks", "")]
 

@@ -51,13 +51,16 @@ def _request(arguments: argparse.Namespace, config: Config) -> Request:
     """What the command line asks for."""
     if arguments.environment and (arguments.named or arguments.user or arguments.tree):
         raise UsageError(
-            "an environment is given in two ways", hint="a directory, -n, --user, or --tree"
+            "more than one environment was given", hint="a directory, -n, --user, or --tree"
         )
     if arguments.python and not (arguments.user or arguments.tree):
-        raise UsageError("--python is for --user and --tree", hint="an environment has its own")
+        raise UsageError(
+            "--python can only be used with --user or --tree",
+            hint="environments have their own Python",
+        )
     if "" in (arguments.tree or ()) or arguments.named == "":
         raise UsageError(
-            "an empty name is given", hint="a directory, or the name of an environment"
+            "an empty name was given", hint="a directory, or the name of an environment"
         )
     python = arguments.python or ""
     if arguments.user:
@@ -69,7 +72,7 @@ def _request(arguments: argparse.Namespace, config: Config) -> Request:
     active = os.environ.get("VIRTUAL_ENV") or os.environ.get("CONDA_PREFIX")
     if not arguments.environment and active and active == os.environ.get("STAGER_PREFIX"):
         raise UsageError(
-            "the environment that is active is a staged copy",
+            "the active environment is a staged copy",
             hint="name the original: stager pack DIRECTORY",
         )
     path = arguments.environment or active or _default()
@@ -99,7 +102,7 @@ def _default() -> str:
     if os.path.exists(os.path.join(".venv", "pyvenv.cfg")):
         return ".venv"
     raise UsageError(
-        "no environment is given, none is active, and there is no ./.venv",
+        "no environment was given, none is active, and there is no ./.venv",
         hint="stager pack DIRECTORY",
     )
 

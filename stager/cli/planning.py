@@ -138,9 +138,9 @@ def _advice(advice: str, direct: Way, staged: Way, layers: list[Layer]) -> str:
     if advice == "direct":
         return (
             f"run it directly: staging takes about {staged.seconds - direct.seconds:.1f} s longer"
-            " than it saves in one start; it pays where a node starts it more than once"
+            " than it saves in one start; it pays off if a node starts it more than once"
         )
-    return "either: the difference is less than a second; staged, it asks less of the file system"
+    return "either: the difference is below a second; staging puts less load on the file system"
 
 
 def _basis(site: Site, samples: int, why: str) -> str:

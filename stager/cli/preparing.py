@@ -76,7 +76,7 @@ def _warn_of_shared(store: str, results: list[staging.Staged]) -> None:
         return
     say(
         f"stager: warning: the store {store} is on {fsutil.file_system(store)}: nodes that share it"
-        " take away each other's trees; choose a disk of this node's own (--store)"
+        " delete each other's trees; choose a local disk of this node (--store)"
     )
 
 

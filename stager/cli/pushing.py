@@ -83,14 +83,16 @@ def receive(arguments: argparse.Namespace) -> int:
 
 def _settings(arguments: argparse.Namespace, config: Config) -> Settings:
     def seconds(name: str) -> float:
-        value = getattr(arguments, name)
+        value, option = getattr(arguments, name), "--" + name.replace("_", "-")
         try:
             found = configuration.parse_duration(value)
         except ValueError as error:
-            option = "--" + name.replace("_", "-")
             raise UsageError(f"{option} cannot be {value!r}", hint=str(error)) from error
         if not 0 < found <= protocol.LONGEST_WAIT:
-            raise UsageError(f"a time limit cannot be {value}")
+            raise UsageError(
+                f"{option} cannot be {value}",
+                hint=f"expected more than 0 s, and at most {protocol.LONGEST_WAIT:g} s",
+            )
         return found
 
     # Where the store is, a node's own configuration says, unless this command's line or variable.
@@ -267,7 +269,7 @@ def everywhere(
                 texts.append((node, shown(answer)))
             except (KeyError, TypeError, ValueError, AttributeError):
                 other = StagerError(
-                    "it answers in another form", hint="is another version of stager there?"
+                    "its answer could not be understood", hint="is another version of stager there?"
                 )
                 outcomes = [
                     Outcome.failed(node, other) if one.node == node else one for one in outcomes

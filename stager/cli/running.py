@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     environ: dict[str, str] | None
     try:
         if not command:
-            raise UsageError("no command is given", hint="stage-run [--env REF] [--strict] CMD...")
+            raise UsageError("no command was given", hint="stage-run [--env REF] [--strict] CMD...")
         faults: list[UsageError] = []
         config = load_config(arguments, faults)
         strict = config["run.strict"]

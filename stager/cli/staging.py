@@ -155,7 +155,7 @@ def collect(arguments: argparse.Namespace) -> int:
 def _collected(answer: dict[str, Any]) -> str:
     lines = [f"evicted {count(len(answer['trees']), 'tree')}, freed {size(answer['freed'])}"]
     if answer.get("claimed"):  # an older stager on another node does not tell
-        lines[0] += f"; claimed, and left alone: {answer['claimed']}"
+        lines[0] += f"; in use, kept: {answer['claimed']}"
     lines += [f"could not be removed: {one}" for one in answer["failed"]]
     return "\n".join([*lines, *_strangers(answer)])
 
@@ -163,7 +163,7 @@ def _collected(answer: dict[str, Any]) -> str:
 def _strangers(answer: dict[str, Any]) -> Iterable[str]:
     found = answer.get("strangers")  # an older stager does not tell either
     if found:
-        yield printable(f"not stager's, and left alone: {_few(found, _SHOWN_STRANGERS)}")
+        yield printable(f"not created by stager, kept: {_few(found, _SHOWN_STRANGERS)}")
 
 
 def _collect_elsewhere(arguments: argparse.Namespace) -> int:

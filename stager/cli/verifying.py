@@ -62,7 +62,7 @@ def _verify(arguments: argparse.Namespace, config: Config) -> int:
         good = len(modules) - len(found.failed)
         say(f"stager: imported {count(good, 'module')} from {prefix}")
         leaks = f"{len(found.origin) or 'none'} of the original"
-        say(f"stager: {found.paths} paths named, {leaks}, seen by {found.method}")
+        say(f"stager: {found.paths} paths accessed, {leaks}, traced with {found.method}")
         for title, paths in (("of the original", found.origin), ("elsewhere", found.outside)):
             for path in paths[:_SHOWN]:
                 say(f"  {title}: {path}")
@@ -70,21 +70,21 @@ def _verify(arguments: argparse.Namespace, config: Config) -> int:
                 say(f"  {title}: {len(paths) - _SHOWN} more")
         for module, reason in found.failed.items():
             where = " (nor from the original)" if module in found.before else ""
-            say(f"  does not import{where}: {module}: {reason}")
+            say(f"  cannot be imported{where}: {module}: {reason}")
     if found.origin:
         raise IntegrityError(
-            f"the staged environment touches its original: {found.origin[0]}",
+            f"the staged environment accessed the original: {found.origin[0]}",
             hint="`stager inspect` lists what could not be moved",
         )
     # Many environments have modules that import nowhere; who names one wants it to.
     forgiven = () if arguments.modules else found.before
     lost = len(found.failed) - len(forgiven)
     if lost:
-        hint = "they do from the original: `stager inspect` lists what could not be moved"
+        hint = "they can be imported from the original; see `stager inspect`"
         if original is None or arguments.modules:
-            hint = "do they import from the original? name those that matter with --import"
+            hint = "can they be imported from the original? name those that matter with --import"
         raise StagerError(
-            f"{lost} of {len(modules)} modules do not import from the staged tree",
+            f"{lost} of {len(modules)} modules cannot be imported from the staged tree",
             hint=hint,
             blame=JOB,
         )

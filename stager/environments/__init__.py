@@ -376,7 +376,7 @@ def of_the_node(path: str, interpreter: Interpreter) -> Finding:
     return Finding(
         path,
         "system-site",
-        f"imports packages of {interpreter.base_prefix} too: each node has its own there,"
-        " which may be others",
+        f"also imports packages from {interpreter.base_prefix}: each node has its own there,"
+        " which may differ",
         "warning",
     )

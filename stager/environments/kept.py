@@ -29,9 +29,7 @@ def named(name: str, environ: Mapping[str, str], cwd: str) -> str | None:
             found.setdefault(os.path.realpath(path), path)
     if len(found) > 1:
         listed = "".join(f"\n  {path}" for path in found.values())
-        raise UsageError(
-            f"`{name}` may be any of several environments:{listed}", hint="give the path of one"
-        )
+        raise UsageError(f"`{name}` is ambiguous, it matches:{listed}", hint="give the path of one")
     return next(iter(found.values()), None)
 
 

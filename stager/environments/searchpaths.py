@@ -96,7 +96,7 @@ def _require_modules(path: str, names: list[str], within: Iterable[str]) -> None
     for one in within:
         if is_within(one if os.path.isabs(one) else "/", [os.path.realpath(path)]):
             raise UsageError(
-                f"{path}, which {' and '.join(names)} names, is not taken in: {one} is in it",
+                f"{path}, which {' and '.join(names)} names, cannot be included: it contains {one}",
                 hint="name a directory that has nothing but modules, or leave it out",
             )
 
@@ -106,8 +106,8 @@ def _finding(path: str, names: list[str], loaded: str) -> Finding:
     return Finding(
         path,
         "module-path",
-        f"in {' and '.join(names)}, by a module or by hand{modules}: not on the node;"
-        " --include-module-paths takes it in",
+        f"in {' and '.join(names)}, set by a module or by you{modules}: not on the node;"
+        " --include-module-paths includes it",
         "warning",
     )
 

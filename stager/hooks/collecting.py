@@ -226,7 +226,7 @@ def _places(config: Config, failed: Callable[[int, str], None]) -> Iterator[Plac
     template = config.store_template
     if template.count("{uid}") != 1 or "{uid}" not in os.path.basename(template):
         raise StagerError(
-            f"the store {template} does not end in one directory for each user",
+            f"the key `store` ({template}) must end in a directory named after {{uid}}",
             hint="set the key `store` to something like /var/lib/stager/{uid}",
         )
     parent, name = os.path.split(template)

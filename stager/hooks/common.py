@@ -27,7 +27,7 @@ def load(uid: int, root: str, site_directory: str) -> Config:
     """The site's configuration, for a user's store; root keeps it beside the job states.
 
     Raises:
-        UsageError: it is malformed, or can be changed by others than root.
+        UsageError: it is malformed, or is writable by users other than root.
     """
     cache = os.path.join(root, "config.json")
     return configuration.load(
@@ -203,7 +203,7 @@ def as_user(
             os.killpg(child, signal.SIGKILL)
     how_it_ended(child)  # and no longer: where storage hangs not even SIGKILL ends it
     if data is None:
-        raise StagerError(f"working as uid {uid} took longer than {limit:.0f} s")
+        raise StagerError(f"an operation as uid {uid} timed out after {limit:.0f} s")
     answer = data.decode(errors="replace")
     if not answer.startswith("+"):
         raise StagerError(events.clean(answer[1:]) or f"the process of uid {uid} was ended")

@@ -168,8 +168,8 @@ class Layers:
         if reason and self._progress is not None and not self._told:
             self._told = True
             self._progress.note(
-                f"warning: many nodes will read the image slowly: it is on as few of Lustre's"
-                f" servers as the directory's default says ({reason})"
+                f"warning: many nodes will read the image slowly: it has the stripe"
+                f" count of its directory ({reason})"
             )
 
     def _known(

@@ -180,7 +180,7 @@ def _note_replaced(repository: Repository, manifest: Manifest, progress: Progres
     with contextlib.suppress(StagerError):  # a damaged one is replaced, too
         known = repository.find(Ref(name=manifest.name))
         if known is not None and not known.is_of(manifest.origin):
-            progress.note(f"`{manifest.name}` stood for {known.manifest.origin} until now")
+            progress.note(f"`{manifest.name}` previously referred to {known.manifest.origin}")
 
 
 def _packed(
@@ -207,7 +207,7 @@ def _refusal(errors: list[Finding]) -> StagerError:
     listed = "".join(f"\n  {one.path}: {one.reason}" for one in errors)
     return StagerError(
         f"the environment cannot be packed:{listed}",
-        hint="mend these, or see `stager pack --help` for the options --editables and --links",
+        hint="fix these, or see `stager pack --help` for the options --editables and --links",
         blame=JOB,
     )
 

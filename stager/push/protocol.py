@@ -145,7 +145,7 @@ def _nonsense(line: bytes) -> StagerError:
     shown = line[:80].decode(errors="replace").strip()
     return StagerError(
         f"the other side does not speak the protocol: {shown!r}",
-        hint="something else writes to standard output there",
+        hint="something else prints to standard output there, such as a shell start-up file",
     )
 
 

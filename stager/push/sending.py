@@ -231,7 +231,9 @@ class _Visit:
         parcel, pusher = self._pusher._parcel, self._pusher
         layer = next((one for one in parcel.manifest.layers if one.id == layer_id), None)
         if layer is None or not isinstance(offset, int) or not 0 <= offset <= layer.image.size:
-            raise StagerError("the node asks for what was not offered", blame=NODE)
+            raise StagerError(
+                "protocol error: the node requested something that was not offered", blame=NODE
+            )
         with parcel.open(layer) as source:
             while offset < layer.image.size:
                 piece = memoryview(source.read(offset, _PIECE))
@@ -281,7 +283,7 @@ def not_started(status: int, said: str, settings: Settings, verb: str) -> Stager
     if status in (126, 127):
         return NotFoundError(
             f"`{program}` cannot be started there: {lines[-1] if lines else f'status {status}'}",
-            hint="install stager on the nodes, or tell where it is: --remote-stager /path/stager;"
+            hint="install stager on the nodes, or say where it is: --remote-stager /path/stager;"
             " a login that runs a command may have a shorter PATH",
             blame=SITE,
         )

@@ -216,8 +216,9 @@ class Network:
                 raise _is_revoked() from error
             raise DeniedError(
                 "its host key is not the one in known_hosts",
-                hint="it was installed anew, or somebody is in between; if you know why,"
-                " ssh-keygen -R NODE and ssh NODE once",
+                hint="the node was reinstalled, or somebody intercepts the connection; if"
+                " you know that it was reinstalled: ssh-keygen -R NODE, then ssh NODE"
+                " once",
                 blame=SITE,
             ) from error
         except (paramiko.AuthenticationException, paramiko.PasswordRequiredException) as error:
@@ -307,7 +308,7 @@ class _NotRevoked:
 def _is_revoked() -> DeniedError:
     return DeniedError(
         "its host key is revoked in known_hosts",
-        hint="the host needs another key; who wrote that line knows why",
+        hint="the host needs a new key; ask whoever marked this one as revoked",
         blame=SITE,
     )
 
@@ -466,7 +467,7 @@ class Session:
 
     def _silent(self) -> BusyError:
         return BusyError(
-            f"nothing came from the node for {self._idle:g} s",
+            f"the node sent nothing for {self._idle:g} s",
             hint="--idle-timeout raises the limit; what has arrived there is kept",
             blame=NODE,
         )

@@ -72,13 +72,13 @@ def try_out(manifest: Manifest, node: Store) -> None:
         reason = error.strerror if isinstance(error, OSError) else "it does not end"
         raise IncompatibleError(
             f"the staged Python does not start: {python}: {reason}",
-            hint="is the store's file system mounted noexec? `stager doctor` tells",
+            hint="is the store's file system mounted noexec? `stager doctor` shows that",
         ) from error
     if answer.returncode != 0:
         said = answer.stderr.strip().splitlines()
         raise IncompatibleError(
             f"the staged Python does not start: {said[-1] if said else answer.returncode}",
-            hint="`stager doctor` tells what this node lacks",
+            hint="`stager doctor` shows what is missing on this node",
         )
     found, packed = answer.stdout.strip().split(".")[:2], manifest.python.version.split(".")[:2]
     if found != packed:

@@ -236,7 +236,7 @@ def _await(
         if lost and (wrong or ended or time.monotonic() > until):
             reasons = wrong or others
             raise StagerError(
-                f"stager ended on {lost['node']} ({lost['how']})"
+                f"stager failed on {lost['node']} ({lost['how']})"
                 + (f": {_PREFIX.sub('', reasons[0])}" if reasons else ""),
                 hint=f"does `{shlex.join([*own_command(), '--version'])}` work there?",
             )
@@ -371,7 +371,7 @@ def _send(published: Published, config: Config, progress: Progress) -> list[str]
         if done.returncode != 0:
             said = done.stderr.decode(errors="replace").strip().splitlines()
             reason = said[-1] if said else f"status {done.returncode}"
-            progress.note(f"reading the shared image, for sbcast failed: {reason}")
+            progress.note(f"sbcast failed ({reason}); the nodes read the shared image instead")
             break
     return arguments
 

@@ -41,8 +41,8 @@ def rewrite(directory: str, manifest: Manifest, layer: Layer, node: Store) -> No
     recorded = condameta.read(directory)
     for path, one in condameta.too_long(recorded, len(os.fsencode(node.tree(layer.id)))):
         raise IncompatibleError(
-            f"{path} of the package {one.package} has room for a path of {one.room} bytes,"
-            f" which {node.tree(layer.id)} has not",
+            f"{path} of the package {one.package} has room for a path of {one.room} bytes;"
+            f" {node.tree(layer.id)} is longer",
             hint="stage into a store with a shorter path (--store, STAGER_STORE)",
         )
     relocation = Relocation(Move(one.destination, node.tree(one.id)) for one in manifest.layers)

@@ -157,7 +157,7 @@ def stage(repository: str, wish: Ref, digest: str, config: Config, holder: str) 
     if published is None or of(published, config) is None or published.digest != digest:
         raise NotFoundError(
             f"{repository} has no such {wish} for the store {config['site_store']}",
-            hint="was it packed again this moment? submit once more",
+            hint="it may just have been repacked: submit the job again",
         )
     node = SiteStore.of_root(config["site_store"])
     for layer in published.manifest.layers:
@@ -176,7 +176,7 @@ def _require_same_mounts(node: SiteStore, layer_id: str, holder: str) -> None:
     if here or node.ready(layer_id) is not None or not {*node.leases(layer_id)} - {holder}:
         return
     raise StagerError(
-        f"{node.tree(layer_id)} is mounted for other jobs, in a mount namespace that is not this",
+        f"{node.tree(layer_id)} is mounted for other jobs, in another mount namespace",
         hint="hooks that mount must all run in the node's own: was slurmd started with PrivateTmp?",
         blame=SITE,
     )
@@ -206,14 +206,17 @@ def require_trusted(path: str) -> None:
         loose = not link and info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
         if info.st_uid != 0 or loose or info.st_dev in users:
             raise DeniedError(
-                f"others than root can write {one}",
-                hint="the kernel mounts only what is root's: chown root, chmod go-w",
+                f"{one} is writable by users other than root",
+                hint=(
+                    "only files that root alone can write are mounted by the kernel: chown"
+                    " root, chmod go-w"
+                ),
                 blame=SITE,
             )
         needed = stat.S_IXOTH if stat.S_ISDIR(info.st_mode) else stat.S_IROTH
         if not link and not info.st_mode & needed:
             raise DeniedError(
-                f"not all may read {one}, as all could in the site's store", hint=_READABLE,
+                f"{one} is not readable by everyone, but the site's store is", hint=_READABLE,
                 blame=SITE,
             )  # fmt: skip
 

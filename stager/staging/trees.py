@@ -259,7 +259,7 @@ def make_room(layer: Layer, how: str, node: Store, config: Config, *, present: i
         raise IncompatibleError(
             f"the store {node.root} is on a file system mounted noexec",
             hint="choose another store (--store, STAGER_STORE); only what is mounted can be used in"
-            " this one: `stager doctor` tells whether this node can",
+            " this one: `stager doctor` shows whether this node can",
         )
     if not _lacking(node, size, files):
         return
@@ -284,13 +284,13 @@ def _lacking(node: Store, size: int, files: int) -> str:
     free, inodes = node.free(), node.free_inodes()
     if free < size + _MARGIN:
         return (
-            f"space in the store {node.root}: {_mib(size)} MiB are needed and {_mib(_MARGIN)} MiB"
-            f" left to others, {free >> 20} MiB are free"
+            f"space in the store {node.root}: needs {_mib(size)} MiB and a reserve of"
+            f" {_mib(_MARGIN)} MiB, {free >> 20} MiB are free"
         )
     if files and inodes < files + _MARGIN_INODES:
         return (
-            f"inodes in the store {node.root}: {files} are needed and {_MARGIN_INODES} left to"
-            f" others, {inodes} are free"
+            f"inodes in the store {node.root}: needs {files} and a reserve of"
+            f" {_MARGIN_INODES}, {inodes} are free"
         )
     return ""
 

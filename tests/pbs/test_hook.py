@@ -351,7 +351,7 @@ def test_a_strict_job_whose_other_node_cannot_tell(site: Site, name: str) -> Non
     with CASES[name].break_it(site, "n2"):
         job = play(site, "rejected by the prologue", "science?strict", domain=".site")
     assert job.runs == []
-    assert job.output.startswith("stager: n2.site: not known to be staged")
+    assert job.output.startswith("stager: n2.site: did not confirm that it is staged")
     assert job.rejected() == [("execjob_prologue", "n1", ["delete"])]
 
 
@@ -378,7 +378,7 @@ def test_variables_that_come_too_late(site: Site, wish: str) -> None:
     refs = f"/home/alice/envs/fresh+/home/alice/envs/more{wish}"
     with site.patched("packing/pack", "real = pack\n" + slow, "n1"):
         job = play(site, "rejected by the prologue" if wish else "batch3", refs)
-    assert "only PATH leads to the environment" in job.output
+    assert "only PATH is set for the environment" in job.output
     if wish:
         assert "this job is strict" in job.output
         assert job.rejected() == [("execjob_prologue", "n1", ["delete"])] and job.runs == []

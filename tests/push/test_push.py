@@ -206,7 +206,7 @@ def test_a_node_that_falls_silent_is_given_up(lab: Lab) -> None:
     lab.switch.run("ip", "link", "set", "to-node1", "down")
     out, err = push.communicate()
     assert push.returncode == 3, err
-    assert "1 of 2 nodes failed: node1: nothing came from the node for 2 s" in err
+    assert "1 of 2 nodes failed: node1: the node sent nothing for 2 s" in err
     assert how(json.loads(out))["node2"] == ("received", size(lab))
 
 

@@ -221,7 +221,7 @@ def program(lab: Lab, text: str) -> str:
 def test_no_stager_there(one: Lab) -> None:
     said = failure(one, "--remote-stager", "/nonexistent/stager", status=10)
     assert "node1: `/nonexistent/stager` cannot be started there: " in said
-    assert "hint: install stager on the nodes, or tell where it is: --remote-stager" in said
+    assert "hint: install stager on the nodes, or say where it is: --remote-stager" in said
 
 
 def test_an_older_stager_there(one: Lab) -> None:

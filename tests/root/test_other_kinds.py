@@ -369,7 +369,7 @@ def test_a_directory_of_more_than_modules_is_not_included(
         check=False,
     )
     assert done.returncode == 2
-    assert f"{named}, which PYTHONPATH names, is not taken in" in done.stderr
+    assert f"{named}, which PYTHONPATH names, cannot be included" in done.stderr
 
 
 def test_what_modules_set_is_included(modules: tuple[Bench, Environment, Path]) -> None:

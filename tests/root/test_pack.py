@@ -72,7 +72,7 @@ def test_a_name_that_is_taken_over_is_told(
     bench.pack(venv_uv)
     assert "until now" not in bench.stager("pack", venv_uv.prefix, "--name", "it").stderr
     said = bench.stager("pack", venv_uv_relocatable.prefix, "--name", "it").stderr
-    assert f"stager: `it` stood for {venv_uv.prefix} until now\n" in said
+    assert f"stager: `it` previously referred to {venv_uv.prefix}\n" in said
 
 
 def test_base_is_packed_once_for_all(bench: Bench, venv_on_base: Environment) -> None:

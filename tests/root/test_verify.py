@@ -44,7 +44,7 @@ def test_good_environment_passes(
     assert (said["origin"], said["outside"], said["failed"]) == ([], [], {})
     assert said["paths"] > 100
     text = bench.stager("verify", "it", "--import", "six", env=environ).stderr
-    assert f"seen by {method}" in text
+    assert f"traced with {method}" in text
     assert list(bench.store.glob("leases/*/pid-*")) == []
 
 
@@ -85,7 +85,7 @@ def test_leak_is_found(bench: Bench, environ: dict[str, str], method: str, leak:
     (environment.site_packages / "tidy.py").write_text("")
     bench.pack(environment)
     said = bench.expect(12, "verify", "it", env=environ)
-    assert f"touches its original: {prefix}/leaked" in said
+    assert f"accessed the original: {prefix}/leaked" in said
     assert f"of the original: {prefix}/leaked" in said
     bench.stager("verify", "it", "--import", "tidy", env=environ)
     done = bench.stager("verify", "it", "--json", env=environ, check=False)
@@ -110,14 +110,14 @@ def test_module_that_does_not_import(bench: Bench, environ: dict[str, str]) -> N
     (environment.site_packages / "leaves.py").write_text("raise SystemExit(7)\n")
     bench.pack(environment)
     said = bench.stager("verify", "it", env=environ).stderr
-    assert "does not import (nor from the original): broken: ModuleNotFoundError" in said
-    assert "does not import (nor from the original): leaves: SystemExit: 7" in said
+    assert "cannot be imported (nor from the original): broken: ModuleNotFoundError" in said
+    assert "cannot be imported (nor from the original): leaves: SystemExit: 7" in said
     assert bench.json("verify", "it", env=environ)["before"] == ["broken", "leaves"]
     for name in ("broken", "nowhere_to_be_found"):
         bench.expect(1, "verify", "it", "--import", name, env=environ)
     hidden = environment.prefix.rename(bench.root / "hidden")
     said = bench.expect(1, "verify", "it", env=environ)
-    assert "2 of " in said and "do they import from the original?" in said
+    assert "2 of " in said and "do they be imported from the original?" in said
     hidden.rename(environment.prefix)
 
 
@@ -129,8 +129,8 @@ def test_module_that_imports_from_the_original_alone(bench: Bench, environ: dict
     (environment.site_packages / "broken.py").write_text("import no_such_module\n")
     bench.pack(environment)
     said = bench.expect(1, "verify", "it", env=environ)
-    assert "does not import: settled: AssertionError" in said
-    assert "1 of " in said and "they do from the original" in said
+    assert "cannot be imported: settled: AssertionError" in said
+    assert "1 of " in said and "they can be imported from the original" in said
 
 
 def test_interpreter_that_dies(bench: Bench, environ: dict[str, str]) -> None:

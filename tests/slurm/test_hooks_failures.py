@@ -192,7 +192,7 @@ MATRIX = [
     ),
     Case(
         staging_traceback,
-        r"a bug in stager: ValueError: no \\x1b\[31mboot; .*",
+        r"a bug in stager: ValueError: no \\x1b\[31mboot \(store\.py:\d+\); .*",
         r"blame=site reason=\"a bug in stager: ValueError: no \\\\x1b",
     ),
     Case(

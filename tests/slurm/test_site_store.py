@@ -149,13 +149,13 @@ def test_what_others_could_have_written_is_not_mounted(
     site: Site, change: str, back: str, where: str
 ) -> None:
     with changed(site, change, back):
-        refused(site, f"others than root can write {APPS}.*{where}")
+        refused(site, f"{APPS}.*{where}.* is writable by users other than root")
 
 
 def test_a_pinned_one_whose_manifest_is_not_roots(site: Site) -> None:
     shown = site.root("ctl", f"{BIN}/stager", "inspect", "--json", "central")
     pinned = f"pyenv:central@sha256:{json.loads(shown)['digest']}"
-    refused_of_alice = "others than root can write .*/manifests/[0-9a-f]{64}.json"
+    refused_of_alice = ".*/manifests/[0-9a-f]{64}.json is writable by users other than root"
     # A name is a link to the same file.
     with changed(site, "chown alice manifests/*", "chown root manifests/*"):
         refused(site, refused_of_alice, comment=pinned)
@@ -170,7 +170,7 @@ def test_doctor_tells_what_is_wrong(site: Site) -> None:
     assert f"the site's store {SHARED}: trees are mounted by the kernel" in told
     with changed(site, "chmod o+w .", "chmod o-w ."):
         told = site.cluster.exec("n1", "root", doctor, check=False).stdout
-    assert f"others than root can write {APPS}/stager" in told
+    assert f"{APPS}/stager is writable by users other than root" in told
 
 
 def test_a_damaged_image(site: Site) -> None:
@@ -260,7 +260,7 @@ def test_a_store_below_a_directory_of_all(site: Site) -> None:
             site.root("ctl", "sh", "-ec", f"{publish} {APPS}/envs/central; {READABLE}")
             done = site.batch(SHOW, "-w", "n3", comment="pyenv:squat")
         (line,) = done.told()
-        assert "others than root can write /tmp" in line
+        assert "/tmp is writable by users other than root" in line
         collect = (f"{BIN}/stager", "collect", "--all", "--all-users", "--json")
         told = site.cluster.exec("n3", "root", collect, check=False)
         assert (told.returncode, json.loads(told.stdout)["users"]["0"]) == (1, -1)
@@ -271,7 +271,7 @@ def test_a_store_below_a_directory_of_all(site: Site) -> None:
 
 def test_what_not_all_may_read_is_not_shown_to_all(site: Site) -> None:
     with changed(site, "chgrp -R alice .; chmod -R o-rwx .", f"chgrp -R root .; {READABLE}"):
-        refused(site, f"not all may read {APPS}/stager")
+        refused(site, f"{APPS}/stager is not readable by everyone")
 
 
 def test_an_archive_is_unpacked_for_all(site: Site) -> None:

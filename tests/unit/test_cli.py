@@ -157,7 +157,7 @@ def test_a_name_that_is_taken_is_told_before_anything_is_packed(bare: Machine) -
     for argv in (["pack", str(other)], ["pack", "--check", str(other)]):
         found = bare(*argv)
         assert found.status == 1
-        assert "the name `tiny` already stands for" in found.err and "--name" in found.err
+        assert "the name `tiny` is already used for" in found.err and "--name" in found.err
     assert os.listdir(bare.root / "repository" / "images") == images
     assert bare("pack", "--check", str(other), "--name", "another").status == 0
 
@@ -312,7 +312,7 @@ def test_what_is_claimed_is_told_where_it_is_not_evicted(machine: Machine) -> No
     machine("stage", "tiny")
     found = machine("collect", "--all")
     assert found.err.startswith("stager: evicted 0 trees, ")
-    assert found.err.endswith("; claimed, and left alone: 1\n")
+    assert found.err.endswith("; in use, kept: 1\n")
 
 
 def test_collecting_keeps_to_the_given_bounds(machine: Machine) -> None:
@@ -342,7 +342,7 @@ def test_what_is_not_ours_is_told_and_left_alone(machine: Machine) -> None:
     for path in (store / ".bashrc", store / "envs" / "mine", *ours):
         os.utime(path, (1, 1))
     (store / "sessions").mkdir()
-    line = f"not stager's, and left alone: {', '.join(told[:5])} +1"
+    line = f"not created by stager, kept: {', '.join(told[:5])} +1"
     assert machine("status").out.splitlines()[-1] == line
     assert machine("status", "--json").json["strangers"] == told
     collected = machine("collect", "--all")
@@ -374,7 +374,7 @@ def test_verification(machine: Machine) -> None:
     found = machine("verify", "tiny", "--import", "tiny")
     assert (found.status, found.out) == (0, "")
     assert "imported 1 module" in found.err
-    assert " paths named, none of the original, seen by " in found.err
+    assert " paths accessed, none of the original, traced with " in found.err
     for names in (
         ["--import", "tiny,no_such_module"],
         ["--import", "no_such_module", "--import", "tiny"],
@@ -624,7 +624,7 @@ ERRORS: list[tuple[list[str], int, str]] = [
     (["pack", "nowhere"], 10, "no environment at"),
     (["pack", "environments"], 10, "not a Python environment"),
     (["pack", "environments/tiny/pyvenv.cfg"], 10, "no environment at"),
-    (["pack"], 2, "no environment is given"),
+    (["pack"], 2, "no environment was given"),
     (["pack", "--name", "../x", "environments/tiny"], 2, "'../x'"),
     (["pack", "--name", "", "environments/tiny"], 2, "''"),
     (["pack", "--name", "a/b", "environments/tiny"], 2, "'a/b'"),
@@ -848,11 +848,11 @@ def test_the_doctor_fails_where_staging_cannot_work_at_all(
 ) -> None:
     good = machine("doctor", "--json")
     assert good.status == 0
-    assert {one["verdict"] for one in good.json["checks"]} <= {"ok", "worse"}  # type: ignore[attr-defined]
+    assert {one["verdict"] for one in good.json["checks"]} <= {"ok", "warning"}  # type: ignore[attr-defined]
     monkeypatch.setenv("STAGER_STORE", "/proc/no-store-here/{uid}")
     bad = machine("doctor", "--json")
     assert bad.status == 1
-    assert "bad" in {one["verdict"] for one in bad.json["checks"]}  # type: ignore[attr-defined]
+    assert "error" in {one["verdict"] for one in bad.json["checks"]}  # type: ignore[attr-defined]
 
 
 def test_the_doctor_knows_that_a_store_may_be_made_for_us(
@@ -863,7 +863,7 @@ def test_the_doctor_knows_that_a_store_may_be_made_for_us(
     monkeypatch.setattr(os, "access", lambda *_: False)
     os.mkdir(os.path.dirname(path))
     ((verdict, what, advice),) = doctor._store(path)
-    assert (verdict, os.path.exists(path)) == ("worse", False)
+    assert (verdict, os.path.exists(path)) == ("warning", False)
     assert path in what and "hooks make it" in advice
 
 
@@ -874,10 +874,10 @@ def test_the_doctor_makes_no_store(machine: Machine, monkeypatch: pytest.MonkeyP
     assert not path.parent.exists()
     monkeypatch.setattr(os, "access", lambda *_: False)
     ((verdict, what, _),) = doctor._store(str(path))  # hooks make no parents
-    assert verdict == "bad" and str(path) in what
+    assert verdict == "error" and str(path) in what
 
 
-@pytest.mark.parametrize(("why", "verdict"), [("", "worse"), ("there is no FUSE", "bad")])
+@pytest.mark.parametrize(("why", "verdict"), [("", "warning"), ("there is no FUSE", "error")])
 def test_the_doctor_fails_where_nothing_can_be_run_from_the_store(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, why: str, verdict: str
 ) -> None:
@@ -904,7 +904,7 @@ def test_the_doctor_of_root_reads_the_configuration_as_hooks_do(
     found = doctor._configuration(str(tmp_path))
     assert len(found) == bool(told)
     assert all(told in what and str(path) in what for _, what, _ in found)
-    assert all(verdict == "bad" for verdict, _, _ in found)
+    assert all(verdict == "error" for verdict, _, _ in found)
 
 
 @pytest.mark.parametrize(
@@ -943,7 +943,7 @@ def test_the_doctor_tells_what_clears_a_store_by_age(
 def test_the_doctor_tells_which_limits_drain_nodes(settings: str, told: str) -> None:
     found = doctor._timing(doctor.slurm_settings(settings), configuration.load())
     assert len(found) == bool(told)
-    assert all(verdict == "bad" and told in what for verdict, what, _ in found)
+    assert all(verdict == "error" and told in what for verdict, what, _ in found)
 
 
 def test_a_repository_that_cannot_be_made(bare: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

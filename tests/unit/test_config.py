@@ -111,7 +111,7 @@ def test_a_key_that_is_twice_in_a_file_is_an_error(
 def test_a_key_that_is_no_text_is_an_error(site: Path, text: str) -> None:
     """As where a template was installed as it is."""
     (site / "config.yaml").write_text(text)
-    with pytest.raises(UsageError, match=r"config.yaml has a key that is no text \(line 1\)"):
+    with pytest.raises(UsageError, match=r"config.yaml has a key that is not a string \(line 1\)"):
         load(site)
 
 
@@ -126,7 +126,7 @@ def test_a_list_of_which_all_is_commented_out_is_an_error(site: Path, key: str) 
     (site / "config.yaml").write_text(f"{key}:\n#  - /x\n")
     with pytest.raises(UsageError, match=key) as error:
         load(site)
-    assert error.value.hint == "a list is expected"
+    assert error.value.hint == "expected a list"
 
 
 def test_a_file_that_holds_itself_is_an_error(site: Path) -> None:
@@ -323,7 +323,7 @@ def test_trusted_files_are_read_and_the_environment_is_not(site: Path, tmp_path:
         assert (found["pack.level"], found["pack.threads"]) == (3, 2)
         assert str(tmp_path) not in found["repository"]
     else:
-        with pytest.raises(UsageError, match="others than root"):
+        with pytest.raises(UsageError, match="users other than root"):
             load(site, environ=environ, trusted_only=True)
 
 
@@ -333,7 +333,7 @@ def test_a_file_that_others_may_write_is_not_trusted(site: Path, mode: int) -> N
     path.write_text("pack.level: 1")
     path.chmod(mode)
     assert load(site)["pack.level"] == 1
-    with pytest.raises(UsageError, match="others than root") as error:
+    with pytest.raises(UsageError, match="users other than root") as error:
         load(site, trusted_only=True)
     assert f"chmod 644 {path}" in str(error.value.hint)
     assert stat.S_IMODE(path.stat().st_mode) == mode

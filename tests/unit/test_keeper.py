@@ -259,7 +259,7 @@ def test_a_report_that_comes_between_the_looks_is_known_where_a_node_was_lost(
     monkeypatch.setattr(keeper, "_reports", reports)
     known: list[dict[str, Any]] = []
     with subprocess.Popen(["sleep", "60"]) as process:
-        with pytest.raises(StagerError, match="ended on n2"):
+        with pytest.raises(StagerError, match="failed on n2"):
             keeper._await(known, process, record, "", 2, 600)
         process.kill()
     assert [one["serves"] for one in known] == [True]
@@ -295,7 +295,7 @@ def test_a_node_that_ends_without_a_word_is_told_at_once(
     finally:
         keeper._end(process)
     assert caught.value.message == (
-        "stager ended on n2 (Exited with exit code 2):"
+        "stager failed on n2 (Exited with exit code 2):"
         " execve(): /sw/python: No such file or directory"
     )
     assert caught.value.hint is not None

@@ -188,7 +188,7 @@ def test_the_doctor_says_what_one_target_costs(
     image = site.pack(stripe_count=0)
     default, images = doctor(site, capsys, monkeypatch, STRIPE_COUNT="0")
     for line in (default, images):
-        assert line.startswith("worse ")
+        assert line.startswith("warning ")
         assert "128 nodes wait 280 s" in line
     assert "set the key `stripe_count` to -1" in default
     assert f"lfs migrate -c -1 {image}" in images
@@ -199,7 +199,7 @@ def test_the_doctor_misses_lfs(
 ) -> None:
     (site.bin / "lfs").unlink()
     (line,) = doctor(site, capsys, monkeypatch)
-    assert line.startswith("worse ")
+    assert line.startswith("warning ")
     assert "lfs is not installed" in line
 
 

@@ -192,7 +192,7 @@ def test_nodes_that_cannot_be_counted_are_not_staged(
         job.exec_host2 = unknown
         assert hook.tell_of_others(job, True)
         assert not hook.tell_of_others(job, False)
-    assert "n2: not known to be staged" in capfd.readouterr().err
+    assert "n2: did not confirm" in capfd.readouterr().err
 
 
 def test_a_value_that_pbs_does_not_take(hook: Any, monkeypatch: pytest.MonkeyPatch) -> None:

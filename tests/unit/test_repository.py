@@ -158,7 +158,7 @@ def test_a_name_of_another_environment_is_not_taken(repository: Repository) -> N
     mine = named("torch", 1)
     tiny.publish(repository, mine)
     other = named("torch", 2)._replace(origin="/home/ada/elsewhere")
-    with pytest.raises(StagerError, match="already stands for /home/ada/torch") as error:
+    with pytest.raises(StagerError, match="is already used for /home/ada/torch") as error:
         tiny.publish(repository, other, replace=False)
     assert "--name" in str(error.value.hint)
     found = repository.find(Ref(name="torch"))

@@ -16,7 +16,7 @@ def test_what_a_user_has_mounted_is_the_users_whoever_it_says_owns_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mounts, "of_users", lambda: [mounts.Mount(1, os.stat("/usr").st_dev)])
-    with pytest.raises(DeniedError, match="others than root can write /"):
+    with pytest.raises(DeniedError, match="/ is writable by users other than root"):
         sitestore.require_trusted("/usr/bin")
 
 

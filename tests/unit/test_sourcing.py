@@ -88,14 +88,14 @@ def test_what_is_left_behind_stops_nobody(tmp_path: Path) -> None:
 
 def test_a_script_that_ends_the_shell(tmp_path: Path) -> None:
     scripts(tmp_path, activate_01="export A=1; exit 0\n", activate_02="export B=1\n")
-    with pytest.raises(StagerError, match=r"activate\.d ends the shell"):
+    with pytest.raises(StagerError, match=r"activate\.d exits the shell"):
         sourcing.enter(BEFORE, str(tmp_path))
 
 
 def test_a_script_that_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sourcing, "LIMIT", 0.2)
     scripts(tmp_path, activate_01="sleep 1000\n")
-    with pytest.raises(StagerError, match="do not end within"):
+    with pytest.raises(StagerError, match="did not finish within"):
         sourcing.enter(BEFORE, str(tmp_path))
 
 

@@ -787,9 +787,12 @@ class Disk:
     [
         (
             {"room": 10 << 20},
-            "space in the store .*: 1 MiB are needed and 16 MiB .*, 10 MiB are free",
+            "space in the store .*: needs 1 MiB and a reserve of 16 MiB, 10 MiB are free",
         ),
-        ({"room": 10**10, "inodes": 900}, "inodes in .* are needed and 1000 .*, 900 are free"),
+        (
+            {"room": 10**10, "inodes": 900},
+            "inodes in .*: needs .* and a reserve of 1000, 900 are free",
+        ),
         ({"room": 0, "inodes": 900}, "space"),
     ],
 )

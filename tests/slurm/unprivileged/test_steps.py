@@ -317,7 +317,7 @@ def test_a_node_whose_python_does_not_start_is_not_waited_for(cold: Login) -> No
     finally:
         cold.sh("n2", f"umount {python}", root=True)
         cold.hide_original()
-    assert "running the original environment: stager ended on n2 (Exit" in output
+    assert "running the original environment: stager failed on n2 (Exit" in output
     assert f"execve(): {HOME}/tools/bin/python" in output
     assert output.splitlines()[-2:] == [ORIGINAL, "0"]
 
