@@ -117,7 +117,7 @@ def test_module_that_does_not_import(bench: Bench, environ: dict[str, str]) -> N
         bench.expect(1, "verify", "it", "--import", name, env=environ)
     hidden = environment.prefix.rename(bench.root / "hidden")
     said = bench.expect(1, "verify", "it", env=environ)
-    assert "2 of " in said and "do they be imported from the original?" in said
+    assert "2 of " in said and "can they be imported from the original?" in said
     hidden.rename(environment.prefix)
 
 
