@@ -225,7 +225,7 @@ MATRIX = [
     ),
     Case(
         anybodys_configuration,
-        r"the configuration file /etc/stager/config.d/.*.yaml can be changed by others.*",
+        r"the configuration file /etc/stager/config.d/.*.yaml is writable by users.*",
         r"blame=site reason=\"the configuration file",
     ),
     Case(no_yaml, r"/etc/stager/.* is not YAML: .*", r"blame=site reason=\".*not YAML"),
@@ -419,7 +419,7 @@ def test_strict(site: Site, way: str) -> None:
         ("pyenv:../demo/../../x", "environment `/x` is not published"),
         ("pyenv:demo pyenv:demo", "the job's comment has more than one pyenv: directive"),
         ("pyenv:demo?strikt", "`strikt` is not an option of the pyenv directive"),
-        ("pyenv:demo?timeout=soon", "the directive's timeout: a duration is written 30s"),
+        ("pyenv:demo?timeout=soon", "the directive's timeout: expected a duration such as 30s"),
         ('{"pyenv": 3}', "the key pyenv of the job's JSON comment is not a string"),
     ],
 )
