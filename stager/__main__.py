@@ -53,7 +53,7 @@ def _end_in_order() -> list[int]:
     """Have signals that would end us do what Ctrl-C does: what is half made is cleared away.
 
     Returns:
-        A list in which they are told.
+        A list that gets the number of the signal that came.
     """
     import signal
 
