@@ -55,6 +55,30 @@ def parse_duration(text: object) -> float:
     return float(match[1]) * _SECONDS[match[2]]
 
 
+def as_text(key: str, value: Any) -> str:
+    """A value as a configuration file or a variable has it: parsed, it is that value again.
+
+    Args:
+        key: whose value it is.
+        value: parsed. Sizes are bytes, durations seconds and the only fractions.
+    """
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, tuple):
+        return ":".join(map(str, value))
+    if isinstance(value, float):
+        return f"{value:g}s" if value % 60 or not value else _in_units(value, "mhd", _SECONDS)
+    if KEYS[key].parse is parse_size:
+        return f"{_in_units(value, 'KMGT', _UNITS)}iB" if value and not value % 1024 else str(value)
+    return str(value)
+
+
+def _in_units(value: float, units: str, sizes: Mapping[str, float]) -> str:
+    """A number in the largest unit of which it is a multiple."""
+    unit = next(one for one in reversed(units) if not value % sizes[one])
+    return f"{value / sizes[unit]:.0f}{unit}"
+
+
 def _integer(text: object) -> int:
     if isinstance(text, bool) or not re.fullmatch(r"-?\d+", str(text).strip()):
         raise ValueError("expected a whole number")

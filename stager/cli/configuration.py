@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from stager.cli.common import load_config, print_json, table
-from stager.config import KEYS
+from stager.config import KEYS, as_text
 
 
 def config(arguments: argparse.Namespace) -> int:
@@ -18,8 +18,7 @@ def config(arguments: argparse.Namespace) -> int:
         return 0
     rows = []
     for key, entry in KEYS.items():
-        value = values[key]
-        text = ":".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        text = as_text(key, values[key])
         rows.append([key, text or "-", values.sources[key], entry.help])
     for line in table(rows, ["KEY", "VALUE", "FROM", "MEANING"]):
         print(line)

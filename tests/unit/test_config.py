@@ -6,6 +6,7 @@ import json
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -375,3 +376,29 @@ def test_a_cache_of_others_is_not_believed(
         monkeypatch.setattr(config, "_parsed", {})
         monkeypatch.setattr(config, "_is_roots", lambda file, owner=owner: owner == 0)
         assert load(site, cache=str(cache))["pack.level"] == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("collect.max_size", 50 << 30, "50GiB"),
+        ("collect.max_size", 3 << 40, "3TiB"),
+        ("collect.min_free", 1536 << 20, "1536MiB"),
+        ("collect.min_free", 1000, "1000"),
+        ("collect.min_free", 0, "0"),
+        ("stage.timeout", 600.0, "10m"),
+        ("stage.timeout", 7200.0, "2h"),
+        ("stage.timeout", 90.0, "90s"),
+        ("keep_replaced", 86400.0, "1d"),
+        ("keep_replaced", 0.5, "0.5s"),
+        ("keep_replaced", 0.0, "0s"),
+        ("pack.bytecode", True, "yes"),
+        ("run.strict", False, "no"),
+        ("stripe_count", -1, "-1"),
+        ("local_prefixes", ("/usr", "/opt"), "/usr:/opt"),
+    ],
+)
+def test_values_are_shown_as_they_are_written(key: str, value: Any, text: str) -> None:
+    assert config.as_text(key, value) == text
+    if not isinstance(value, tuple):
+        assert KEYS[key].parse(text) == value
